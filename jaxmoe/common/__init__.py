@@ -1,0 +1,1 @@
+"""Leaves: dimension letters, errors, timing. Imports nothing of ours."""

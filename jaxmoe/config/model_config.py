@@ -1,0 +1,119 @@
+"""The frozen description of a model, parsed from a checkpoint's config.json.
+
+`ModelConfig.from_hf` is the only door: no other file spells Hugging Face config keys. Everything the layers need
+is here in our own terms, so a layer never asks which family it belongs to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN context extension (arXiv 2309.00071), with DeepSeek's mscale terms."""
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    dim: int
+    theta: float
+    interleaved: bool
+    scaling: YarnScaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MlaConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1)."""
+
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    v_head_dim: int
+    softmax_scale: float
+    lora_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+
+    kind: Literal["mla"] = "mla"
+
+
+@dataclasses.dataclass(frozen=True)
+class GqaConfig:
+    """Grouped-query attention with optional per-head RMS norm of q and k."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    softmax_scale: float
+    qk_norm: bool
+    qkv_bias: bool = False
+
+    kind: Literal["gqa"] = "gqa"
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    num_experts: int
+    experts_per_token: int
+    score: Literal["softmax", "sigmoid"]
+    correction_bias: bool
+    renormalize: bool
+    weight_scale: float
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    renormalize_eps: float = 0.0
+    logits_in_float32: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    router: RouterConfig
+    expert_intermediate: int
+    shared_intermediate: int  # 0: no shared experts
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How the checkpoint's linear weights are stored. `format` "none" means plain `weight_dtype` tensors."""
+
+    format: Literal["none", "fp8_block"]
+    not_converted: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    architecture: str  # e.g. "DeepseekV3ForCausalLM"
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    mlp_types: tuple[Literal["dense", "moe"], ...]  # one a layer
+    dense_intermediate: int
+    norm_eps: float
+    tie_embeddings: bool
+    max_position: int
+    attention: MlaConfig | GqaConfig
+    rope: RopeConfig
+    moe: MoeConfig
+    quant: QuantConfig
+    weight_dtype: Literal["bfloat16", "float32"]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layer indices that hold routed experts; their position here is the `moe_layer_idx` of the ops."""
+        return tuple(i for i, kind in enumerate(self.mlp_types) if kind == "moe")
