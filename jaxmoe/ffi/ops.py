@@ -1,12 +1,13 @@
 """The operations a model's layers are written against, and nothing else they may call.
 
-`Ops` is the seam between model text and machine: `NativeOps` (ffi/native_ops.py) reaches the CPU kernels
-through XLA FFI, `ReferenceOps` (ffi/reference.py) says the same in jnp. The reference is the oracle of every
-kernel, what other platforms lower to, and what the demo model is trained with (it has gradients).
+`Ops` is the seam between model text and machine: `NativeOps` (ffi/native_ops.py) reaches the CPU
+kernels through XLA FFI, `ReferenceOps` (ffi/reference.py) says the same in jnp. The reference is
+the oracle of every kernel, what other platforms lower to, and what the demo model is trained with
+(it has gradients).
 
-Shapes use the letters of common/dims.py. T is the number of tokens packed in a step, from any number of
-sequences; rows of padding have `token_rows == -1`, `kv_slots == -1` and expert ids of -1: they cost no
-weight bytes and produce zeros.
+Shapes use the letters of common/dims.py. T is the number of tokens packed in a step, from any
+number of sequences; rows of padding have `token_rows == -1`, `kv_slots == -1` and expert ids of -1:
+they cost no weight bytes and produce zeros.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Weight:
     """A linear map's weights as they lie in the checkpoint, row-major, outputs first.
 
     data: `[N, K]` (or `[G, N, K]` for per-head maps) bfloat16, float32 or float8_e4m3fn.
-    scale_inv: float32 `[ceil(N/128), ceil(K/128)]` (or with a leading G); multiply to dequantize. None
-    unless data is float8.
+    scale_inv: float32 `[ceil(N/128), ceil(K/128)]` (or with a leading G); multiply to dequantize.
+    None unless data is float8.
     """
 
     data: jax.Array
@@ -35,11 +36,11 @@ class Weight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class StepInputs:
-    """What a step needs to know about its T packed tokens. All int32; padding as in the module docstring.
+    """What a step needs to know about its T packed tokens. All int32; padding as said above.
 
-    token_ids, positions, token_rows, kv_slots: `[T]`. `token_rows` indexes `block_tables`; `kv_slots` is the
-    flat cache slot (page * page_size + offset) the token's key and value are written to.
-    block_tables: `[R, MP]` page ids of each row, -1 where unused.
+    token_ids, positions, token_rows, kv_slots: `[T]`. `token_rows` indexes `block_tables`;
+    `kv_slots` is the flat cache slot (page * page_size + offset) the token's key and value are
+    written to. block_tables: `[R, MP]` page ids of each row, -1 where unused.
     """
 
     token_ids: jax.Array
@@ -61,10 +62,11 @@ class Ops(Protocol):
     def experts(
         self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
     ) -> jax.Array:
-        """Routed experts: `x [T, D]`, `expert_ids [T, A]` int32 (-1 = none), `combine_weights [T, A]` f32.
+        """Routed experts of `x [T, D]`: `expert_ids [T, A]` int32, `combine_weights [T, A]` f32.
 
-        Returns f32 `[T, D]`: sum over a of combine_weights * down(silu(gate(x)) * up(x)). The weights of layer
-        `moe_layer_idx` (0-based among the MoE layers) come from the store the ops object was made with.
+        Returns f32 `[T, D]`: sum over a of combine_weights * down(silu(gate(x)) * up(x)). The
+        weights of layer `moe_layer_idx` (0-based among the MoE layers) come from the store the ops
+        object was made with.
         """
         ...
 
@@ -81,10 +83,11 @@ class Ops(Protocol):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Causal attention of T packed tokens over their own sequences' paged cache.
 
-        Writes `k_new [T, K, H]` (and `v_new [T, K, Hv]`) to the cache at `step.kv_slots`, then lets each token
-        attend positions 0..its own. `q [T, N, H]`; heads n of group n // (N / K) share KV head. `cache` is
-        `(k_pages [P, Z, K, H], v_pages [P, Z, K, Hv])`, or `(k_pages,)` when v_new is None: values are then
-        the first `v_dim` elements of the keys (MLA's latent cache). Softmax in FP32.
-        Returns f32 `[T, N, v_dim]` and the updated cache (same buffers where the platform can alias them).
+        Writes `k_new [T, K, H]` (and `v_new [T, K, Hv]`) to the cache at `step.kv_slots`, then lets
+        each token attend positions 0..its own. `q [T, N, H]`; heads n of group n // (N / K) share
+        KV head. `cache` is `(k_pages [P, Z, K, H], v_pages [P, Z, K, Hv])`, or `(k_pages,)` when
+        v_new is None: values are then the first `v_dim` elements of the keys (MLA's latent cache).
+        Softmax in FP32. Returns f32 `[T, N, v_dim]` and the updated cache (same buffers where the
+        platform can alias them).
         """
         ...

@@ -1,0 +1,236 @@
+"""The operations of `Ops` in plain jnp: oracle of every kernel, and what training runs on.
+
+`ReferenceOps` is the definition the native operations are tested against: weights dequantized
+exactly, all arithmetic in FP32, nothing fast. `BatchedSequenceOps` is the form for training: the
+same maps, but attention over a batch of whole sequences without a cache, and experts computed in
+blocks of equal expert, so the cost is that of the activated experts. Everything is differentiable
+in activations and in float weights.
+
+Not here: tiling, paging tricks, or any choice of kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.ffi.ops import StepInputs, Weight
+
+SCALE_BLOCK = 128
+_HIGHEST = jax.lax.Precision.HIGHEST
+# Rows of one block of equal expert in `BatchedSequenceOps`: each block gathers one copy of its
+# expert's weights, so large enough that the copies stay small beside the products, small enough
+# that half-empty blocks do not matter.
+_TOKEN_BLOCK = 64
+
+
+def dequantize(weight: Weight) -> jax.Array:
+    """The exact FP32 value of stored weights: `[..., N, K]`, leading axes as stored."""
+    data = weight.data.astype(jnp.float32)
+    if weight.scale_inv is None:
+        return data
+    n, k = data.shape[-2:]
+    scale = jnp.repeat(weight.scale_inv, SCALE_BLOCK, axis=-2)[..., :n, :]
+    scale = jnp.repeat(scale, SCALE_BLOCK, axis=-1)[..., :k]
+    return data * scale
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+class ReferenceOps:
+    """`Ops` in jnp.
+
+    experts: one mapping per MoE layer with `gate`, `up` (`[E, F, D]`) and `down` (`[E, D, F]`)
+    Weights; empty for a model without routed experts.
+    """
+
+    def __init__(self, experts: Sequence[Mapping[str, Weight]] = ()):
+        self._experts = experts
+
+    def linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        y = jnp.einsum("tk,nk->tn", x.astype(jnp.float32), dequantize(w), precision=_HIGHEST)
+        return y.astype(out_dtype or x.dtype)
+
+    def head_linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        y = jnp.einsum("tgk,gnk->tgn", x.astype(jnp.float32), dequantize(w), precision=_HIGHEST)
+        return y.astype(out_dtype or x.dtype)
+
+    def experts(
+        self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
+    ) -> jax.Array:
+        layer = self._experts[moe_layer_idx]
+        x = x.astype(jnp.float32)
+        num_experts = layer["gate"].data.shape[0]
+
+        def add_expert(e: jax.Array, y: jax.Array) -> jax.Array:
+            def matrix(which: str) -> jax.Array:
+                w = layer[which]
+                scale = None if w.scale_inv is None else w.scale_inv[e]
+                return dequantize(Weight(w.data[e], scale))
+
+            gate = jnp.einsum("td,fd->tf", x, matrix("gate"), precision=_HIGHEST)
+            up = jnp.einsum("td,fd->tf", x, matrix("up"), precision=_HIGHEST)
+            out = jnp.einsum("tf,df->td", _swiglu(gate, up), matrix("down"), precision=_HIGHEST)
+            chosen = expert_ids == e  # [T, A]
+            share = jnp.where(chosen, combine_weights.astype(jnp.float32), 0.0).sum(-1)  # [T]
+            # A token that did not choose the expert must not see its NaNs either.
+            return y + jnp.where(chosen.any(-1)[:, None], share[:, None] * out, 0.0)
+
+        return jax.lax.fori_loop(0, num_experts, add_expert, jnp.zeros_like(x))
+
+    def attend(
+        self,
+        q: jax.Array,
+        k_new: jax.Array,
+        v_new: jax.Array | None,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        *,
+        scale: float,
+        v_dim: int,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        new = (k_new,) if v_new is None else (k_new, v_new)
+        cache = tuple(
+            kv_write(pages, values, step.kv_slots) for pages, values in zip(cache, new, strict=True)
+        )
+        out = paged_attention(
+            q,
+            cache,
+            step.token_rows,
+            step.positions,
+            step.block_tables,
+            scale=scale,
+            v_dim=v_dim,
+        )
+        return out, cache
+
+
+def kv_write(pages: jax.Array, new: jax.Array, kv_slots: jax.Array) -> jax.Array:
+    """Pages `[P, Z, K, H]` with `new [T, K, H]` at the flat slots `kv_slots [T]`; -1: nowhere."""
+    num_slots = pages.shape[0] * pages.shape[1]
+    flat = pages.reshape(num_slots, *pages.shape[2:])
+    slots = jnp.where(kv_slots < 0, num_slots, kv_slots)
+    return flat.at[slots].set(new.astype(pages.dtype), mode="drop").reshape(pages.shape)
+
+
+def paged_attention(
+    q: jax.Array,
+    cache: tuple[jax.Array, ...],
+    token_rows: jax.Array,
+    positions: jax.Array,
+    block_tables: jax.Array,
+    *,
+    scale: float,
+    v_dim: int,
+) -> jax.Array:
+    """f32 `[T, N, v_dim]`: tokens of `q [T, N, H]` attend positions 0..their own of their row."""
+    k_pages = cache[0]
+    _, page_size, num_kv_heads, _ = k_pages.shape
+    num_heads = q.shape[1]
+    grouped = q.reshape(q.shape[0], num_kv_heads, num_heads // num_kv_heads, q.shape[2])
+
+    def one_token(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q_t, row, position = args
+        pages = jnp.maximum(block_tables[jnp.maximum(row, 0)], 0)  # [MP]
+        keys = k_pages[pages].astype(jnp.float32)
+        keys = keys.reshape(-1, *keys.shape[2:])  # [S, K, H]
+        if len(cache) == 1:
+            values = keys[..., :v_dim]
+        else:
+            values = cache[1][pages].astype(jnp.float32)
+            values = values.reshape(-1, *values.shape[2:])  # [S, K, Hv]
+        scores = jnp.einsum("kgh,skh->kgs", q_t.astype(jnp.float32), keys, precision=_HIGHEST)
+        visible = jnp.arange(pages.shape[0] * page_size) <= position
+        scores = jnp.where(visible, scores * scale, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1)
+        values = jnp.where(visible[:, None, None], values, 0.0)
+        out = jnp.einsum("kgs,skv->kgv", weights, values, precision=_HIGHEST)
+        return jnp.where(row < 0, 0.0, out.reshape(num_heads, v_dim))
+
+    return jax.lax.map(one_token, (grouped, token_rows, jnp.maximum(positions, 0)))
+
+
+class BatchedSequenceOps(ReferenceOps):
+    """`Ops` for training: T = num_sequences * S packed tokens, whole sequences one after another.
+
+    `attend` takes an empty cache, ignores `step`, and is causal within each sequence.
+    """
+
+    def __init__(self, experts: Sequence[Mapping[str, Weight]], num_sequences: int):
+        super().__init__(experts)
+        self._num_sequences = num_sequences
+
+    def experts(
+        self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
+    ) -> jax.Array:
+        layer = self._experts[moe_layer_idx]
+        gate, up, down = (dequantize(layer[which]) for which in ("gate", "up", "down"))
+        num_experts = gate.shape[0]
+        num_tokens, per_token = expert_ids.shape
+        num_pairs = num_tokens * per_token
+        x = x.astype(jnp.float32)
+
+        # Give every pair (token, expert) a place in blocks of equal expert.
+        pair_expert = jnp.where(expert_ids < 0, num_experts, expert_ids).reshape(-1)
+        counts = jnp.bincount(pair_expert, length=num_experts + 1)
+        blocks = (counts + _TOKEN_BLOCK - 1) // _TOKEN_BLOCK
+        first_block = jnp.cumsum(blocks) - blocks
+        order = jnp.argsort(pair_expert, stable=True)
+        first_pair = jnp.cumsum(counts) - counts
+        sorted_expert = pair_expert[order]
+        rank = jnp.arange(num_pairs) - first_pair[sorted_expert]
+        place = first_block[sorted_expert] * _TOKEN_BLOCK + rank
+        num_blocks = num_pairs // _TOKEN_BLOCK + num_experts + 1
+        token_at = jnp.full(num_blocks * _TOKEN_BLOCK, num_tokens).at[place].set(order // per_token)
+        place_of_pair = jnp.zeros(num_pairs, place.dtype).at[order].set(place)
+        block_expert = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(num_blocks), side="right")
+        block_expert = jnp.minimum(block_expert, num_experts - 1)
+
+        x_padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+        x_blocks = x_padded[token_at].reshape(num_blocks, _TOKEN_BLOCK, -1)
+        h = _swiglu(
+            jnp.einsum("bmd,bfd->bmf", x_blocks, gate[block_expert]),
+            jnp.einsum("bmd,bfd->bmf", x_blocks, up[block_expert]),
+        )
+        y_blocks = jnp.einsum("bmf,bdf->bmd", h, down[block_expert])
+        y_pairs = y_blocks.reshape(num_blocks * _TOKEN_BLOCK, -1)[place_of_pair]
+        share = jnp.where(expert_ids < 0, 0.0, combine_weights.astype(jnp.float32))
+        return jnp.einsum("ta,tad->td", share, y_pairs.reshape(num_tokens, per_token, -1))
+
+    def attend(
+        self,
+        q: jax.Array,
+        k_new: jax.Array,
+        v_new: jax.Array | None,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs | None,
+        *,
+        scale: float,
+        v_dim: int,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        if cache:
+            raise ValueError(
+                f"training attends whole sequences: cache must be (), got {len(cache)}"
+            )
+        num_tokens, num_heads, head_dim = q.shape
+        if num_tokens % self._num_sequences:
+            raise ValueError(
+                f"{num_tokens} tokens are not {self._num_sequences} sequences of one length"
+            )
+        length = num_tokens // self._num_sequences
+        num_kv_heads = k_new.shape[1]
+        values = k_new[..., :v_dim] if v_new is None else v_new
+        q, k, v = (
+            a.astype(jnp.float32).reshape(self._num_sequences, length, *a.shape[1:])
+            for a in (q, k_new, values)
+        )
+        q = q.reshape(*q.shape[:2], num_kv_heads, num_heads // num_kv_heads, head_dim)
+        scores = jnp.einsum("bqkgh,bskh->bkgqs", q, k) * scale
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        out = jnp.einsum("bkgqs,bskv->bqkgv", weights, v)
+        return out.reshape(num_tokens, num_heads, v_dim), cache

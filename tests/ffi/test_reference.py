@@ -1,0 +1,149 @@
+"""The oracles against NumPy in float64, and the training form against the oracle."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxmoe.ffi import reference
+from jaxmoe.ffi.ops import StepInputs, Weight
+
+
+def fp8_weight(rng: np.random.Generator, *shape: int) -> Weight:
+    data = rng.standard_normal(shape).astype(ml_dtypes.float8_e4m3fn)
+    blocks = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
+    return Weight(jnp.array(data), jnp.array(rng.uniform(0.5, 2.0, blocks), jnp.float32))
+
+
+def float_weight(rng: np.random.Generator, *shape: int, dtype=jnp.float32) -> Weight:
+    return Weight(jnp.array(rng.standard_normal(shape), dtype))
+
+
+def test_dequantize_covers_every_fp8_code_exactly():
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    data = np.tile(codes, (130, 1))  # two row blocks, two column blocks
+    scale = np.array([[1.0, 0.37], [3.0, 2.0**-20]], np.float32)
+    got = np.asarray(reference.dequantize(Weight(jnp.array(data), jnp.array(scale))))
+    want = data.astype(np.float32) * np.repeat(np.repeat(scale, 128, 0), 128, 1)[:130]
+    np.testing.assert_array_equal(got, want)
+    assert np.isnan(got[0, [0x7F, 0xFF]]).all() and np.isfinite(np.delete(got[0], [127, 255])).all()
+
+
+@pytest.mark.parametrize("make", [fp8_weight, float_weight])
+def test_linear_and_head_linear(make):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 2, 200)).astype(np.float32)
+    w = make(rng, 2, 150, 200)
+    dense = np.asarray(reference.dequantize(w), np.float64)
+    ops = reference.ReferenceOps()
+    got = ops.head_linear(jnp.array(x), w)
+    np.testing.assert_allclose(got, np.einsum("tgk,gnk->tgn", x, dense), rtol=1e-4, atol=1e-4)
+    scale = None if w.scale_inv is None else w.scale_inv[1]
+    one = ops.linear(jnp.array(x[:, 1]), Weight(w.data[1], scale))
+    np.testing.assert_allclose(one, got[:, 1], rtol=1e-5, atol=1e-5)
+    half = ops.linear(jnp.array(x[:, 1], jnp.bfloat16), Weight(w.data[1], scale))
+    assert half.dtype == jnp.bfloat16
+    assert (
+        ops.linear(jnp.array(x[:, 1]), Weight(w.data[1], scale), jnp.bfloat16).dtype == "bfloat16"
+    )
+
+
+def expert_layer(rng, make, num_experts=5, f=16, d=24):
+    return {
+        "gate": make(rng, num_experts, f, d),
+        "up": make(rng, num_experts, f, d),
+        "down": make(rng, num_experts, d, f),
+    }
+
+
+IDS = np.array([[0, 3], [4, -1], [-1, -1], [2, 2], [3, 0], [1, 4]], np.int32)
+
+
+def numpy_experts(x, ids, weights, layer):
+    w = {k: np.asarray(reference.dequantize(v), np.float64) for k, v in layer.items()}
+    y = np.zeros(x.shape)
+    for t, row in enumerate(ids):
+        for a, e in enumerate(row):
+            if e >= 0:
+                gate, up = w["gate"][e] @ x[t], w["up"][e] @ x[t]
+                y[t] += weights[t, a] * (w["down"][e] @ (gate / (1 + np.exp(-gate)) * up))
+    return y
+
+
+@pytest.mark.parametrize("make", [fp8_weight, float_weight])
+def test_experts(make):
+    rng = np.random.default_rng(1)
+    layer = expert_layer(rng, make)
+    x = rng.standard_normal((len(IDS), 24)).astype(np.float32)
+    weights = rng.uniform(0, 1, IDS.shape).astype(np.float32)
+    want = numpy_experts(x, IDS, weights, layer)
+    bound = 1e-5 * np.abs(want).max()
+    for ops in (reference.ReferenceOps([layer]), reference.BatchedSequenceOps([layer], 2)):
+        got = ops.experts(jnp.array(x), jnp.array(IDS), jnp.array(weights), 0)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, atol=bound)
+        assert not np.asarray(got)[2].any()
+
+
+def test_training_experts_have_the_oracle_gradients():
+    rng = np.random.default_rng(2)
+    layer = expert_layer(rng, float_weight)
+    # More pairs of one expert than a block holds.
+    x = jnp.array(rng.standard_normal((90, 24)), jnp.float32)
+    ids = jnp.array(rng.choice([0, 3], (90, 2), p=[0.95, 0.05]), jnp.int32)
+    weights = jnp.array(rng.uniform(0, 1, (90, 2)), jnp.float32)
+
+    def loss(make_ops, layer, x, weights):
+        return (make_ops([layer]).experts(x, ids, weights, 0) ** 2).sum()
+
+    grads = [
+        jax.grad(lambda *a, m=make: loss(m, *a), argnums=(0, 1, 2))(layer, x, weights)
+        for make in (reference.ReferenceOps, lambda e: reference.BatchedSequenceOps(e, 3))
+    ]
+    for want, got in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("mla", [False, True])
+def test_attend_paged_equals_whole_sequences(mla):
+    """Two sequences through scattered pages in two steps equal what attention alone gives."""
+    rng = np.random.default_rng(3)
+    n, k, h, v = (6, 1, 12, 8) if mla else (6, 2, 12, 12)
+    length, z = 11, 4
+    q, keys = (rng.standard_normal((2 * length, m, h)).astype(np.float32) for m in (n, k))
+    values = None if mla else rng.standard_normal((2 * length, k, v)).astype(np.float32)
+    whole, _ = reference.BatchedSequenceOps([], 2).attend(
+        jnp.array(q), jnp.array(keys), None if mla else jnp.array(values), (), None,
+        scale=0.3, v_dim=v,
+    )  # fmt: skip
+
+    tables = np.array([[7, 2, 5, -1], [0, 9, 3, -1]], np.int32)
+    cache = tuple(jnp.full((10, z, k, m), jnp.nan) for m in ((h,) if mla else (h, v)))
+    out = np.zeros((2 * length, n, v), np.float32)
+    for begin, end in ((0, 7), (7, length)):
+        index = np.array([r * length + p for p in range(begin, end) for r in (1, 0)] + [0])
+        rows, positions = index // length, index % length
+        slots = tables[rows, positions // z] * z + positions % z
+        rows[-1] = slots[-1] = -1  # padding
+        step = StepInputs(
+            token_ids=jnp.zeros(len(index), jnp.int32),
+            positions=jnp.array(positions, jnp.int32),
+            token_rows=jnp.array(rows, jnp.int32),
+            kv_slots=jnp.array(slots, jnp.int32),
+            block_tables=jnp.array(tables),
+        )
+        v_new = None if values is None else jnp.array(values[index])
+        got, cache = reference.ReferenceOps().attend(
+            jnp.array(q[index]), jnp.array(keys[index]), v_new, cache, step, scale=0.3, v_dim=v
+        )
+        assert not np.asarray(got)[-1].any()
+        out[index[:-1]] = np.asarray(got)[:-1]
+    np.testing.assert_allclose(out, whole, rtol=1e-5, atol=1e-5)
+
+    # And against float64 for one head of one token.
+    t, head = length + 5, n - 1
+    kk = keys[length : t + 1, head // (n // k)].astype(np.float64)
+    vv = kk[:, :v] if values is None else values[length : t + 1, head // (n // k)]
+    p = np.exp(kk @ q[t, head] * 0.3)
+    np.testing.assert_allclose(out[t, head], p @ vv / p.sum(), rtol=1e-5, atol=1e-5)
