@@ -1,13 +1,15 @@
 """The frozen description of a model, parsed from a checkpoint's config.json.
 
-`ModelConfig.from_hf` is the only door: no other file spells Hugging Face config keys. Everything the layers need
-is here in our own terms, so a layer never asks which family it belongs to.
+`ModelConfig.from_hf` is the only door: outside this package nothing spells Hugging Face config
+keys. Everything the layers need is here in our own terms, so a layer never asks which family it
+belongs to.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,6 @@ class MlaConfig:
     v_head_dim: int
     softmax_scale: float
     lora_norm_eps: float = 1e-6
-    qkv_bias: bool = False
 
     kind: Literal["mla"] = "mla"
 
@@ -58,7 +59,6 @@ class GqaConfig:
     head_dim: int
     softmax_scale: float
     qk_norm: bool
-    qkv_bias: bool = False
 
     kind: Literal["gqa"] = "gqa"
 
@@ -75,7 +75,6 @@ class RouterConfig:
     groups_per_token: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
     renormalize_eps: float = 0.0
-    logits_in_float32: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How the checkpoint's linear weights are stored. `format` "none" means plain `weight_dtype` tensors."""
+    """How linear weights are stored. `format` "none" means plain `weight_dtype` tensors."""
 
     format: Literal["none", "fp8_block"]
     not_converted: tuple[str, ...] = ()
@@ -115,5 +114,18 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Layer indices that hold routed experts; their position here is the `moe_layer_idx` of the ops."""
+        """Layers that hold routed experts; a position in here is the `moe_layer_idx` of the ops."""
         return tuple(i for i, kind in enumerate(self.mlp_types) if kind == "moe")
+
+    @staticmethod
+    def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+        """Parses and validates the contents of a Hugging Face config.json.
+
+        Raises:
+            ConfigError: naming the key, what it says and what is supported. A key that would change
+            results
+                and is not implemented is refused, never ignored.
+        """
+        from jaxmoe.config.families import parse  # the families import the classes above
+
+        return parse(config)

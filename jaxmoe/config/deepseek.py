@@ -1,0 +1,191 @@
+"""config.json of the DeepSeek family: DeepseekV2ForCausalLM and DeepseekV3ForCausalLM.
+
+The second covers R1, V3.1, Kimi-K2 (`model_type` kimi_k2) and other models that reuse the
+architecture. The two differ in their routers: V2 takes a softmax and limits groups by their best
+expert; V3 takes sigmoids, chooses with a correction bias and limits groups by the sum of their two
+best.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from jaxmoe.config import shared_fields
+from jaxmoe.config.hf_fields import HfFields
+from jaxmoe.config.model_config import (
+    MlaConfig,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    RouterConfig,
+)
+
+_MODEL_TYPES = {
+    "DeepseekV2ForCausalLM": ("deepseek_v2",),
+    "DeepseekV3ForCausalLM": ("deepseek_v3", "kimi_k2"),
+}
+# Of later relatives that carry one of the architectures above in their configs: each changes the
+# results.
+_NOT_IMPLEMENTED = (
+    *(
+        "index_topk",
+        "index_head_dim",
+        "index_n_heads",
+        "sliding_window",
+        "layer_types",
+        "linear_attn_config",
+    ),
+    *("hc_mult", "swiglu_limit", "moe_latent_size", "use_qk_norm", "query_pre_attn_scalar"),
+)
+
+
+def parse(fields: HfFields, architecture: str) -> ModelConfig:
+    model_type = fields.choice("model_type", of=_MODEL_TYPES[architecture])
+    for key in _NOT_IMPLEMENTED:
+        if fields.given(key):
+            raise fields.fail(key, fields.raw(key), f"absent in {architecture}")
+    fields.choice("hidden_act", of=("silu",), default="silu")
+    fields.choice("attention_bias", of=(False,), default=False)
+    fields.choice("mlp_bias", of=(False,), default=False)
+
+    nope, rope_dim = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
+    max_position = fields.integer("max_position_embeddings")
+    rope = shared_fields.parse_rope(
+        fields, rope_dim, max_position, fields.boolean("rope_interleave", default=True)
+    )
+    num_heads = fields.integer("num_attention_heads")
+    # A latent is shared by all heads, so a count of KV heads has no meaning of its own here.
+    fields.choice("num_key_value_heads", of=(num_heads,), default=num_heads)
+    attention = MlaConfig(
+        num_heads=num_heads,
+        q_lora_rank=fields.integer("q_lora_rank", default=None),
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        nope_head_dim=nope,
+        rope_head_dim=rope_dim,
+        v_head_dim=fields.integer("v_head_dim"),
+        softmax_scale=_softmax_scale(nope + rope_dim, rope),
+    )
+    expert_intermediate = fields.integer("moe_intermediate_size")
+    num_layers = fields.integer("num_hidden_layers")
+    parsed = ModelConfig(
+        architecture=architecture,
+        model_type=model_type,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=fields.integer("hidden_size"),
+        num_layers=num_layers,
+        mlp_types=_mlp_types(fields, num_layers),
+        dense_intermediate=fields.integer("intermediate_size"),
+        norm_eps=fields.number("rms_norm_eps", default=1e-6),
+        tie_embeddings=fields.boolean("tie_word_embeddings", default=False),
+        max_position=shared_fields.yarn_max_position(max_position, rope),
+        attention=attention,
+        rope=rope,
+        moe=MoeConfig(
+            router=_v2_router(fields) if model_type == "deepseek_v2" else _v3_router(fields),
+            expert_intermediate=expert_intermediate,
+            shared_intermediate=expert_intermediate
+            * fields.integer("n_shared_experts", default=0, minimum=0),
+        ),
+        quant=shared_fields.parse_quant(fields),
+        weight_dtype=shared_fields.parse_weight_dtype(fields),
+        bos_token_id=shared_fields.parse_bos(fields),
+        eos_token_ids=shared_fields.parse_eos(fields),
+    )
+    shared_fields.report_unread(fields)
+    return parsed
+
+
+def _softmax_scale(head_dim: int, rope: RopeConfig) -> float:
+    """1/sqrt(head_dim), sharpened by YaRN's mscale squared where `mscale_all_dim` is set."""
+    scale = head_dim**-0.5
+    yarn = rope.scaling
+    if yarn is not None and yarn.mscale_all_dim is not None and yarn.factor > 1.0:
+        scale *= (0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1.0) ** 2
+    return scale
+
+
+def _mlp_types(fields: HfFields, num_layers: int) -> tuple[Literal["dense", "moe"], ...]:
+    first = fields.integer("first_k_dense_replace", default=0, minimum=0)
+    frequency = fields.raw("moe_layer_freq", default=1)
+    if isinstance(frequency, (list, tuple)):
+        if len(frequency) != num_layers or any(item not in (0, 1) for item in frequency):
+            raise fields.fail(
+                "moe_layer_freq", frequency, f"an integer, or {num_layers} of 0 and 1"
+            )
+        marks = [bool(item) for item in frequency]
+    else:
+        frequency = fields.integer("moe_layer_freq", default=1)
+        marks = [i % frequency == 0 for i in range(num_layers)]
+    return tuple("moe" if i >= first and marks[i] else "dense" for i in range(num_layers))
+
+
+def _v2_router(fields: HfFields) -> RouterConfig:
+    fields.choice("scoring_func", of=("softmax",), default="softmax")
+    # The published code skips the scaling factor when it renormalises, transformers ignores the
+    # key.
+    fields.choice("norm_topk_prob", of=(False,), default=False)
+    method = fields.choice("topk_method", of=("greedy", "group_limited_greedy"), default="greedy")
+    grouped = method == "group_limited_greedy"
+    if not grouped:
+        fields.ignore("n_group", "topk_group")
+    return checked_router(
+        fields,
+        RouterConfig(
+            **_common_router(fields),
+            score="softmax",
+            correction_bias=False,
+            renormalize=False,
+            num_groups=fields.integer("n_group") if grouped else 1,
+            groups_per_token=fields.integer("topk_group") if grouped else 1,
+            group_score="max",
+        ),
+    )
+
+
+def _v3_router(fields: HfFields) -> RouterConfig:
+    fields.choice("scoring_func", of=("sigmoid",), default="sigmoid")
+    fields.choice("topk_method", of=("noaux_tc",), default="noaux_tc")
+    return checked_router(
+        fields,
+        RouterConfig(
+            **_common_router(fields),
+            score="sigmoid",
+            correction_bias=True,
+            renormalize=fields.boolean("norm_topk_prob", default=True),
+            renormalize_eps=1e-20,
+            num_groups=fields.integer("n_group", default=1),
+            groups_per_token=fields.integer("topk_group", default=1),
+            group_score="top2_sum",
+        ),
+    )
+
+
+def _common_router(fields: HfFields) -> dict[str, Any]:
+    return dict(
+        num_experts=fields.integer("n_routed_experts", "num_experts", "num_local_experts"),
+        experts_per_token=fields.integer("num_experts_per_tok"),
+        weight_scale=fields.number("routed_scaling_factor", default=1.0),
+    )
+
+
+def checked_router(fields: HfFields, router: RouterConfig) -> RouterConfig:
+    """Refuses combinations no top-k exists for."""
+    if router.num_experts % router.num_groups:
+        raise fields.fail(
+            "n_group", router.num_groups, f"a divisor of {router.num_experts} experts"
+        )
+    per_group = router.num_experts // router.num_groups
+    if router.groups_per_token > router.num_groups:
+        raise fields.fail(
+            "topk_group", router.groups_per_token, f"at most n_group = {router.num_groups}"
+        )
+    if router.group_score == "top2_sum" and router.num_groups > 1 and per_group < 2:
+        raise fields.fail("n_group", router.num_groups, "groups of at least 2 experts")
+    if router.experts_per_token > per_group * router.groups_per_token:
+        raise fields.fail(
+            "num_experts_per_tok",
+            router.experts_per_token,
+            f"at most {per_group * router.groups_per_token} (experts a token may choose from)",
+        )
+    return router

@@ -1,0 +1,31 @@
+"""Which parser reads the config.json of which architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxmoe.common.errors import ConfigError
+from jaxmoe.config import deepseek, qwen3_moe
+from jaxmoe.config.hf_fields import HfFields
+from jaxmoe.config.model_config import ModelConfig
+
+PARSERS: Mapping[str, Callable[[HfFields, str], ModelConfig]] = {
+    "DeepseekV2ForCausalLM": deepseek.parse,
+    "DeepseekV3ForCausalLM": deepseek.parse,
+    "Qwen3MoeForCausalLM": qwen3_moe.parse,
+}
+
+
+def parse(config: Mapping[str, Any]) -> ModelConfig:
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"config.json holds a {type(config).__name__}; wanted an object")
+    fields = HfFields(config, "config.json")
+    supported = ", ".join(PARSERS)
+    architectures = fields.raw("architectures", default=[])
+    if not isinstance(architectures, (list, tuple)) or len(architectures) != 1:
+        raise fields.fail("architectures", architectures, f"a list with exactly one of {supported}")
+    architecture = architectures[0]
+    if architecture not in PARSERS:
+        raise fields.fail("architectures", architecture, supported)
+    return PARSERS[architecture](fields, architecture)

@@ -1,0 +1,118 @@
+"""Typed, validated reading of a config.json, with errors that name key, value and what is
+supported.
+
+Every key read is remembered, so that a family's parser can report what it did not look at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.common.errors import ConfigError
+
+_REQUIRED: Any = object()
+
+
+class HfFields:
+    """The keys of one JSON object.
+
+    A key given as null counts as absent, as it does in Hugging Face's own classes. Readers take the
+    names a key has had over the years; the first one present wins.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self._values = values
+        self._where = where
+        self._read: set[str] = set()
+
+    def raw(self, *names: str, default: Any = _REQUIRED) -> Any:
+        self._read.update(names)
+        for name in names:
+            if self._values.get(name) is not None:
+                return self._values[name]
+        if default is _REQUIRED:
+            raise ConfigError(f"{self._where} lacks '{' or '.join(names)}'")
+        return default
+
+    def given(self, name: str) -> bool:
+        self._read.add(name)
+        return self._values.get(name) is not None
+
+    def fail(self, name: str, value: Any, wanted: str) -> ConfigError:
+        return ConfigError(f"{self._where}: '{name}' is {value!r}; supported: {wanted}")
+
+    def integer(self, *names: str, default: Any = _REQUIRED, minimum: int = 1) -> Any:
+        value = self.raw(*names, default=default)
+        if value is default and default is not _REQUIRED:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.fail(names[0], value, f"an integer of at least {minimum}")
+        return value
+
+    def number(self, *names: str, default: Any = _REQUIRED, minimum: float = 0.0) -> Any:
+        """A finite number above `minimum`."""
+        value = self.raw(*names, default=default)
+        if value is default and default is not _REQUIRED:
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.fail(names[0], value, "a number")
+        if not math.isfinite(value) or value <= minimum:
+            raise self.fail(names[0], value, f"a finite number above {minimum:g}")
+        return float(value)
+
+    def boolean(self, *names: str, default: Any = _REQUIRED) -> bool:
+        value = self.raw(*names, default=default)
+        if not isinstance(value, bool):
+            raise self.fail(names[0], value, "true or false")
+        return value
+
+    def choice(self, *names: str, of: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
+        """One of a few values; also how a feature that is not implemented is refused by name."""
+        value = self.raw(*names, default=default)
+        # 1 == True in Python, and neither is meant where the other is written
+        if not any(type(value) is type(v) and value == v for v in of):
+            raise self.fail(names[0], value, ", ".join(repr(v) for v in of))
+        return value
+
+    def integers(self, *names: str, default: Any = _REQUIRED, minimum: int = 0) -> tuple[int, ...]:
+        value = self.raw(*names, default=default)
+        items = value if isinstance(value, (list, tuple)) else None
+        if items is None or any(
+            isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in items
+        ):
+            raise self.fail(names[0], value, f"a list of integers of at least {minimum}")
+        return tuple(items)
+
+    def strings(self, *names: str, default: Any = _REQUIRED) -> tuple[str, ...]:
+        value = self.raw(*names, default=default)
+        if not isinstance(value, (list, tuple)) or any(not isinstance(item, str) for item in value):
+            raise self.fail(names[0], value, "a list of strings")
+        return tuple(value)
+
+    def table(self, *names: str) -> HfFields | None:
+        """A nested object, None where it is absent or empty."""
+        value = self.raw(*names, default=None)
+        if value is None or value == {}:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.fail(names[0], value, "an object")
+        name = next(n for n in names if self._values.get(n) is not None)
+        return HfFields(value, f"{self._where}, {name}")
+
+    def ignore(self, *names: str) -> None:
+        """Keys known not to change what the model computes."""
+        self._read.update(names)
+
+    def unread(self) -> tuple[str, ...]:
+        """Keys nobody looked at, without those that say nothing (null, false, empty)."""
+        return tuple(
+            key
+            for key, value in self._values.items()
+            if key not in self._read and value not in (None, False, [], {}, "")
+        )
+
+    @property
+    def where(self) -> str:
+        return self._where

@@ -1,0 +1,140 @@
+"""What all families spell alike in config.json: rope, quantization, dtype, special tokens."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Literal
+
+from jaxmoe.common.errors import ConfigError
+from jaxmoe.config.hf_fields import HfFields
+from jaxmoe.config.model_config import QuantConfig, RopeConfig, YarnScaling
+
+_log = logging.getLogger(__name__)
+
+# Training, generation and bookkeeping: nothing here changes a forward pass.
+_WITHOUT_EFFECT = (
+    *(
+        "_name_or_path",
+        "auto_map",
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "use_cache",
+    ),
+    *(
+        "initializer_range",
+        "attention_dropout",
+        "pretraining_tp",
+        "ep_size",
+        "aux_loss_alpha",
+        "seq_aux",
+    ),
+    *("router_aux_loss_coef", "output_router_logits", "output_attentions", "output_hidden_states"),
+    *(
+        "return_dict",
+        "pad_token_id",
+        "num_nextn_predict_layers",
+        "num_mtp_layers",
+        "max_window_layers",
+    ),
+    *("head_dim", "qk_head_dim", "id2label", "label2id", "problem_type", "is_encoder_decoder"),
+    *("chunk_size_feed_forward", "attn_implementation", "_attn_implementation", "torchscript"),
+)
+
+
+def parse_rope(fields: HfFields, dim: int, max_position: int, interleaved: bool) -> RopeConfig:
+    """Both spellings: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5)."""
+    table = fields.table("rope_parameters", "rope_scaling")
+    theta = fields.number("rope_theta", default=None)
+    fields.choice("partial_rotary_factor", of=(1.0, 1), default=1.0)
+    if dim % 2:
+        raise ConfigError(f"{fields.where}: rope needs an even number of dimensions, got {dim}")
+    if table is None:
+        return RopeConfig(
+            dim=dim, theta=10000.0 if theta is None else theta, interleaved=interleaved
+        )
+    theta = table.number("rope_theta", default=10000.0 if theta is None else theta)
+    table.choice("partial_rotary_factor", of=(1.0, 1), default=1.0)
+    kind = table.choice("rope_type", "type", of=("default", "yarn"), default="default")
+    table.ignore("type")
+    scaling = None
+    if kind == "yarn":
+        scaling = _parse_yarn(table, max_position)
+    if left := table.unread():
+        raise ConfigError(f"{table.where}: not supported for rope type '{kind}': {', '.join(left)}")
+    return RopeConfig(dim=dim, theta=theta, interleaved=interleaved, scaling=scaling)
+
+
+def _parse_yarn(table: HfFields, max_position: int) -> YarnScaling:
+    original = table.integer("original_max_position_embeddings", default=max_position)
+    mscale = table.number("mscale", default=None, minimum=-math.inf)
+    all_dim = table.number("mscale_all_dim", default=None, minimum=-math.inf)
+    mscale, all_dim = mscale or None, all_dim or None  # 0 means unset
+    if mscale not in (None, 1.0) and all_dim is None:
+        # The published model code and transformers read this combination differently.
+        raise table.fail("mscale", mscale, "1.0 where 'mscale_all_dim' is absent")
+    return YarnScaling(
+        factor=table.number("factor", default=max_position / original),
+        original_max_position=original,
+        beta_fast=table.number("beta_fast", default=32.0),
+        beta_slow=table.number("beta_slow", default=1.0),
+        mscale=mscale,
+        mscale_all_dim=all_dim,
+        attention_factor=table.number("attention_factor", default=None),
+        truncate=table.boolean("truncate", default=True),
+    )
+
+
+def yarn_max_position(max_position: int, rope: RopeConfig) -> int:
+    """The context YaRN extends to, even where `max_position_embeddings` states the original."""
+    if rope.scaling is None:
+        return max_position
+    return max(max_position, int(rope.scaling.factor * rope.scaling.original_max_position))
+
+
+def parse_quant(fields: HfFields) -> QuantConfig:
+    """`quantization_config`; methods that are not implemented are refused by name."""
+    supported = "none, fp8 (E4M3 with 128x128 blocks)"
+    if fields.given("compression_config"):
+        raise fields.fail("compression_config", "given", supported)
+    table = fields.table("quantization_config")
+    if table is None:
+        return QuantConfig("none")
+    method = table.raw("quant_method")
+    if method != "fp8":
+        raise table.fail("quant_method", method, supported)
+    table.choice("fmt", of=("e4m3", "float8_e4m3fn"), default="e4m3")
+    block = table.raw("weight_block_size", default=None)
+    if block is None or list(block) != [128, 128]:
+        raise table.fail("weight_block_size", block, "[128, 128]")
+    # Activations stay in the compute dtype: rounding them to FP8 is a speed trick of other engines.
+    table.choice("activation_scheme", of=("dynamic",), default="dynamic")
+    table.choice("scale_fmt", of=("ue8m0", "float", None), default=None)
+    table.choice("dequantize", of=(False, True), default=False)
+    kept = table.strings("modules_to_not_convert", "ignored_layers", default=())
+    if left := table.unread():
+        raise ConfigError(f"{table.where}: not supported: {', '.join(left)}")
+    return QuantConfig("fp8_block", kept)
+
+
+def parse_weight_dtype(fields: HfFields) -> Literal["bfloat16", "float32"]:
+    return fields.choice("dtype", "torch_dtype", of=("bfloat16", "float32"), default="bfloat16")
+
+
+def parse_bos(fields: HfFields) -> int | None:
+    return fields.integer("bos_token_id", default=None, minimum=0)
+
+
+def parse_eos(fields: HfFields) -> tuple[int, ...]:
+    value = fields.raw("eos_token_id", default=[])
+    if isinstance(value, (list, tuple)):
+        return fields.integers("eos_token_id", default=())
+    return (fields.integer("eos_token_id", minimum=0),)
+
+
+def report_unread(fields: HfFields) -> None:
+    """Says which keys nobody looked at; those known to change results were refused before."""
+    fields.ignore(*_WITHOUT_EFFECT)
+    if left := fields.unread():
+        _log.warning("%s: keys not understood and not used: %s", fields.where, ", ".join(left))
