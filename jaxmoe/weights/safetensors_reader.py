@@ -1,0 +1,293 @@
+"""A Hugging Face checkpoint directory: its tensors, checked, and a safe way to their bytes.
+
+`Checkpoint.open` reads every shard's header (safetensors_header.py) and holds the shards against
+the index; after that each tensor's place, dtype and size are known to be consistent. Data is read
+with pread into buffers of the caller: a file that is cut short meanwhile is a CheckpointError,
+where a memory map would end the process with SIGBUS. Only safetensors and JSON are ever read;
+pickled weights (.bin, .pt) are refused.
+
+What it does not do: decide which tensors a model needs (tensor_table.py) or where they go
+(loader.py).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import numpy as np
+
+from jaxmoe.common.errors import CheckpointError
+from jaxmoe.weights.safetensors_header import (
+    TensorInfo,
+    fail,
+    open_regular,
+    read_header,
+    read_json_file,
+    show,
+)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Copied beside prepared weights, and what `text/` and the engine look for.
+COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Checkpoint:
+    """A directory's tensors. Shards stay open until `close`: all reads see the same files."""
+
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Mapping[str, TensorInfo],
+        files: Mapping[Path, tuple[int, os.stat_result]],
+    ) -> None:
+        self.directory = directory
+        self.tensors = tensors
+        self._files = dict(files)  # path -> descriptor, its state when the header was checked
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
+        """Reads and checks all headers; no data is touched. Raises CheckpointError."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            kind = "is not a directory" if directory.exists() else "does not exist"
+            raise CheckpointError(
+                f"{directory}: {kind}; wanted a checkpoint directory (config.json, safetensors)"
+            )
+        weight_map = _weight_map(directory)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+        opened: dict[Path, tuple[int, os.stat_result]] = {}
+        try:
+            shards: dict[str, dict[str, TensorInfo]] = {}
+            for name in names:
+                path = _shard_path(directory, name)
+                fd = open_regular(path, "shard named by the index" if weight_map else "file")
+                opened[path] = (fd, os.fstat(fd))
+                shards[name] = read_header(fd, path)
+            tensors = _merge(directory, shards, weight_map)
+        except BaseException:
+            for fd, _ in opened.values():
+                os.close(fd)
+            raise
+        return cls(directory, tensors, opened)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self._files)
+
+    def fd(self, info: TensorInfo) -> int:
+        """The descriptor of the tensor's shard, after a check that the shard is still what was
+        checked.
+        """
+        fd, _ = self._entry(info)
+        self.check_unchanged(info)
+        return fd
+
+    def check_unchanged(self, info: TensorInfo) -> None:
+        """Refuses a shard that was truncated or written to since its header was checked."""
+        fd, was = self._entry(info)
+        now = os.fstat(fd)
+        if now.st_size != was.st_size:
+            fail(
+                info.file,
+                f"file changed from {was.st_size} to {now.st_size} bytes while it was being read",
+                info.name,
+            )
+        if now.st_mtime_ns != was.st_mtime_ns:
+            fail(info.file, "file was written to while it was being read; load it again", info.name)
+
+    def _entry(self, info: TensorInfo) -> tuple[int, os.stat_result]:
+        with self._lock:
+            entry = self._files.get(info.file)
+        if entry is None:
+            raise CheckpointError(f"{info.file}: the checkpoint was closed, or has no such shard")
+        return entry
+
+    def read_into(self, info: TensorInfo, buffer: np.ndarray | memoryview, start: int = 0) -> None:
+        """Fills `buffer` with the tensor's bytes from byte `start` on, with the GIL released.
+
+        Args:
+          info: one of `self.tensors`.
+          buffer: writable and C-contiguous, any dtype; `info.nbytes - start` bytes or fewer.
+          start: the first byte wanted, counted from the tensor's start.
+        """
+        view = buffer.reshape(-1).view(np.uint8).data if isinstance(buffer, np.ndarray) else buffer
+        view = memoryview(view).cast("B")
+        if start < 0 or start + len(view) > info.nbytes:
+            raise ValueError(f"bytes {start}:{start + len(view)} of {info.name} ({info.nbytes})")
+        fd = self.fd(info)
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(fd, [view[done:]], info.offset + start + done)
+            except OSError as error:
+                fail(
+                    info.file,
+                    f"reading failed at byte {info.offset + start + done}: {error.strerror}",
+                    info.name,
+                )
+            if count == 0:
+                fail(
+                    info.file,
+                    f"file ended at byte {info.offset + start + done} while it was being read; "
+                    "download it again",
+                    info.name,
+                )
+            done += count
+
+    def read(self, info: TensorInfo) -> bytearray:
+        """A small tensor's bytes, for tools and tests."""
+        data = bytearray(info.nbytes)
+        self.read_into(info, memoryview(data))
+        return data
+
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands."""
+        return read_json_file(self.directory / "config.json", "config.json")
+
+    def generation_config(self) -> dict[str, Any] | None:
+        """generation_config.json, or None where the checkpoint ships none."""
+        path = self.directory / "generation_config.json"
+        return read_json_file(path, "generation_config.json") if path.exists() else None
+
+    def companions(self) -> dict[str, Path]:
+        """The config, tokenizer and template files that are present, by name."""
+        found = {name: self.directory / name for name in COMPANION_FILES}
+        return {name: path for name, path in found.items() if path.is_file()}
+
+    def close(self) -> None:
+        with self._lock:
+            files, self._files = self._files, {}
+        for fd, _ in files.values():
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_files", None):
+            self.close()
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """Tensor name → shard name from the index, or None for a checkpoint of one file."""
+    index, single = directory / INDEX, directory / SINGLE
+    if not os.path.lexists(index):
+        if not os.path.lexists(single):
+            _refuse_without_safetensors(directory)
+        return None
+    content = read_json_file(index, "index")
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        fail(index, f"weight_map is {show(weight_map)}, wanted an object of tensor and shard names")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            fail(index, f"shard name is {show(shard)}, wanted a file name", tensor)
+        if not _is_plain_name(shard):
+            fail(
+                index, f"shard name {show(shard)} is not a plain file name in the directory", tensor
+            )
+    if os.path.lexists(single) and SINGLE not in weight_map.values():
+        fail(index, f"the index does not name {SINGLE}, which is there too; remove one of them")
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    return (
+        name not in ("", ".", "..")
+        and len(name) <= 255
+        and name.isprintable()  # neither NUL nor lone surrogates
+        and not any(c in name for c in "/\\")
+    )
+
+
+def _refuse_without_safetensors(directory: Path) -> NoReturn:
+    names = sorted(path.name for path in directory.iterdir())
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        what = f"has {show(shards[0])} but no {INDEX}; download the index too"
+    elif pickled:
+        what = (
+            f"has only pickled weights ({show(pickled[0])}), which can run code when read and are "
+            "refused; convert them to safetensors"
+        )
+    elif any(name.endswith(".gguf") for name in names):
+        what = "has GGUF weights, which are not supported; use the original safetensors checkpoint"
+    else:
+        what = f"has neither {SINGLE} nor {INDEX}; wanted a Hugging Face checkpoint directory"
+    raise CheckpointError(f"{directory}: {what}")
+
+
+def _shard_path(directory: Path, name: str) -> Path:
+    """The shard's path, refused if a symbolic link leads out of the checkpoint.
+
+    A Hugging Face cache keeps a snapshot's files as links into the `blobs` folder of the same
+    repository; that one place outside is allowed.
+    """
+    path = directory / name
+    root = Path(os.path.realpath(directory))
+    real = Path(os.path.realpath(path))
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if real.parent not in allowed:
+        fail(path, f"is a link to {show(str(real))}, outside the checkpoint; copy the file instead")
+    return path
+
+
+def _merge(
+    directory: Path, shards: dict[str, dict[str, TensorInfo]], weight_map: dict[str, str] | None
+) -> dict[str, TensorInfo]:
+    """All shards' tensors, which must be those of the index."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards.values():
+        for name, info in shard.items():
+            if name in tensors:
+                fail(info.file, f"is also in {tensors[name].file.name}; one of them is stale", name)
+            tensors[name] = info
+    if weight_map is None:
+        return tensors
+    index = directory / INDEX
+    lacking = [name for name, shard in weight_map.items() if name not in shards[shard]]
+    if lacking:
+        name = lacking[0]
+        shard = weight_map[name]
+        where = f"it is in {tensors[name].file.name}" if name in tensors else "nor has any other"
+        fail(
+            index,
+            f"the index places it in {shard}, which lacks it ({where}); {len(lacking)} such in all",
+            name,
+        )
+    unlisted = [name for name in tensors if name not in weight_map]
+    if unlisted:
+        info = tensors[unlisted[0]]
+        fail(info.file, f"is not in the index {INDEX}; {len(unlisted)} such in all", info.name)
+    return tensors
