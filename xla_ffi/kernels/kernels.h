@@ -1,12 +1,14 @@
 // Matmul kernels over stored weights: the table each instruction set fills in.
 //
-// A weight matrix is row-major [n, k] as shipped in checkpoints; y = x Wᵀ. Every kernel decodes weights
-// exactly and accumulates in FP32. Nothing here knows XLA, Python or the runtime.
+// A weight matrix is row-major [n, k] as shipped in checkpoints; y = x Wᵀ. Every kernel decodes
+// weights exactly and accumulates in FP32. Nothing here knows XLA, Python or the runtime.
 //
 // Numerics contract (what makes results independent of batch composition):
-//   * Within one (family, ISA, format) an output element y[i, n] depends on x[i, :] and w[n, :] alone: the
+//   * Within one (family, ISA, format) an output element y[i, n] depends on x[i, :] and w[n, :]
+//   alone: the
 //     order of additions never depends on how many rows i or n a call covers, nor on their tiling.
-//   * FP8 block scales are applied in FP32 to the partial sum of each 128-column block, so weights are never
+//   * FP8 block scales are applied in FP32 to the partial sum of each 128-column block, so weights
+//   are never
 //     rounded: y = sum_b scale[n/128, b] * sum_{k in b} x[k] * w[n, k].
 //   * Error bound held by the tests: |err| <= c * eps * sum |w| |x|.
 #ifndef JAXMOE_KERNELS_KERNELS_H_
@@ -29,10 +31,12 @@ inline constexpr int kNumFormats = 3;
 
 enum class ActivationType : int { kF32 = 0, kBf16 = 1 };
 
-// Which arithmetic a program asks for. The caller fixes it per compiled program (decode: kVector, prefill:
-// kMatrix), never per row count, so a token's result does not depend on what else is in its step.
-//   kVector: weights decoded to FP32, FP32 FMA with FP32 activations. Any activation type, exact products.
-//   kMatrix: the fastest many-row form the ISA has (AMX tiles, vdpbf16ps) on BF16 activations; where the ISA
+// Which arithmetic a program asks for. The caller fixes it per compiled program (decode: kVector,
+// prefill: kMatrix), never per row count, so a token's result does not depend on what else is in
+// its step.
+//   kVector: weights decoded to FP32, FP32 FMA with FP32 activations. Any activation type, exact
+//   products. kMatrix: the fastest many-row form the ISA has (AMX tiles, vdpbf16ps) on BF16
+//   activations; where the ISA
 //            has none, or activations are F32, the table holds the kVector kernel.
 enum class Family : int { kVector = 0, kMatrix = 1 };
 inline constexpr int kNumFamilies = 2;
@@ -46,16 +50,18 @@ struct WeightView {
   int64_t n = 0;                  // rows (outputs)
   int64_t k = 0;                  // columns (inputs)
   int64_t row_stride_bytes = 0;
-  int64_t scale_stride = 0;       // floats between scale rows
+  int64_t scale_stride = 0;  // floats between scale rows
   WeightFormat format = WeightFormat::kBf16;
 };
 
 // Prepared activations come in two steps so that work is shared as far as it can be:
-//   prepare: once per op, row by row (any subset of rows, so workers can share it): converts m_total rows
+//   prepare: once per op, row by row (any subset of rows, so workers can share it): converts
+//   m_total rows
 //            into the kernel's element type, leading dimension `prepared_ld(k)` elements.
-//   panel:   once per group of rows that meet the same weights (the tokens of one expert): gathers rows
-//            row_ids[0..m) into the kernel's tile order. Kernels with panel_bytes == nullptr index rows of the
-//            prepared matrix directly and need no panel.
+//   panel:   once per group of rows that meet the same weights (the tokens of one expert): gathers
+//   rows
+//            row_ids[0..m) into the kernel's tile order. Kernels with panel_bytes == nullptr index
+//            rows of the prepared matrix directly and need no panel.
 struct MatmulKernel {
   const char* name;  // e.g. "matmul_fp8block_f32fma_avx2"
   Isa isa;
@@ -68,37 +74,45 @@ struct MatmulKernel {
 
   // nullptr: no panel step. Otherwise bytes of a panel for m rows of k columns.
   size_t (*panel_bytes)(int64_t m, int64_t k);
-  void (*make_panel)(const void* prepared, int64_t k, const int32_t* row_ids, int64_t m, void* panel);
+  void (*make_panel)(const void* prepared, int64_t k, const int32_t* row_ids, int64_t m,
+                     void* panel);
 
   // y[i * ldy + (n - n_begin)] = sum_k x[row_i, k] w[n, k] for n in [n_begin, n_end), i in [0, m).
-  // `x` is the panel where the kernel has one (row_ids unused), else the prepared matrix with row_i =
-  // row_ids[i] (row_ids == nullptr: row_i = i). Any n range, any m >= 0, any k >= 1.
+  // `x` is the panel where the kernel has one (row_ids unused), else the prepared matrix with row_i
+  // = row_ids[i] (row_ids == nullptr: row_i = i). Any n range, any m >= 0, any k >= 1.
   void (*matmul)(const WeightView& w, int64_t n_begin, int64_t n_end, const void* x,
                  const int32_t* row_ids, int64_t m, float* y, int64_t ldy);
 };
 
-// The table of one ISA; entries are never null (an ISA without its own form of a kernel lists the best form
-// a lower ISA has, under that form's name).
+// The table of one ISA; entries are never null (an ISA without its own form of a kernel lists the
+// best form a lower ISA has, under that form's name).
 struct KernelTable {
   Isa isa;
   MatmulKernel matmul[kNumFamilies][kNumFormats];
 };
 
 const char* isa_name(Isa isa);
-bool isa_supported(Isa isa);              // by this CPU and operating system (AMX: permission obtained)
-Isa best_isa();                           // highest supported
-const char* isa_reason();                 // one line: why best_isa() was chosen, what is missing for the next
-const KernelTable& kernel_table(Isa isa); // isa must be supported
+bool isa_supported(Isa isa);  // by this CPU and operating system (AMX: permission obtained)
+Isa best_isa();               // highest supported
+const char* isa_reason();     // one line: why best_isa() was chosen, what is missing for the next
+const KernelTable& kernel_table(Isa isa);  // isa must be supported
 
-// AMX tile state is per thread: every worker calls this once before its first kernel (no-op otherwise), and
-// release when it sleeps or ends.
+// The entry a program should use: the family's, or the kVector one where activations are F32 and
+// must stay so. (A kMatrix kernel's `prepare` rounds F32 rows to BF16, to nearest even: for callers
+// that mean it.)
+const MatmulKernel& select_kernel(const KernelTable& table, Family family, WeightFormat format,
+                                  ActivationType activation);
+
+// AMX tile state is per thread: every worker calls this once before its first kernel (no-op
+// otherwise), and release when it sleeps or ends.
 void kernel_thread_init(Isa isa);
 void kernel_thread_release(Isa isa);
 
-// Element-wise helpers used by the experts core, one per ISA is not worth it: compiled for the baseline.
-float fp8_e4m3_to_float(uint8_t code);    // OCP E4M3FN: 0x7F and 0xFF are NaN, subnormals exact
+// Element-wise helpers used by the experts core, one per ISA is not worth it: compiled for the
+// baseline.
+float fp8_e4m3_to_float(uint8_t code);  // OCP E4M3FN: 0x7F and 0xFF are NaN, subnormals exact
 float bf16_to_float(uint16_t bits);
-uint16_t float_to_bf16(float value);      // round to nearest even, NaN stays NaN
+uint16_t float_to_bf16(float value);  // round to nearest even, NaN stays NaN
 
 // Decode attention over a paged KV cache; see attention.h for its contract.
 

@@ -1,0 +1,206 @@
+// Random weights in every stored format, a double oracle, and one way to run a kernel as the
+// runtime does.
+#ifndef JAXMOE_TESTS_KERNELS_FIXTURE_H_
+#define JAXMOE_TESTS_KERNELS_FIXTURE_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace jaxmoe_test {
+
+using namespace jaxmoe;
+
+inline constexpr WeightFormat kFormats[] = {WeightFormat::kF32, WeightFormat::kBf16,
+                                            WeightFormat::kFp8Block};
+inline constexpr Family kFamilies[] = {Family::kVector, Family::kMatrix};
+
+inline int weight_bytes(WeightFormat format) {
+  return format == WeightFormat::kF32 ? 4 : (format == WeightFormat::kBf16 ? 2 : 1);
+}
+
+inline const char* family_name(Family family) {
+  return family == Family::kVector ? "vector" : "matrix";
+}
+
+struct Random {
+  uint64_t state;
+  explicit Random(uint64_t seed) : state(seed * 0x9E3779B97F4A7C15u + 1) {}
+  uint32_t bits() {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return static_cast<uint32_t>(state >> 32);
+  }
+  float uniform() { return static_cast<float>(bits() >> 8) * 0x1p-23f - 1.0f; }  // [-1, 1)
+};
+
+// Rows of `k` weights, `pad_bytes` between rows, held at the front of a buffer without slack.
+struct Weights {
+  WeightFormat format;
+  int64_t n, k, stride;
+  std::vector<uint8_t> bytes;
+  std::vector<float> scale;
+
+  Weights(WeightFormat format, int64_t n, int64_t k, int64_t pad_bytes = 0)
+      : format(format),
+        n(n),
+        k(k),
+        stride(k * weight_bytes(format) + pad_bytes),
+        bytes((n - 1) * stride + k * weight_bytes(format)),
+        scale(format == WeightFormat::kFp8Block ? scale_rows() * scale_cols() : 0, 1.0f) {}
+
+  int64_t scale_rows() const { return (n + 127) / 128; }
+  int64_t scale_cols() const { return (k + 127) / 128; }
+
+  void randomize(uint64_t seed) {
+    Random random(seed);
+    for (float& s : scale) s = 0.001f + std::fabs(random.uniform()) * 0.01f;
+    for (int64_t row = 0; row < n; ++row) {
+      for (int64_t col = 0; col < k; ++col) {
+        if (format == WeightFormat::kFp8Block) {
+          uint8_t code = static_cast<uint8_t>(random.bits());
+          if ((code & 0x7F) == 0x7F) code ^= 1;
+          set_bits(row, col, code);
+        } else {
+          set(row, col, random.uniform());
+        }
+      }
+    }
+  }
+
+  uint8_t* at(int64_t row, int64_t col) {
+    return &bytes[row * stride + col * weight_bytes(format)];
+  }
+  const uint8_t* at(int64_t row, int64_t col) const {
+    return &bytes[row * stride + col * weight_bytes(format)];
+  }
+  void set_bits(int64_t row, int64_t col, uint32_t bits) {
+    std::memcpy(at(row, col), &bits, weight_bytes(format));
+  }
+  void set(int64_t row, int64_t col, float value) {
+    if (format == WeightFormat::kF32) {
+      std::memcpy(at(row, col), &value, 4);
+    } else {
+      set_bits(row, col, float_to_bf16(value));
+    }
+  }
+  double value(int64_t row, int64_t col) const {
+    if (format == WeightFormat::kF32) {
+      float out;
+      std::memcpy(&out, at(row, col), 4);
+      return out;
+    }
+    if (format == WeightFormat::kBf16) {
+      uint16_t bits;
+      std::memcpy(&bits, at(row, col), 2);
+      return bf16_to_float(bits);
+    }
+    return static_cast<double>(fp8_e4m3_to_float(*at(row, col))) *
+           scale[row / 128 * scale_cols() + col / 128];
+  }
+  WeightView view(const uint8_t* data = nullptr) const {
+    WeightView w;
+    w.data = data != nullptr ? data : bytes.data();
+    w.scale = scale.empty() ? nullptr : scale.data();
+    w.n = n;
+    w.k = k;
+    w.row_stride_bytes = stride;
+    w.scale_stride = scale_cols();
+    w.format = format;
+    return w;
+  }
+};
+
+struct AlignedDelete {
+  void operator()(void* p) const { std::free(p); }
+};
+
+inline std::unique_ptr<void, AlignedDelete> aligned_bytes(size_t bytes) {
+  return std::unique_ptr<void, AlignedDelete>(std::aligned_alloc(64, (bytes + 64) / 64 * 64));
+}
+
+// Activations as BF16 values kept in both types, so that either `prepare` reads the same numbers.
+struct Activations {
+  int64_t rows, k, ld;
+  std::vector<float> f32;
+  std::vector<uint16_t> bf16;
+
+  Activations(int64_t rows, int64_t k, uint64_t seed = 1, int64_t pad = 0)
+      : rows(rows), k(k), ld(k + pad), f32(rows * ld, NAN), bf16(rows * ld, 0x7FC0) {
+    Random random(seed);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t col = 0; col < k; ++col) set(row, col, random.uniform());
+    }
+  }
+  void set(int64_t row, int64_t col, float value) {
+    bf16[row * ld + col] = float_to_bf16(value);
+    f32[row * ld + col] = bf16_to_float(bf16[row * ld + col]);
+  }
+  void fill(float value) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t col = 0; col < k; ++col) set(row, col, value);
+    }
+  }
+};
+
+// Prepares all rows of x (one call a row, as several workers would), gathers row_ids, multiplies.
+// Returns y [m, n_end - n_begin].
+inline std::vector<float> run(const MatmulKernel& kernel, const WeightView& w, int64_t n_begin,
+                              int64_t n_end, const Activations& x,
+                              const std::vector<int32_t>& row_ids,
+                              ActivationType type = ActivationType::kBf16) {
+  const int64_t m = static_cast<int64_t>(row_ids.size());
+  auto prepared = aligned_bytes(kernel.prepared_row_bytes(x.k) * x.rows);
+  for (int64_t row = 0; row < x.rows; ++row) {
+    kernel.prepare(type,
+                   type == ActivationType::kF32 ? static_cast<const void*>(x.f32.data())
+                                                : static_cast<const void*>(x.bf16.data()),
+                   x.ld, x.k, row, row + 1, prepared.get());
+  }
+  std::vector<float> y(m * (n_end - n_begin), -12345.0f);
+  if (kernel.panel_bytes != nullptr) {
+    auto panel = aligned_bytes(kernel.panel_bytes(m, x.k));
+    kernel.make_panel(prepared.get(), x.k, row_ids.data(), m, panel.get());
+    kernel.matmul(w, n_begin, n_end, panel.get(), nullptr, m, y.data(), n_end - n_begin);
+  } else {
+    kernel.matmul(w, n_begin, n_end, prepared.get(), row_ids.data(), m, y.data(), n_end - n_begin);
+  }
+  return y;
+}
+
+inline std::vector<int32_t> iota(int64_t m) {
+  std::vector<int32_t> ids(m);
+  for (int64_t i = 0; i < m; ++i) ids[i] = static_cast<int32_t>(i);
+  return ids;
+}
+
+// Runs body(kernel, family, format) for every entry of every table this machine can run; says
+// which.
+template <class Body>
+void for_each_kernel(Body body) {
+  for (int i = 0; i < kNumIsas; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (!isa_supported(isa)) continue;
+    kernel_thread_init(isa);
+    std::printf("  [%s]", isa_name(isa));
+    for (Family family : kFamilies) {
+      for (WeightFormat format : kFormats) {
+        body(kernel_table(isa).matmul[static_cast<int>(family)][static_cast<int>(format)], family,
+             format);
+      }
+    }
+    kernel_thread_release(isa);
+  }
+  std::printf("\n");
+}
+
+}  // namespace jaxmoe_test
+
+#endif  // JAXMOE_TESTS_KERNELS_FIXTURE_H_

@@ -1,0 +1,157 @@
+// Error bound over shapes with every kind of tail, batch invariance, gathers and views.
+#include "check.h"
+#include "kernels_fixture.h"
+
+using namespace jaxmoe_test;
+
+namespace {
+
+constexpr double kEps = 0x1p-24;
+
+// |err| <= c eps sum |w||x|. An FP32 sum of k terms over eight or more lanes errs by at most (k/8 +
+// a few) roundings in the worst case, by about its square root in practice; c follows the latter.
+double bound_factor(int64_t k) { return 4.0 + 2.0 * std::sqrt(static_cast<double>(k)); }
+
+void check_against_oracle(const MatmulKernel& kernel, const Weights& weights, const Activations& x,
+                          const std::vector<int32_t>& row_ids, int64_t n_begin, int64_t n_end,
+                          ActivationType type) {
+  const std::vector<float> y = run(kernel, weights.view(), n_begin, n_end, x, row_ids, type);
+  const int64_t width = n_end - n_begin;
+  for (size_t i = 0; i < row_ids.size(); ++i) {
+    for (int64_t n = n_begin; n < n_end; ++n) {
+      double want = 0, magnitude = 0;
+      for (int64_t col = 0; col < weights.k; ++col) {
+        const double product = weights.value(n, col) * x.f32[row_ids[i] * x.ld + col];
+        want += product;
+        magnitude += std::fabs(product);
+      }
+      const double got = y[i * width + (n - n_begin)];
+      const double bound = bound_factor(weights.k) * kEps * magnitude;
+      JAXMOE_CHECK(std::fabs(got - want) <= bound,
+                   "%s k %d m %zu row %zu n %d of [%d, %d): got %.9g, want %.9g, bound %.3g",
+                   kernel.name, static_cast<int>(weights.k), row_ids.size(), i, static_cast<int>(n),
+                   static_cast<int>(n_begin), static_cast<int>(n_end), got, want, bound);
+    }
+  }
+}
+
+}  // namespace
+
+JAXMOE_TEST(error_bound_over_tails) {
+  const struct {
+    int64_t k, n;
+    std::vector<int64_t> ms;
+  } shapes[] = {
+      {1, 7, {0, 1, 2, 3, 5, 8, 17, 64}},
+      {31, 16, {1, 2, 3, 17}},
+      {127, 130, {1, 2, 5, 17}},
+      {128, 1, {0, 1, 2, 3, 5, 8, 17, 64}},
+      {129, 16, {1, 2, 8, 33}},
+      {129, 130, {1, 64}},
+      {300, 70, {1, 49, 97}},
+      {576, 130, {1, 2, 3, 5, 8}},
+      {2880, 16, {1, 2, 3, 17}},
+      {7168, 7, {1, 2, 8}},
+      {7168, 16, {17}},
+  };
+  for_each_kernel([&](const MatmulKernel& kernel, Family, WeightFormat format) {
+    for (const auto& shape : shapes) {
+      Weights weights(format, shape.n, shape.k);
+      weights.randomize(shape.k);
+      for (int64_t m : shape.ms) {
+        Activations x(m, shape.k, m);
+        check_against_oracle(kernel, weights, x, iota(m), 0, shape.n, ActivationType::kBf16);
+      }
+    }
+  });
+}
+
+JAXMOE_TEST(f32_activations_and_gathers_and_strides) {
+  for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
+    // 5 or 6 bytes between rows: rows at odd addresses; activations with a leading dimension of
+    // their own.
+    Weights weights(format, 150, 200, format == WeightFormat::kFp8Block ? 5 : 6);
+    weights.randomize(9);
+    Activations x(9, 200, 5, 3);
+    for (ActivationType type : {ActivationType::kF32, ActivationType::kBf16}) {
+      check_against_oracle(kernel, weights, x, {4}, 0, 150, type);
+      check_against_oracle(kernel, weights, x, {8, 0}, 121, 139, type);
+      check_against_oracle(kernel, weights, x, {7, 7, 1, 3, 0, 8}, 127, 150, type);
+    }
+  });
+}
+
+JAXMOE_TEST(row_ids_null_means_identity) {
+  for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
+    if (kernel.panel_bytes != nullptr) return;
+    Weights weights(format, 20, 140);
+    weights.randomize(2);
+    Activations x(5, 140);
+    const std::vector<float> want = run(kernel, weights.view(), 0, 20, x, iota(5));
+    auto prepared = aligned_bytes(kernel.prepared_row_bytes(140) * 5);
+    kernel.prepare(ActivationType::kBf16, x.bf16.data(), x.ld, 140, 0, 5, prepared.get());
+    std::vector<float> y(100);
+    kernel.matmul(weights.view(), 0, 20, prepared.get(), nullptr, 5, y.data(), 20);
+    JAXMOE_CHECK(std::memcmp(y.data(), want.data(), y.size() * 4) == 0, "%s", kernel.name);
+  });
+}
+
+// y is written inside [m, n range] only, with any leading dimension; m = 0 and an empty n range
+// write nothing.
+JAXMOE_TEST(writes_only_its_outputs) {
+  for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
+    Weights weights(format, 40, 130);
+    weights.randomize(2);
+    for (int64_t m : {0, 1, 2, 5, 17}) {
+      Activations x(m, 130);
+      const std::vector<float> want = run(kernel, weights.view(), 3, 30, x, iota(m));
+      auto prepared = aligned_bytes(kernel.prepared_row_bytes(130) * m + 64);
+      kernel.prepare(ActivationType::kBf16, x.bf16.data(), x.ld, 130, 0, m, prepared.get());
+      const void* operand = prepared.get();
+      auto panel = aligned_bytes(kernel.panel_bytes == nullptr ? 64 : kernel.panel_bytes(m, 130));
+      if (kernel.panel_bytes != nullptr) {
+        kernel.make_panel(prepared.get(), 130, nullptr, m, panel.get());
+        operand = panel.get();
+      }
+      std::vector<float> y((m + 1) * 37, -7.0f);
+      kernel.matmul(weights.view(), 3, 30, operand, nullptr, m, y.data(), 37);
+      kernel.matmul(weights.view(), 5, 5, operand, nullptr, m, y.data(), 37);
+      for (int64_t i = 0; i <= m; ++i) {
+        for (int64_t n = 0; n < 37; ++n) {
+          const float expected = i < m && n < 27 ? want[i * 27 + n] : -7.0f;
+          JAXMOE_CHECK(y[i * 37 + n] == expected, "%s m %d at %d, %d", kernel.name,
+                       static_cast<int>(m), static_cast<int>(i), static_cast<int>(n));
+        }
+      }
+    }
+  });
+}
+
+// The contract that makes a token's result independent of its company.
+JAXMOE_TEST(batch_and_range_invariance_is_bitwise) {
+  for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
+    for (int64_t k : {100, 577}) {
+      constexpr int64_t kN = 150, kM = 70;
+      Weights weights(format, kN, k);
+      weights.randomize(11);
+      Activations x(kM, k, 12);
+      const std::vector<float> all = run(kernel, weights.view(), 0, kN, x, iota(kM));
+      for (int64_t m : {1, 2, 3, 5, 17, 49}) {
+        std::vector<int32_t> ids;
+        for (int64_t i = 0; i < m; ++i) ids.push_back(static_cast<int32_t>((i * 31 + m) % kM));
+        for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, kN}, {1, 2}, {37, 140}}) {
+          const std::vector<float> part = run(kernel, weights.view(), begin, end, x, ids);
+          for (int64_t i = 0; i < m; ++i) {
+            const bool equal = std::memcmp(&part[i * (end - begin)], &all[ids[i] * kN + begin],
+                                           (end - begin) * sizeof(float)) == 0;
+            JAXMOE_CHECK(equal, "%s k %d m %d row %d range [%d, %d)", kernel.name,
+                         static_cast<int>(k), static_cast<int>(m), static_cast<int>(i),
+                         static_cast<int>(begin), static_cast<int>(end));
+          }
+        }
+      }
+    }
+  });
+}
+
+JAXMOE_TEST_MAIN

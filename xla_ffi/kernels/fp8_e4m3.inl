@@ -1,0 +1,23 @@
+// E4M3FN bit patterns as constant expressions. Included inside a namespace of each translation unit
+// (see isa_tables.h for why); no standard function is called here.
+
+// Bits of the FP32 value of an OCP E4M3FN code. 0x7F and 0xFF are NaN, the format has no infinity.
+constexpr uint32_t fp8_e4m3_bits(uint32_t code) {
+  const uint32_t sign = (code & 0x80u) << 24;
+  const uint32_t exponent = (code >> 3) & 15u;
+  const uint32_t mantissa = code & 7u;
+  if ((code & 0x7Fu) == 0x7Fu) return sign | 0x7FC00000u;
+  if (exponent != 0) return sign | ((exponent + 120u) << 23) | (mantissa << 20);
+  if (mantissa == 0) return sign;
+  // Subnormal: mantissa * 2^-9, normalised.
+  if (mantissa >= 4) return sign | (120u << 23) | ((mantissa & 3u) << 21);
+  if (mantissa >= 2) return sign | (119u << 23) | ((mantissa & 1u) << 22);
+  return sign | (118u << 23);
+}
+
+constexpr uint16_t bf16_round_bits(uint32_t float_bits) {
+  if ((float_bits & 0x7FFFFFFFu) > 0x7F800000u) {
+    return static_cast<uint16_t>((float_bits >> 16) | 0x40u);  // quiet NaN, payload's top bits kept
+  }
+  return static_cast<uint16_t>((float_bits + 0x7FFFu + ((float_bits >> 16) & 1u)) >> 16);
+}

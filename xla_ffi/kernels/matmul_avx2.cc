@@ -1,0 +1,110 @@
+// AVX2 + FMA + F16C form (kVector arithmetic; the kMatrix entries are the same kernels).
+#include <immintrin.h>
+
+#include "kernels/isa_tables.h"
+
+namespace jaxmoe {
+namespace {
+
+#include "kernels/fp8_e4m3.inl"
+#include "kernels/matmul_rows.inl"
+
+struct Avx2Base {
+  using Elem = float;
+  using Acc = __m256;
+  using Weights = __m256;
+  struct Flag {};
+  static constexpr int kElems = 8;
+  static constexpr int kAccFloats = 8;
+  // 16 registers: 12 sums + 3 activations + 1 weight vector in the many-row form.
+  static constexpr int kRows = 4;
+  static constexpr int kTokens = 3;
+  // A multiple of kTokens; 48 rows of a block are 24 KiB, about a first-level cache.
+  static constexpr int64_t kTokenChunk = 48;
+  static constexpr int64_t kAheadBytes = 1024;
+  static constexpr bool kScaled = false;
+  static constexpr float kScaleFold = 1.0f;
+
+  static __m256 zero() { return _mm256_setzero_ps(); }
+  static __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_weights(float* p, __m256 a) { _mm256_storeu_ps(p, a); }
+  static __m256 load_acc(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_acc(float* p, __m256 a) { _mm256_storeu_ps(p, a); }
+  static __m256 mac(__m256 sum, __m256 a, __m256 b) { return _mm256_fmadd_ps(a, b, sum); }
+  static __m256 flush(__m256 sum, __m256 part, float scale) {
+    return _mm256_fmadd_ps(part, _mm256_set1_ps(scale), sum);
+  }
+  static float reduce(__m256 a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  static bool any_nan(Flag) { return false; }
+};
+
+struct Avx2F32 : Avx2Base {
+  static constexpr int kWeightBytes = 4;
+  static constexpr int kGroupVecs = 1;
+  static constexpr int column(int i) { return i; }
+  static void decode(const uint8_t* src, __m256 (&out)[1], Flag&) {
+    out[0] = _mm256_loadu_ps(reinterpret_cast<const float*>(src));
+  }
+};
+
+struct Avx2Bf16 : Avx2Base {
+  static constexpr int kWeightBytes = 2;
+  static constexpr int kGroupVecs = 2;
+  // 32-bit lanes hold two weights: the even columns of 16 first, then the odd ones.
+  static constexpr int column(int i) { return i / 16 * 16 + i % 8 * 2 + i % 16 / 8; }
+  static void decode(const uint8_t* src, __m256 (&out)[2], Flag&) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+  }
+};
+
+// E4M3 shifted into FP16's fields is the value times 2^-8, subnormals included, and vcvtph2ps is
+// exact on both (and heeds no flush mode). The two NaN codes come out as 480 * 2^-8: `Flag`
+// remembers the largest magnitude.
+struct Avx2Fp8 : Avx2Base {
+  using Flag = __m256i;
+  static constexpr int kWeightBytes = 1;
+  static constexpr int kGroupVecs = 4;
+  static constexpr bool kScaled = true;
+  static constexpr float kScaleFold = 256.0f;
+  // 16-bit lanes hold two weights: even columns of 32, then the odd ones, eight to a vector.
+  static constexpr int column(int i) { return i / 32 * 32 + i % 16 * 2 + i % 32 / 16; }
+  static void decode(const uint8_t* src, __m256 (&out)[4], Flag& flag) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    const __m256i fields = _mm256_set1_epi16(static_cast<short>(0xBF80));
+    flag = _mm256_max_epu8(flag, _mm256_and_si256(codes, _mm256_set1_epi8(0x7F)));
+    const __m256i even =
+        _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 1), fields);
+    const __m256i odd = _mm256_and_si256(_mm256_srai_epi16(codes, 1), fields);
+    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(even));
+    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(even, 1));
+    out[2] = _mm256_cvtph_ps(_mm256_castsi256_si128(odd));
+    out[3] = _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1));
+  }
+  static bool any_nan(Flag flag) {
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(flag, _mm256_set1_epi8(0x7F))) != 0;
+  }
+};
+
+}  // namespace
+
+namespace isa_tables {
+
+void fill_avx2(KernelTable& table) {
+  for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
+    family[static_cast<int>(WeightFormat::kF32)] =
+        rows_kernel<Avx2F32>("matmul_f32_f32fma_avx2", Isa::kAvx2);
+    family[static_cast<int>(WeightFormat::kBf16)] =
+        rows_kernel<Avx2Bf16>("matmul_bf16_f32fma_avx2", Isa::kAvx2);
+    family[static_cast<int>(WeightFormat::kFp8Block)] =
+        rows_kernel<Avx2Fp8>("matmul_fp8block_f32fma_avx2", Isa::kAvx2);
+  }
+}
+
+}  // namespace isa_tables
+}  // namespace jaxmoe

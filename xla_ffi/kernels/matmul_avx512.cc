@@ -1,0 +1,55 @@
+// AVX-512 F/BW/DQ/VL form (kVector arithmetic; the kMatrix entries are the same kernels).
+#include <immintrin.h>
+
+#include "kernels/isa_tables.h"
+
+namespace jaxmoe {
+namespace {
+
+#include "kernels/fp8_e4m3.inl"
+#include "kernels/matmul_rows.inl"
+#include "kernels/vector_avx512.inl"
+
+// As in matmul_avx2.cc: E4M3 shifted into FP16's fields, the two NaN codes noted in `Flag`.
+struct Avx512Fp8 : Avx512Base {
+  using Flag = __m512i;
+  static constexpr int kWeightBytes = 1;
+  static constexpr int kGroupVecs = 4;
+  static constexpr bool kScaled = true;
+  static constexpr float kScaleFold = 256.0f;
+  // 16-bit lanes hold two weights: even columns of 64, then the odd ones, sixteen to a vector.
+  static constexpr int column(int i) { return i / 64 * 64 + i % 32 * 2 + i % 64 / 32; }
+  static void decode(const uint8_t* src, __m512 (&out)[4], Flag& flag) {
+    const __m512i codes = _mm512_loadu_si512(src);
+    const __m512i fields = _mm512_set1_epi16(static_cast<short>(0xBF80));
+    flag = _mm512_max_epu8(flag, _mm512_and_si512(codes, _mm512_set1_epi8(0x7F)));
+    const __m512i even =
+        _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(codes, 8), 1), fields);
+    const __m512i odd = _mm512_and_si512(_mm512_srai_epi16(codes, 1), fields);
+    out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(even));
+    out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(even, 1));
+    out[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(odd));
+    out[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(odd, 1));
+  }
+  static bool any_nan(Flag flag) {
+    return _mm512_cmpeq_epi8_mask(flag, _mm512_set1_epi8(0x7F)) != 0;
+  }
+};
+
+}  // namespace
+
+namespace isa_tables {
+
+void fill_avx512(KernelTable& table) {
+  for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
+    family[static_cast<int>(WeightFormat::kF32)] =
+        rows_kernel<Avx512F32>("matmul_f32_f32fma_avx512", Isa::kAvx512);
+    family[static_cast<int>(WeightFormat::kBf16)] =
+        rows_kernel<Avx512Bf16>("matmul_bf16_f32fma_avx512", Isa::kAvx512);
+    family[static_cast<int>(WeightFormat::kFp8Block)] =
+        rows_kernel<Avx512Fp8>("matmul_fp8block_f32fma_avx512", Isa::kAvx512);
+  }
+}
+
+}  // namespace isa_tables
+}  // namespace jaxmoe

@@ -1,0 +1,101 @@
+// Baseline form: plain C++ over eight independent lanes, no instruction beyond x86-64's own. It is
+// the form the others are checked against on any machine, and the one that runs where there is no
+// AVX2.
+#include <xmmintrin.h>
+
+#include "kernels/isa_tables.h"
+
+namespace jaxmoe {
+namespace {
+
+#include "kernels/fp8_e4m3.inl"
+#include "kernels/matmul_rows.inl"
+
+struct Lanes {
+  static constexpr int kCount = 8;
+  float v[kCount];
+};
+
+struct Fp8Values {
+  float v[256];
+  constexpr Fp8Values() : v() {
+    for (uint32_t code = 0; code < 256; ++code)
+      v[code] = __builtin_bit_cast(float, fp8_e4m3_bits(code));
+  }
+};
+constexpr Fp8Values kFp8Values;
+
+template <WeightFormat kFormat>
+struct Scalar {
+  using Elem = float;
+  using Acc = Lanes;
+  using Weights = Lanes;
+  struct Flag {};
+  static constexpr int kElems = Lanes::kCount;
+  static constexpr int kAccFloats = Lanes::kCount;
+  static constexpr int kGroupVecs = 1;
+  static constexpr int kWeightBytes =
+      kFormat == WeightFormat::kF32 ? 4 : (kFormat == WeightFormat::kBf16 ? 2 : 1);
+  static constexpr int kRows = 2;
+  static constexpr int kTokens = 1;
+  static constexpr int64_t kTokenChunk = 32;
+  static constexpr int64_t kAheadBytes = 512;
+  static constexpr bool kScaled = kFormat == WeightFormat::kFp8Block;
+  static constexpr float kScaleFold = 1.0f;
+
+  static constexpr int column(int i) { return i; }
+  static Lanes zero() { return {}; }
+  static Lanes load(const float* p) {
+    Lanes out;
+    for (int i = 0; i < kElems; ++i) out.v[i] = p[i];
+    return out;
+  }
+  static void store_weights(float* p, const Lanes& a) {
+    for (int i = 0; i < kElems; ++i) p[i] = a.v[i];
+  }
+  static Lanes load_acc(const float* p) { return load(p); }
+  static void store_acc(float* p, const Lanes& a) { store_weights(p, a); }
+  static void decode(const uint8_t* src, Lanes (&out)[1], Flag&) {
+    for (int i = 0; i < kElems; ++i) {
+      if constexpr (kFormat == WeightFormat::kFp8Block) {
+        out[0].v[i] = kFp8Values.v[src[i]];
+      } else if constexpr (kFormat == WeightFormat::kBf16) {
+        uint16_t bits;
+        __builtin_memcpy(&bits, src + 2 * i, 2);
+        to_elem(bits, &out[0].v[i]);
+      } else {
+        __builtin_memcpy(&out[0].v[i], src + 4 * i, 4);
+      }
+    }
+  }
+  static Lanes mac(Lanes sum, const Lanes& a, const Lanes& b) {
+    for (int i = 0; i < kElems; ++i) sum.v[i] += a.v[i] * b.v[i];
+    return sum;
+  }
+  static Lanes flush(Lanes sum, const Lanes& part, float scale) {
+    for (int i = 0; i < kElems; ++i) sum.v[i] += part.v[i] * scale;
+    return sum;
+  }
+  static float reduce(const Lanes& a) {
+    return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
+  }
+  static bool any_nan(const Flag&) { return false; }
+};
+
+}  // namespace
+
+namespace isa_tables {
+
+void fill_scalar(KernelTable& table) {
+  for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
+    family[static_cast<int>(WeightFormat::kF32)] =
+        rows_kernel<Scalar<WeightFormat::kF32>>("matmul_f32_f32_scalar", Isa::kScalar);
+    family[static_cast<int>(WeightFormat::kBf16)] =
+        rows_kernel<Scalar<WeightFormat::kBf16>>("matmul_bf16_f32_scalar", Isa::kScalar);
+    family[static_cast<int>(WeightFormat::kFp8Block)] =
+        rows_kernel<Scalar<WeightFormat::kFp8Block>>("matmul_fp8block_f32_scalar", Isa::kScalar);
+  }
+}
+
+}  // namespace isa_tables
+}  // namespace jaxmoe
