@@ -1,0 +1,1 @@
+"""Attention modules: projections, rotation and norms around the ops object's paged attention."""

@@ -1,0 +1,1 @@
+"""Mixture-of-experts blocks: routing and the sum of routed and shared experts."""

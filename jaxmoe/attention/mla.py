@@ -1,0 +1,84 @@
+"""Multi-head latent attention, absorbed (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+The cache holds one vector a token for all heads: the normalised latent (C) and the rotated shared
+key. The per-head up-projections of the latent are applied to the query and to the attention's
+output instead of to every cached key and value: with k_n = W_uk_n c and v_n = W_uv_n c,
+
+    q_n · k_n = (W_uk_nᵀ q_n) · c        sum_s p_s v_ns = W_uv_n (sum_s p_s c_s)
+
+so attention reads C + rope values a position whatever the number of heads. The unabsorbed form
+(expanding keys and values, cheaper for long prompts where FLOPs bind) is not here.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.config.model_config import MlaConfig, RopeConfig
+from jaxmoe.ffi.ops import Ops, StepInputs
+from jaxmoe.layers import rope
+from jaxmoe.layers.linear import HeadLinear, Linear
+from jaxmoe.layers.norm import RMSNorm
+from jaxmoe.weights.param_spec import Formats
+
+
+class MlaAttention(nnx.Module):
+    """Leaves: q | q_a, q_a_norm, q_b; kv_a, kv_a_norm, w_uk `[N, C, nope]`, w_uv `[N, v, C]`, o."""
+
+    def __init__(
+        self, config: MlaConfig, rope_config: RopeConfig, hidden: int, formats: Formats, path: str
+    ):
+        c = config
+        self.config = config
+        self.rope_config = rope_config
+        q_out = c.num_heads * (c.nope_head_dim + c.rope_head_dim)
+        if c.q_lora_rank is None:
+            self.q = Linear(hidden, q_out, formats(f"{path}.q"))
+        else:
+            self.q_a = Linear(hidden, c.q_lora_rank, formats(f"{path}.q_a"))
+            self.q_a_norm = RMSNorm(c.q_lora_rank, c.lora_norm_eps)
+            self.q_b = Linear(c.q_lora_rank, q_out, formats(f"{path}.q_b"))
+        self.kv_a = Linear(hidden, c.kv_lora_rank + c.rope_head_dim, formats(f"{path}.kv_a"))
+        self.kv_a_norm = RMSNorm(c.kv_lora_rank, c.lora_norm_eps)
+        self.w_uk = HeadLinear(
+            c.num_heads, c.nope_head_dim, c.kv_lora_rank, formats(f"{path}.w_uk")
+        )
+        self.w_uv = HeadLinear(c.num_heads, c.kv_lora_rank, c.v_head_dim, formats(f"{path}.w_uv"))
+        self.o = Linear(c.num_heads * c.v_head_dim, hidden, formats(f"{path}.o"))
+
+    def __call__(
+        self, x: jax.Array, cache: tuple[jax.Array, ...], step: StepInputs, ops: Ops
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """`x [T, D]` to float32 `[T, D]`, and the cache, `([P, Z, 1, C + rope],)`, extended."""
+        c = self.config
+        num_tokens = x.shape[0]
+        cos, sin = rope.cos_sin(step.positions, self.rope_config)
+        interleaved = self.rope_config.interleaved
+
+        if c.q_lora_rank is None:
+            q = self.q(x, ops)
+        else:
+            q = self.q_b(self.q_a_norm(self.q_a(x, ops, jnp.float32)).astype(x.dtype), ops)
+        q = q.reshape(num_tokens, c.num_heads, -1)
+        q_nope, q_rope = q[..., : c.nope_head_dim], q[..., c.nope_head_dim :]
+        q_latent = self.w_uk(q_nope, ops, jnp.float32)  # [T, N, C]
+        q_rope = rope.rotate(q_rope, cos, sin, interleaved=interleaved)
+
+        latent = self.kv_a(x, ops, jnp.float32)  # [T, C + rope]
+        k_rope = latent[:, None, c.kv_lora_rank :]
+        k_rope = rope.rotate(k_rope, cos, sin, interleaved=interleaved)
+        latent = self.kv_a_norm(latent[:, None, : c.kv_lora_rank])
+
+        attended, cache = ops.attend(
+            jnp.concatenate([q_latent, q_rope], axis=-1).astype(x.dtype),
+            jnp.concatenate([latent, k_rope], axis=-1).astype(x.dtype),
+            None,
+            cache,
+            step,
+            scale=c.softmax_scale,
+            v_dim=c.kv_lora_rank,
+        )  # [T, N, C]
+        values = self.w_uv(attended.astype(x.dtype), ops)  # [T, N, v]
+        return self.o(values.reshape(num_tokens, -1), ops, jnp.float32), cache

@@ -1,0 +1,63 @@
+"""Linear maps as the checkpoint stores them.
+
+A module holds a stored weight and says its shape; the arithmetic is the ops object's. There are no
+biases: none of the supported models has one.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from jaxmoe.ffi.ops import Ops, Weight
+from jaxmoe.weights.param_spec import (
+    DTYPE_OF_FORMAT,
+    ParamKind,
+    ParamSpec,
+    WeightFormat,
+    new_param,
+    num_blocks,
+)
+
+
+class _StoredWeight(nnx.Module):
+    """`data [*G, N, K]` and, for FP8, `scale_inv [*G, ceil(N/128), ceil(K/128)]`."""
+
+    def __init__(self, shape: tuple[int, ...], weight_format: WeightFormat, kind: ParamKind):
+        *lead, n, k = shape
+        self.data = new_param(ParamSpec(shape, DTYPE_OF_FORMAT[weight_format], kind))
+        scale = ParamSpec((*lead, num_blocks(n), num_blocks(k)), "float32", "scale_inv")
+        self.scale_inv = new_param(scale) if weight_format == "fp8_block" else None
+
+    @property
+    def weight(self) -> Weight:
+        scale_inv = None if self.scale_inv is None else self.scale_inv[...]
+        return Weight(self.data[...], scale_inv)
+
+
+class Linear(_StoredWeight):
+    """y = x Wᵀ with W `[out_features, in_features]`."""
+
+    def __init__(self, in_features: int, out_features: int, weight_format: WeightFormat):
+        super().__init__((out_features, in_features), weight_format, "matrix")
+
+    def __call__(
+        self, x: jax.Array, ops: Ops, out_dtype: jax.typing.DTypeLike | None = None
+    ) -> jax.Array:
+        """`[T, K] -> [T, N]`, by default in x's dtype."""
+        return ops.linear(x, self.weight, out_dtype)
+
+
+class HeadLinear(_StoredWeight):
+    """One map a head: W `[num_heads, out_features, in_features]`."""
+
+    def __init__(
+        self, num_heads: int, in_features: int, out_features: int, weight_format: WeightFormat
+    ):
+        super().__init__((num_heads, out_features, in_features), weight_format, "head_map")
+
+    def __call__(
+        self, x: jax.Array, ops: Ops, out_dtype: jax.typing.DTypeLike | None = None
+    ) -> jax.Array:
+        """`[T, G, K] -> [T, G, N]`, by default in x's dtype."""
+        return ops.head_linear(x, self.weight, out_dtype)

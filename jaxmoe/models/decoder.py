@@ -1,0 +1,149 @@
+"""The decoder all supported models share, described for one layer at a time.
+
+`Decoder` holds no state but its weights and calls no machine but `Ops`. `embed`, `attention(i)`,
+`mlp(i)` and `head` can each be compiled alone; calling the whole is one step over T packed tokens.
+The residual stream is float32; what linear maps read is rounded to `compute_dtype` once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.attention.gqa import GqaAttention
+from jaxmoe.attention.mla import MlaAttention
+from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.ffi.ops import Ops, StepInputs
+from jaxmoe.layers.embedding import Embedding
+from jaxmoe.layers.linear import Linear
+from jaxmoe.layers.mlp import Mlp
+from jaxmoe.layers.norm import RMSNorm
+from jaxmoe.moe.moe_block import MoeBlock
+from jaxmoe.weights.param_spec import Formats
+
+Cache = tuple[jax.Array, ...]  # the page arrays of one layer
+
+
+class PageArraySpec(NamedTuple):
+    """One page array of a layer: `[num_pages, page_size, num_heads, head_dim]` of `dtype`."""
+
+    num_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+
+
+def cache_spec(
+    config: ModelConfig, compute_dtype: jax.typing.DTypeLike
+) -> list[tuple[PageArraySpec, ...]]:
+    """For every layer, the page arrays that `Decoder` expects as its cache."""
+    dtype = jnp.dtype(compute_dtype)
+    attention = config.attention
+    if isinstance(attention, MlaConfig):
+        layer = (PageArraySpec(1, attention.kv_lora_rank + attention.rope_head_dim, dtype),)
+    else:
+        layer = (PageArraySpec(attention.num_kv_heads, attention.head_dim, dtype),) * 2
+    return [layer] * config.num_layers
+
+
+class DecoderLayer(nnx.Module):
+    """Leaves: attention_norm, attention, mlp_norm, mlp."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int, formats: Formats):
+        hidden, path = config.hidden_size, f"layers.{layer_idx}"
+        self.attention_norm = RMSNorm(hidden, config.norm_eps)
+        if isinstance(config.attention, MlaConfig):
+            self.attention = MlaAttention(
+                config.attention, config.rope, hidden, formats, f"{path}.attention"
+            )
+        else:
+            self.attention = GqaAttention(
+                config.attention,
+                config.rope,
+                hidden,
+                config.norm_eps,
+                formats,
+                f"{path}.attention",
+            )
+        self.mlp_norm = RMSNorm(hidden, config.norm_eps)
+        if config.mlp_types[layer_idx] == "moe":
+            moe_layer_idx = config.moe_layers.index(layer_idx)
+            self.mlp = MoeBlock(config.moe, moe_layer_idx, hidden, formats, f"{path}.mlp")
+        else:
+            self.mlp = Mlp(hidden, config.dense_intermediate, formats, f"{path}.mlp")
+
+
+class Decoder(nnx.Module):
+    """Leaves: embedding, layers.{i}, final_norm, lm_head (absent where embeddings are tied)."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: jax.typing.DTypeLike, formats: Formats):
+        self.config = config
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, formats("embedding"))
+        self.layers = nnx.List([DecoderLayer(config, i, formats) for i in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.hidden_size, config.vocab_size, formats("lm_head"))
+        )
+
+    def embed(self, token_ids: jax.Array) -> jax.Array:
+        """`[T]` to the residual stream, float32 `[T, D]`."""
+        return self.embedding(token_ids)
+
+    def attention(
+        self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
+    ) -> tuple[jax.Array, Cache]:
+        """The first half of layer i: float32 `h [T, D]` and the layer's cache, both updated."""
+        layer = self.layers[i]
+        x = layer.attention_norm(h).astype(self.compute_dtype)
+        y, cache = layer.attention(x, cache, step, ops)
+        return h + y, cache
+
+    def mlp(self, i: int, h: jax.Array, step: StepInputs, ops: Ops) -> jax.Array:
+        """The second half of layer i: float32 `[T, D] -> [T, D]`."""
+        layer = self.layers[i]
+        x = layer.mlp_norm(h)
+        if isinstance(layer.mlp, MoeBlock):
+            return h + layer.mlp(x, step.token_rows >= 0, ops, self.compute_dtype)
+        return h + layer.mlp(x.astype(self.compute_dtype), ops)
+
+    def layer(
+        self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
+    ) -> tuple[jax.Array, Cache]:
+        h, cache = self.attention(i, h, cache, step, ops)
+        return self.mlp(i, h, step, ops), cache
+
+    def head(self, h: jax.Array, ops: Ops) -> jax.Array:
+        """`[*, D]` of the residual stream to float32 logits `[*, V]`."""
+        x = self.final_norm(h).astype(self.compute_dtype)
+        if self.lm_head is None:
+            return ops.linear(x, self.embedding.weight, jnp.float32)
+        return self.lm_head(x, ops, jnp.float32)
+
+    def __call__(
+        self, step: StepInputs, caches: Sequence[Cache], ops: Ops, logit_indices: jax.Array
+    ) -> tuple[jax.Array, list[Cache]]:
+        """One step.
+
+        Args:
+            step: the T packed tokens.
+            caches: the page arrays of every layer, see `cache_spec`.
+            ops: the operations of the platform.
+            logit_indices: `[R]` int32 positions in the step whose logits are wanted; padding may
+            hold
+                anything.
+
+        Returns:
+            Float32 logits `[R, V]` and the updated caches.
+        """
+        h = self.embed(step.token_ids)
+        updated = []
+        for i, cache in enumerate(caches):
+            h, cache = self.layer(i, h, cache, step, ops)
+            updated.append(cache)
+        return self.head(jnp.take(h, logit_indices, axis=0, mode="clip"), ops), updated

@@ -1,0 +1,58 @@
+"""What a loader asks of a model family: which stored tensors make up each leaf.
+
+The families' maps themselves (models/*_names.py) are the only place that spells tensor names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import numpy as np
+
+Matrix = Literal["gate", "up", "down"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the checkpoint must hold it; `dtypes` are the safetensors names that will do."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSource:
+    """Where a leaf comes from.
+
+    transform: takes the stored tensors as numpy arrays, in order and in their stored dtypes
+    (ml_dtypes), and
+        returns the leaf in its shape and dtype: a copy or a view of its input.
+    """
+
+    tensors: tuple[StoredTensor, ...]
+    transform: Callable[..., np.ndarray]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.tensors)
+
+
+class NameMap(Protocol):
+    def tensors_for(self, path: str) -> TensorSource:
+        """The source of the leaf at a path of `Description.specs`."""
+        ...
+
+    def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
+        """The weight of one routed expert: gate and up `[F, D]`, down `[D, F]`."""
+        ...
+
+    def scale_tensor(self, weight: str) -> str:
+        """The block scales that belong to an FP8 weight."""
+        ...
+
+    def ignored(self, name: str) -> bool:
+        """Whether a tensor is known and not needed (draft heads of training, derived tables)."""
+        ...
