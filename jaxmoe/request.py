@@ -1,0 +1,129 @@
+"""What is asked (`Request`), how far it has come (`Sequence`) and what was answered (`RequestOutput`).
+
+A request is immutable. It becomes `n` sequences, which the scheduler and the engine move along; nobody else
+changes one. What it does not do: hold text (that is text/detokenizer.py) or arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Literal
+
+from jaxmoe.common.timing import Timings
+from jaxmoe.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A validated request: everything that was left open (max_tokens, seed, ends) is resolved.
+
+    max_tokens: fits the context. stop_ids: end-of-text ids (unless ignored) and the request's own.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int]
+    seed: int
+    arrival_s: float
+    prompt: str | None = None
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One completion of a request on its way.
+
+    choice_idx: which of the request's n. num_computed: tokens whose keys and values are in the cache. pages: ids
+    of the cache pages it holds, in order of position. slot: its row in per-sequence device state, or -1.
+    """
+
+    request: Request
+    choice_idx: int = 0
+    output_token_ids: list[int] = dataclasses.field(default_factory=list)
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    slot: int = -1
+    num_preemptions: int = 0
+    started_s: float = 0.0
+    first_token_s: float = 0.0
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens known so far."""
+        return self.num_prompt + len(self.output_token_ids)
+
+    def token(self, position: int) -> int:
+        """The token at a position of prompt + output."""
+        n = self.num_prompt
+        return (
+            self.request.prompt_token_ids[position]
+            if position < n
+            else self.output_token_ids[position - n]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log probabilities at one output position, of the model's raw distribution (before penalties,
+    temperature and truncation). `top` holds (token id, logprob), likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What one step added to one completion. The last one carries the finish_reason."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One finished completion. stop_reason: the stop string or token id that ended it, None for
+    end-of-text or length. logprobs: one entry a token where they were asked for."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    logprobs: tuple[TokenLogprob, ...] | None
+    timings: Timings
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """All n completions of a request, by index."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+
+    @property
+    def text(self) -> str:
+        """The text of the first completion."""
+        return self.outputs[0].text

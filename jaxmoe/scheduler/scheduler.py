@@ -1,0 +1,157 @@
+"""Which sequences take part in the next step: continuous batching in pure Python, without arrays or clocks.
+
+A step is either a prefill (parts of prompts, packed up to `prefill_chunk_tokens`) or a decode (one token of every
+running sequence), never a mixture: the two use different kernels, and a token must be computed by the same one
+whatever else is in the batch. Where both kinds of work wait, they alternate, so neither starves the other.
+
+Admission is first come, first served: a sequence enters when a slot is free and its known tokens and one more
+fit the free pages. Pages for output are taken one by one. When none is left, the latest arrival gives all of
+its pages back and returns to the head of the queue; later its prompt is computed again and its output is fed
+again token by token, which repeats the same arithmetic, so preemption never changes a text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections import deque
+from typing import Literal
+
+from jaxmoe.kv_cache.pages import PageAllocator
+from jaxmoe.request import Sequence, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sequence's part of a step: `count` tokens from position `start`.
+
+    samples: whether the step's last token of this row is the last known one, so that its draw is kept.
+    """
+
+    seq: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    kind: Literal["prefill", "decode"]
+    rows: tuple[Row, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.count for row in self.rows)
+
+
+class Scheduler:
+    """Owns the queue, the slots and the pages of the sequences it was given."""
+
+    def __init__(
+        self, pages: PageAllocator, *, max_num_seqs: int, prefill_chunk_tokens: int
+    ) -> None:
+        self.pages = pages
+        self.prefill_chunk_tokens = prefill_chunk_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+        self._free_slots = list(range(max_num_seqs))  # a heap
+        self._last_kind = "decode"
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a new sequence. The pool must be able to hold it alone (the engine checks requests)."""
+        assert seq.status is Status.WAITING and not seq.pages
+        self.waiting.append(seq)
+
+    def cancel(self, seq: Sequence) -> None:
+        """Ends a sequence wherever it is; pages and slot are free at once."""
+        if seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        elif seq.status is not Status.FINISHED:
+            self._release(seq)
+        seq.status = Status.FINISHED
+
+    def plan(self) -> StepPlan | None:
+        """The next step, with all pages it writes to already held; None when there is nothing to do."""
+        self._admit()
+        prefilling = [s for s in self.running if s.status is Status.PREFILL]
+        decoding = any(s.status is Status.DECODE for s in self.running)
+        if prefilling and (self._last_kind == "decode" or not decoding):
+            self._last_kind = "prefill"
+            return self._plan_prefill(prefilling)
+        if decoding:
+            self._last_kind = "decode"
+            return self._plan_decode()
+        assert not self.waiting, "an idle engine must be able to admit"
+        return None
+
+    def advance(self, plan: StepPlan) -> None:
+        """Notes that the step was computed. Call it before the drawn tokens are appended."""
+        for row in plan.rows:
+            row.seq.num_computed = row.start + row.count
+            if row.seq.num_computed >= row.seq.num_prompt:
+                row.seq.status = Status.DECODE
+
+    def _admit(self) -> None:
+        while self.waiting and self._free_slots:
+            seq = self.waiting[0]
+            need = self.pages.pages_for(seq.num_tokens + 1)
+            # A prompt that fills the context has no position after its last token.
+            need = min(need, self.pages.num_pages)
+            if need > self.pages.num_free:
+                return
+            self.waiting.popleft()
+            seq.pages = self.pages.allocate(need)
+            seq.slot = heapq.heappop(self._free_slots)
+            seq.num_computed = 0
+            seq.status = Status.PREFILL
+            self.running.append(seq)
+
+    def _plan_prefill(self, prefilling: list[Sequence]) -> StepPlan:
+        rows, room = [], self.prefill_chunk_tokens
+        for seq in prefilling:
+            count = min(room, seq.num_prompt - seq.num_computed)
+            if count == 0:
+                break
+            end = seq.num_computed + count
+            rows.append(Row(seq, seq.num_computed, count, samples=end == seq.num_tokens))
+            room -= count
+        return StepPlan("prefill", tuple(rows))
+
+    def _plan_decode(self) -> StepPlan:
+        rows: list[Row] = []
+        for seq in list(self.running):
+            if seq.status is not Status.DECODE or not self._hold_page(seq):
+                continue
+            at = seq.num_computed
+            rows.append(Row(seq, at, 1, samples=at + 1 == seq.num_tokens))
+        return StepPlan("decode", tuple(r for r in rows if r.seq.status is Status.DECODE))
+
+    def _hold_page(self, seq: Sequence) -> bool:
+        """Makes sure that the position to be written has a page; False when `seq` itself had to give way."""
+        if seq.num_computed < len(seq.pages) * self.pages.page_size:
+            return True
+        while self.pages.num_free == 0:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        seq.pages += self.pages.allocate(1)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        assert len(self.running) > 1, "the pool holds at least one sequence of any admitted length"
+        self._release(seq)
+        seq.status = Status.WAITING
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        self.waiting.appendleft(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.pages.free(seq.pages)
+        heapq.heappush(self._free_slots, seq.slot)
+        seq.slot = -1

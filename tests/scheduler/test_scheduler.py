@@ -1,0 +1,206 @@
+"""The scheduler driven by an engine computable by hand: the next token is a hash of all tokens before it, read
+back from a dictionary keyed by (page, offset), so a wrong page, position or replay gives a wrong text."""
+
+import random
+
+import pytest
+
+from jaxmoe.kv_cache.pages import PageAllocator
+from jaxmoe.request import Request, Sequence, Status
+from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.scheduler.scheduler import Scheduler
+
+
+def next_token(tokens):
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token + 1) % 997
+    return value
+
+
+def alone(prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeEngine:
+    def __init__(self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8):
+        self.allocator = PageAllocator(pages, page_size)
+        self.scheduler = Scheduler(
+            self.allocator, max_num_seqs=max_num_seqs, prefill_chunk_tokens=chunk
+        )
+        self.memory = {}
+        self.plans = []
+
+    def add(self, name, prompt, max_tokens):
+        request = Request(
+            request_id=name,
+            prompt_token_ids=tuple(prompt),
+            params=SamplingParams(),
+            max_tokens=max_tokens,
+            stop_ids=frozenset(),
+            seed=0,
+            arrival_s=0.0,
+        )
+        seq = Sequence(request)
+        self.scheduler.add(seq)
+        return seq
+
+    def step(self):
+        plan = self.scheduler.plan()
+        if plan is None:
+            return None
+        assert plan.rows
+        self.plans.append((plan.kind, [(r.seq.request.request_id, r.count) for r in plan.rows]))
+        size = self.allocator.page_size
+        drawn = []
+        for row in plan.rows:
+            seq = row.seq
+            for position in range(row.start, row.start + row.count):
+                slot = (seq.pages[position // size], position % size)
+                self.memory[slot] = seq.token(position)
+            end = row.start + row.count
+            seen = [self.memory[(seq.pages[p // size], p % size)] for p in range(end)]
+            drawn.append(next_token(seen))
+        self.scheduler.advance(plan)
+        for row, token in zip(plan.rows, drawn, strict=True):
+            if not row.samples:
+                assert row.seq.num_computed < row.seq.num_tokens
+                if row.seq.num_computed >= row.seq.num_prompt:
+                    assert token == row.seq.token(row.seq.num_computed), "replay went another way"
+                continue
+            row.seq.output_token_ids.append(token)
+            if len(row.seq.output_token_ids) == row.seq.request.max_tokens:
+                self.scheduler.cancel(row.seq)
+        self.allocator.check()
+        held = [p for s in self.scheduler.running for p in s.pages]
+        assert len(held) == len(set(held)) == self.allocator.num_pages - self.allocator.num_free
+        return plan
+
+    def drain(self, limit=10_000):
+        for _ in range(limit):
+            if self.step() is None:
+                return
+        raise AssertionError("the work never ends")
+
+
+def test_one_sequence_is_chunked_then_decoded():
+    engine = FakeEngine()
+    seq = engine.add("a", range(19), 3)
+    engine.drain()
+    assert engine.plans == [
+        ("prefill", [("a", 8)]),
+        ("prefill", [("a", 8)]),
+        ("prefill", [("a", 3)]),
+        ("decode", [("a", 1)]),
+        ("decode", [("a", 1)]),
+    ]
+    assert seq.output_token_ids == alone(range(19), 3)
+    assert engine.allocator.num_free == 64
+
+
+def test_short_prompts_are_packed_and_decoded_together():
+    engine = FakeEngine()
+    seqs = [engine.add(n, [i, i + 1, i + 2], 2) for i, n in enumerate("abc")]
+    engine.drain()
+    assert engine.plans == [
+        ("prefill", [("a", 3), ("b", 3), ("c", 2)]),
+        ("decode", [("a", 1), ("b", 1)]),
+        ("prefill", [("c", 1)]),
+        ("decode", [("c", 1)]),
+    ]
+    for i, seq in enumerate(seqs):
+        assert seq.output_token_ids == alone([i, i + 1, i + 2], 2)
+
+
+def test_decode_and_prefill_alternate_when_both_wait():
+    engine = FakeEngine()
+    engine.add("a", [1], 20)
+    engine.step()
+    engine.add("b", range(32), 1)
+    engine.drain()
+    kinds = [kind for kind, _ in engine.plans]
+    assert kinds[:10] == ["prefill", "decode"] * 5  # the one of a, then the four chunks of b
+    assert set(kinds[10:]) == {"decode"}
+
+
+def test_no_more_than_max_num_seqs_run_and_the_queue_is_in_order():
+    engine = FakeEngine(max_num_seqs=2)
+    for name in "abcd":
+        engine.add(name, [1, 2], 2)
+    order = []
+    while engine.scheduler.has_work:
+        engine.step()
+        assert len(engine.scheduler.running) <= 2
+        for seq in engine.scheduler.running:
+            if seq.request.request_id not in order:
+                order.append(seq.request.request_id)
+    assert order == list("abcd")
+
+
+def test_admission_waits_for_pages_of_the_whole_prompt():
+    engine = FakeEngine(pages=6, page_size=4)
+    engine.add("a", range(15), 3)  # 4 pages, 5 in the end
+    b = engine.add("b", range(9), 1)  # 3 pages
+    engine.step()
+    assert b.status is Status.WAITING and b.pages == []
+    engine.drain()
+    assert b.output_token_ids == alone(range(9), 1)
+
+
+def test_the_latest_gives_way_when_pages_run_out_and_its_text_stays_the_same():
+    engine = FakeEngine(pages=6, page_size=2)
+    a = engine.add("a", [5, 6], 8)
+    b = engine.add("b", [8, 9], 8)
+    engine.drain()
+    assert a.num_preemptions == 0 and b.num_preemptions > 0
+    assert a.output_token_ids == alone([5, 6], 8)
+    assert b.output_token_ids == alone([8, 9], 8)
+    assert engine.allocator.num_free == 6
+
+
+def test_a_sequence_that_fills_the_whole_pool_runs():
+    engine = FakeEngine(pages=2, page_size=4)
+    a = engine.add("a", range(7), 1)
+    b = engine.add("b", range(4), 4)
+    engine.drain()
+    assert a.output_token_ids == alone(range(7), 1)
+    assert b.output_token_ids == alone(range(4), 4)
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_cancel_frees_everything_at_any_step(steps):
+    engine = FakeEngine(max_num_seqs=1)
+    a = engine.add("a", range(19), 9)
+    b = engine.add("b", [1, 2], 1)
+    for _ in range(steps):
+        engine.step()
+    engine.scheduler.cancel(a)
+    assert a.pages == [] and a.slot == -1 and engine.allocator.num_free == 64
+    engine.drain()
+    assert b.output_token_ids == alone([1, 2], 1)
+    engine.scheduler.cancel(a)  # a second time does nothing
+    assert engine.allocator.num_free == 64
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_traffic_gives_every_request_its_own_text(seed):
+    rng = random.Random(seed)
+    engine = FakeEngine(pages=12, page_size=3, max_num_seqs=4, chunk=rng.choice([1, 4, 9]))
+    live, done = [], []
+    for i in range(30):
+        prompt = [rng.randrange(900) for _ in range(rng.randrange(1, 20))]
+        seq = engine.add(str(i), prompt, rng.randrange(1, 36 - len(prompt)))
+        live.append((seq, prompt))
+        for _ in range(rng.randrange(6)):
+            engine.step()
+        if rng.random() < 0.15:
+            victim = live.pop(rng.randrange(len(live)))
+            engine.scheduler.cancel(victim[0])
+    engine.drain()
+    done = live
+    for seq, prompt in done:
+        assert seq.output_token_ids == alone(prompt, seq.request.max_tokens)
+    assert engine.allocator.num_free == 12 and not engine.scheduler.has_work
