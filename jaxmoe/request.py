@@ -1,7 +1,7 @@
-"""What is asked (`Request`), how far it has come (`Sequence`) and what was answered (`RequestOutput`).
-
-A request is immutable. It becomes `n` sequences, which the scheduler and the engine move along; nobody else
-changes one. What it does not do: hold text (that is text/detokenizer.py) or arrays.
+"""What is asked (`Request`), how far it has come (`Sequence`) and what was answered
+(`RequestOutput`).
+ A request is immutable. It becomes `n` sequences, which the scheduler and the engine move along;
+nobody else changes one. What it does not do: hold text (that is text/detokenizer.py) or arrays.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Status(enum.Enum):
 class Sequence:
     """One completion of a request on its way.
 
-    choice_idx: which of the request's n. num_computed: tokens whose keys and values are in the cache. pages: ids
-    of the cache pages it holds, in order of position. slot: its row in per-sequence device state, or -1.
+    choice_idx: which of the request's n. num_computed: tokens whose keys and values are in the
+    cache. pages: ids of the cache pages it holds, in order of position. slot: its row in
+    per-sequence device state, or -1.
     """
 
     request: Request

@@ -1,7 +1,8 @@
-"""How the tokens of one request are chosen and when it ends. Every number has both bounds, checked here.
-
-Order of application: repetition, presence and frequency penalties and logit_bias, then temperature, top_k, top_p,
-min_p, then the draw. What it does not do: know a model (ids are checked against the vocabulary by the engine).
+"""How the tokens of one request are chosen and when it ends. Every number has both bounds, checked
+here.
+ Order of application: repetition, presence and frequency penalties and logit_bias, then
+temperature, top_k, top_p, min_p, then the draw. What it does not do: know a model (ids are checked
+against the vocabulary by the engine).
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class SamplingParams:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], base: SamplingParams | None = None) -> SamplingParams:
-        """`base` (or the defaults) with the `given` fields replaced; an unknown name is a RequestError."""
+        """`base` (or the defaults) with the `given` fields replaced; an unknown name is a
+        RequestError.
+        """
         known = rules(cls)
         for name in given:
             if name not in known:

@@ -1,7 +1,8 @@
-"""Dataclass fields that check themselves: type, both bounds, choices and the help text in one place.
-
-A field's rule lives in its metadata, so that the constructor's check, the command-line flag made from the field
-and any table of options all read the same words. What it does not do: check how fields depend on each other.
+"""Dataclass fields that check themselves: type, both bounds, choices and the help text in one
+place.
+ A field's rule lives in its metadata, so that the constructor's check, the command-line flag made
+from the field and any table of options all read the same words. What it does not do: check how
+fields depend on each other.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def rules(cls: type) -> dict[str, Rule]:
 
 
 def check_fields(instance: Any, error: type[JaxMoeError]) -> None:
-    """Checks and normalises all checked fields of a frozen dataclass; call it from `__post_init__`."""
+    """Checks and normalises all checked fields of a frozen dataclass; call it from
+    `__post_init__`.
+    """
     for name, rule in rules(type(instance)).items():
         if rule.kind != "other":
             value = check_value(name, getattr(instance, name), rule, error)
@@ -64,7 +67,9 @@ def check_fields(instance: Any, error: type[JaxMoeError]) -> None:
 
 
 def check_value(name: str, value: Any, rule: Rule, error: type[JaxMoeError]) -> Any:
-    """Returns `value` as the plain Python type the rule wants, or raises `error` naming the field."""
+    """Returns `value` as the plain Python type the rule wants, or raises `error` naming the
+    field.
+    """
     if value is None and rule.optional:
         return None
     if rule.kind in ("int", "float"):

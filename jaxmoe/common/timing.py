@@ -9,8 +9,9 @@ import dataclasses
 class Timings:
     """What one completion took.
 
-    queue_s: from arrival to the first prefill step. ttft_s: from arrival to the first token. tpot_s: mean time
-    per token after the first (0 when there is only one). tok_per_s: output tokens over the time since arrival.
+    queue_s: from arrival to the first prefill step. ttft_s: from arrival to the first token.
+    tpot_s: mean time per token after the first (0 when there is only one). tok_per_s: output tokens
+    over the time since arrival.
     """
 
     prompt_tokens: int

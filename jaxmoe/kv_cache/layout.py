@@ -1,8 +1,8 @@
 """How large the paged cache is: bytes of a token, pages that a budget buys, the context they allow.
-
-One rule: the cache takes `kv_cache_gb`, or less where `max_num_seqs` whole sequences need less. Left open, the
-budget is 1 GiB or one sequence of the `max_model_len` that was asked for, whichever is larger; `max_model_len`
-left open is the model's own limit or what the budget holds, whichever is smaller. Pure Python.
+ One rule: the cache takes `kv_cache_gb`, or less where `max_num_seqs` whole sequences need less.
+Left open, the budget is 1 GiB or one sequence of the `max_model_len` that was asked for, whichever
+is larger; `max_model_len` left open is the model's own limit or what the budget holds, whichever is
+smaller. Pure Python.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def plan_cache(
     max_model_len: int | None,
     kv_cache_gb: float | None,
 ) -> CacheLayout:
-    """The layout for a model whose cache takes `token_bytes` a position and whose limit is `model_limit`."""
+    """The layout for a model whose cache takes `token_bytes` a position and whose limit is
+    `model_limit`.
+    """
     if max_model_len is not None and max_model_len > model_limit:
         raise ConfigError(
             f"max_model_len: got {max_model_len}, but the model's positions end at {model_limit}; "

@@ -1,7 +1,7 @@
 """Who holds which page of the KV cache: a pure Python allocator with exact accounting.
-
-A page is `page_size` consecutive positions of one sequence, in every layer at once. Pages are handed out lowest
-free id first, so that a run is reproducible. What it does not do: touch memory, or share pages between sequences.
+ A page is `page_size` consecutive positions of one sequence, in every layer at once. Pages are
+handed out lowest free id first, so that a run is reproducible. What it does not do: touch memory,
+or share pages between sequences.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from jaxmoe.common.errors import CapacityError
 
 
 class PageAllocator:
-    """Hands out page ids 0..num_pages-1. A page is either free or held, never both; asserts say so."""
+    """Hands out page ids 0..num_pages-1. A page is either free or held, never both; asserts
+    say so.
+    """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         assert num_pages > 0 and page_size > 0
@@ -33,7 +35,7 @@ class PageAllocator:
         """Takes `count` pages, all or none; CapacityError when there are not so many."""
         if count > len(self._free):
             raise CapacityError(
-                f"KV cache: {count} pages wanted, {len(self._free)} of {self.num_pages} free; wait for "
+                f"KV cache: {count} pages wanted, {self.num_free} of {self.num_pages} free; wait for "
                 "running requests or give the engine more with kv_cache_gb"
             )
         pages = [heapq.heappop(self._free) for _ in range(count)]

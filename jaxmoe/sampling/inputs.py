@@ -1,7 +1,7 @@
-"""What the sampler needs to know about each row of a step, packed into two small arrays on the host.
-
-Few and small arrays keep the dispatch of a step cheap. The columns are named once, here; `pack_rows` writes them
-with numpy and `RowInputs.unpack` reads them inside the compiled step.
+"""What the sampler needs to know about each row of a step, packed into two small arrays on the
+host.
+ Few and small arrays keep the dispatch of a step cheap. The columns are named once, here;
+`pack_rows` writes them with numpy and `RowInputs.unpack` reads them inside the compiled step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class RowSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class RowInputs:
-    """Per-row inputs of a step: `ints [R, len(INT_COLUMNS)]` int32, `floats [R, len(FLOAT_COLUMNS)]` f32."""
+    """Per-row inputs of a step: `ints [R, len(INT_COLUMNS)]` int32, `floats [R,
+    len(FLOAT_COLUMNS)]` f32.
+    """
 
     ints: jax.Array
     floats: jax.Array
@@ -73,7 +75,9 @@ class RowInputs:
 
 
 def pack_rows(rows: Seq[RowSettings], num_rows: int) -> RowInputs:
-    """Host arrays for `rows`, padded to `num_rows` with greedy rows that read the first token's logits."""
+    """Host arrays for `rows`, padded to `num_rows` with greedy rows that read the first token's
+    logits.
+    """
     ints = np.zeros((num_rows, len(INT_COLUMNS)), np.int32)
     ints[:, INT_COLUMNS.index("num_logprobs")] = -1
     ints[:, INT_COLUMNS.index("slot")] = -1
@@ -110,7 +114,9 @@ def _as_int32(word: int) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Biases:
-    """Numbers added to single logits: `ids [R, MAX_BIASES]` int32 (-1: none), `values` f32 of that shape."""
+    """Numbers added to single logits: `ids [R, MAX_BIASES]` int32 (-1: none), `values` f32 of that
+    shape.
+    """
 
     ids: jax.Array
     values: jax.Array

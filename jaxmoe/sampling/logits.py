@@ -1,7 +1,7 @@
 """Adjustments of logits that depend on the text so far: penalties, biases, bans.
-
-The counts of tokens live on the device, one row a running sequence, and are kept up to date with the tokens that a
-step is fed, so that nothing but the new tokens travels. Only steps with a row that asks for it carry them.
+ The counts of tokens live on the device, one row a running sequence, and are kept up to date with
+the tokens that a step is fed, so that nothing but the new tokens travels. Only steps with a row
+that asks for it carry them.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def adjust_row(
 ) -> jax.Array:
     """One row's logits after its penalties and biases.
 
-    Repetition looks at prompt and output (positive logits are divided, negative multiplied); presence and
-    frequency look at the output only, as in OpenAI's definition.
+    Repetition looks at prompt and output (positive logits are divided, negative multiplied);
+    presence and frequency look at the output only, as in OpenAI's definition.
     """
     seen = in_prompt | (written > 0)
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)

@@ -1,10 +1,10 @@
 """The draw of one token a row, inside the compiled step.
-
-Rows are taken one after the other by the same code, so that a row's draw has the same bits whatever else is in the
-batch, and a row pays only for what it asks: greedy is a maximum; a draw is Gumbel-max (argmax of logits + noise is a
-draw from their softmax), first among blocks of the vocabulary and then within one, so that noise is made for a
-few hundred entries and not for all; truncation is a search for a threshold. The thresholds are exact and need no
-sort: bisection over the float's bits, counting what lies above.
+ Rows are taken one after the other by the same code, so that a row's draw has the same bits
+whatever else is in the batch, and a row pays only for what it asks: greedy is a maximum; a draw is
+Gumbel-max (argmax of logits + noise is a draw from their softmax), first among blocks of the
+vocabulary and then within one, so that noise is made for a few hundred entries and not for all;
+truncation is a search for a threshold. The thresholds are exact and need no sort: bisection over
+the float's bits, counting what lies above.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ MIN_TEMPERATURE = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Drawn:
-    """token_ids `[R]` int32, -1 where a row's logits are not finite (the model is broken or overflowed).
+    """token_ids `[R]` int32, -1 where a row's logits are not finite (the model is broken or
+    overflowed).
 
-    logprobs `[R]` f32 and the likeliest `top_ids`, `top_logprobs` `[R, MAX_LOGPROBS]` are of the raw
-    distribution, and zeros for rows that asked for none.
+    logprobs `[R]` f32 and the likeliest `top_ids`, `top_logprobs` `[R, MAX_LOGPROBS]` are of the
+    raw distribution, and zeros for rows that asked for none.
     """
 
     token_ids: jax.Array
@@ -41,7 +42,9 @@ class Drawn:
 
 
 def sample(raw: jax.Array, adjusted: jax.Array, rows: RowInputs) -> Drawn:
-    """Draws a token a row from `adjusted [R, V]` f32; log probabilities are taken from `raw [R, V]`."""
+    """Draws a token a row from `adjusted [R, V]` f32; log probabilities are taken from `raw [R,
+    V]`.
+    """
 
     def one(args):
         raw_row, row, temperature, top_k, top_p, min_p, key, num_logprobs = args
@@ -80,7 +83,8 @@ def sample(raw: jax.Array, adjusted: jax.Array, rows: RowInputs) -> Drawn:
 def argmax(row: jax.Array) -> jax.Array:
     """Index of the largest of `[V]`, the first of equals.
 
-    By blocks: maxima vectorize, while XLA:CPU's arg-reduction is a scalar loop (4 times slower at V = 150,000).
+    By blocks: maxima vectorize, while XLA:CPU's arg-reduction is a scalar loop (4 times slower at V
+    = 150,000).
     """
     if row.shape[0] <= BLOCK:
         return jnp.argmax(row).astype(jnp.int32)
@@ -117,7 +121,8 @@ def draw(
     masses = jnp.log(_by_block(jnp.exp(kept), jnp.sum))
     block = jnp.argmax(masses + jax.random.gumbel(block_key, masses.shape, jnp.float32))
     start = (block * BLOCK).astype(jnp.int32)
-    # The last block is read from an earlier start where it is short; what lies before it does not count.
+    # The last block is read from an earlier start where it is short; what lies before it does not
+    # count.
     at = jnp.minimum(start, row.shape[0] - BLOCK)
     inside = lax.dynamic_slice(kept, (at,), (BLOCK,))
     inside = jnp.where(at + lax.iota(jnp.int32, BLOCK) >= start, inside, -jnp.inf)
@@ -133,8 +138,8 @@ def keep_above(
 ) -> jax.Array:
     """The logit from which tokens are kept; tokens equal to it all are.
 
-    top_k: the k-th largest. top_p: of what top_k left, the largest value with at least that share of the
-    probability at or above it. min_p: that share of the likeliest token's probability.
+    top_k: the k-th largest. top_p: of what top_k left, the largest value with at least that share
+    of the probability at or above it. min_p: that share of the likeliest token's probability.
     """
     codes = _ordered(scaled)
     ones = jnp.ones_like(scaled)
@@ -171,7 +176,8 @@ def _value(code: jax.Array) -> jax.Array:
 def _largest_code_with(
     codes: jax.Array, weights: jax.Array, target: jax.Array, lowest: jax.Array
 ) -> jax.Array:
-    """The largest code c of [lowest, 0] for which the weights of codes >= c sum to at least `target`.
+    """The largest code c of [lowest, 0] for which the weights of codes >= c sum to at least
+    `target`.
 
     Counts are exact in float32: a vocabulary has fewer than 2**24 tokens.
     """

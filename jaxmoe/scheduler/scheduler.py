@@ -1,13 +1,14 @@
-"""Which sequences take part in the next step: continuous batching in pure Python, without arrays or clocks.
-
-A step is either a prefill (parts of prompts, packed up to `prefill_chunk_tokens`) or a decode (one token of every
-running sequence), never a mixture: the two use different kernels, and a token must be computed by the same one
-whatever else is in the batch. Where both kinds of work wait, they alternate, so neither starves the other.
-
-Admission is first come, first served: a sequence enters when a slot is free and its known tokens and one more
-fit the free pages. Pages for output are taken one by one. When none is left, the latest arrival gives all of
-its pages back and returns to the head of the queue; later its prompt is computed again and its output is fed
-again token by token, which repeats the same arithmetic, so preemption never changes a text.
+"""Which sequences take part in the next step: continuous batching in pure Python, without arrays or
+clocks.
+ A step is either a prefill (parts of prompts, packed up to `prefill_chunk_tokens`) or a decode (one
+token of every running sequence), never a mixture: the two use different kernels, and a token must
+be computed by the same one whatever else is in the batch. Where both kinds of work wait, they
+alternate, so neither starves the other.
+ Admission is first come, first served: a sequence enters when a slot is free and its known tokens
+and one more fit the free pages. Pages for output are taken one by one. When none is left, the
+latest arrival gives all of its pages back and returns to the head of the queue; later its prompt is
+computed again and its output is fed again token by token, which repeats the same arithmetic, so
+preemption never changes a text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from jaxmoe.request import Sequence, Status
 class Row:
     """One sequence's part of a step: `count` tokens from position `start`.
 
-    samples: whether the step's last token of this row is the last known one, so that its draw is kept.
+    samples: whether the step's last token of this row is the last known one, so that its draw is
+    kept.
     """
 
     seq: Sequence
@@ -62,7 +64,9 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, seq: Sequence) -> None:
-        """Queues a new sequence. The pool must be able to hold it alone (the engine checks requests)."""
+        """Queues a new sequence. The pool must be able to hold it alone (the engine checks
+        requests).
+        """
         assert seq.status is Status.WAITING and not seq.pages
         self.waiting.append(seq)
 
@@ -75,7 +79,9 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def plan(self) -> StepPlan | None:
-        """The next step, with all pages it writes to already held; None when there is nothing to do."""
+        """The next step, with all pages it writes to already held; None when there is nothing to
+        do.
+        """
         self._admit()
         prefilling = [s for s in self.running if s.status is Status.PREFILL]
         decoding = any(s.status is Status.DECODE for s in self.running)
@@ -131,7 +137,9 @@ class Scheduler:
         return StepPlan("decode", tuple(r for r in rows if r.seq.status is Status.DECODE))
 
     def _hold_page(self, seq: Sequence) -> bool:
-        """Makes sure that the position to be written has a page; False when `seq` itself had to give way."""
+        """Makes sure that the position to be written has a page; False when `seq` itself had to
+        give way.
+        """
         if seq.num_computed < len(seq.pages) * self.pages.page_size:
             return True
         while self.pages.num_free == 0:

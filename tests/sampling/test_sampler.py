@@ -1,4 +1,6 @@
-"""The sampler against numpy oracles that sort, and against the distributions it claims to draw from."""
+"""The sampler against numpy oracles that sort, and against the distributions it claims to draw
+from.
+"""
 
 import jax
 import jax.numpy as jnp

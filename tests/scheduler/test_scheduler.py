@@ -1,5 +1,7 @@
-"""The scheduler driven by an engine computable by hand: the next token is a hash of all tokens before it, read
-back from a dictionary keyed by (page, offset), so a wrong page, position or replay gives a wrong text."""
+"""The scheduler driven by an engine computable by hand: the next token is a hash of all tokens
+before it, read back from a dictionary keyed by (page, offset), so a wrong page, position or replay
+gives a wrong text.
+"""
 
 import random
 
