@@ -1,0 +1,212 @@
+"""Conversations to prompts through the checkpoint's own Jinja template, as Hugging Face tokenizers
+render it.
+ The template comes with the checkpoint and is compiled once, in a sandbox in which it can neither
+reach attributes of Python objects nor change its arguments. Messages come from anybody, so they are
+checked first and the rendered text is capped; repetition and powers are capped too, for they make
+gigabytes of few characters. What it does not do: bound the time of nested loops (a template that
+loops for ever is the checkpoint's own fault), and take templates from requests.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from jaxmoe.common.errors import CheckpointError, RequestError
+from jaxmoe.common.fields import shown
+from jaxmoe.text.tokenizer import check_text, read_json, token_text
+
+MAX_CHARS = 16 << 20
+MAX_MESSAGES = 100_000
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+)
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens it may name."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        environment = _Environment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as e:
+            raise CheckpointError(f"chat template: {_words(e)}") from None
+        self._special_tokens = dict(special_tokens or {})
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ChatTemplate | None:
+        """The template of a checkpoint directory: chat_template.jinja, else tokenizer_config.json;
+        None if none.
+
+        A list of named templates gives its "default".
+        """
+        path = Path(path)
+        config = read_json(path / "tokenizer_config.json")
+        source = config.get("chat_template")
+        if isinstance(source, list):
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default")
+        file = path / "chat_template.jinja"
+        if file.is_file():
+            try:
+                source = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as e:
+                raise CheckpointError(f"{file}: not UTF-8: {e}") from None
+        elif source is None:
+            source = read_json(path / "chat_template.json").get("chat_template")
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise CheckpointError(
+                f"{path / 'tokenizer_config.json'}: chat_template is {shown(source)}, wanted text"
+            )
+        special = {k: t for k, v in config.items() if k.endswith("_token") and (t := token_text(v))}
+        return cls(source, special)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt of a conversation. `kwargs` are the template's own switches (such as
+        enable_thinking).
+        """
+        for name, value in kwargs.items():
+            if name in _RESERVED or not isinstance(value, (bool, int, float, str, type(None))):
+                raise RequestError(
+                    f"chat template argument {name!r}: got {shown(value)}, wanted a plain value under a "
+                    "name that is not " + ", ".join(sorted(_RESERVED))
+                )
+        variables = {
+            **self._special_tokens,
+            **kwargs,
+            "messages": check_messages(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        pieces, length = [], 0
+        try:
+            for piece in self._template.generate(variables):
+                length += len(piece)
+                if length > MAX_CHARS:
+                    raise RequestError(
+                        f"the chat template wrote more than {MAX_CHARS} characters; send less text"
+                    )
+                pieces.append(piece)
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            OverflowError,
+            ZeroDivisionError,
+        ) as e:
+            raise RequestError(f"the chat template refused the messages: {_words(e)}") from None
+        except (RecursionError, MemoryError):
+            raise RequestError("the messages are nested too deeply for the chat template") from None
+        return "".join(pieces)
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Plain copies of the messages, with lists of text parts joined to one text."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages: got {shown(messages)}, wanted a list of messages")
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise RequestError(f"messages: got {len(messages)}, wanted 1 to {MAX_MESSAGES}")
+    return [_check_message(i, m) for i, m in enumerate(messages)]
+
+
+def _check_message(at: int, message: Any) -> dict[str, Any]:
+    name = f"messages[{at}]"
+    if not isinstance(message, Mapping) or any(not isinstance(k, str) for k in message):
+        raise RequestError(f"{name}: got {shown(message)}, wanted an object with role and content")
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise RequestError(f"{name}.role: got {shown(role)}, wanted text such as 'user'")
+    check_text(role, f"{name}.role")
+    copy = dict(message)
+    content = message.get("content")
+    if content is None and role == "assistant":
+        return copy
+    copy["content"] = _content_text(f"{name}.content", content)
+    return copy
+
+
+def _content_text(name: str, content: Any) -> str:
+    if isinstance(content, (list, tuple)):
+        texts = []
+        for i, part in enumerate(content):
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                raise RequestError(f"{name}[{i}]: got {shown(part)}, wanted a part of type 'text'")
+            check_text(part.get("text"), f"{name}[{i}].text")
+            texts.append(part["text"])
+        return "".join(texts)
+    check_text(content, name)
+    return content
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys=False):
+    """Unlike Jinja's own: no HTML escapes, non-ASCII text as it is, keys in the order given."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _words(e: Exception) -> str:
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox, with operators that could make gigabytes capped as the output is."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, (str, list, tuple)) and isinstance(times, int):
+                    if len(text) * times > MAX_CHARS:
+                        raise jinja2.TemplateError("a repetition is too long")
+        elif operator == "**":
+            if any(abs(x) > 10_000 for x in (left, right) if isinstance(x, (int, float))):
+                raise jinja2.TemplateError("a power is too large")
+        elif isinstance(left, str) and re.search(r"[0-9]{7}|\*", left):
+            raise jinja2.TemplateError("a width in a % format is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; here its body is
+    rendered as it is.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
