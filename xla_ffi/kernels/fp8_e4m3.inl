@@ -21,3 +21,12 @@ constexpr uint16_t bf16_round_bits(uint32_t float_bits) {
   }
   return static_cast<uint16_t>((float_bits + 0x7FFFu + ((float_bits >> 16) & 1u)) >> 16);
 }
+
+// Column (of a block) at position i of FP8 weights expanded to BF16 by fp8_to_bf16: of each 64
+// columns the first vector holds 0-7, 16-23, 32-39, 48-55 and the second the rest. Prepared
+// activations follow the same order.
+constexpr int fp8_bf16_column(int i) {
+  const int lane = i % 32 / 8;
+  const int second = i % 64 / 32;
+  return i / 64 * 64 + lane * 16 + second * 8 + i % 8;
+}

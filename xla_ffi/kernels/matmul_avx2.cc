@@ -7,6 +7,7 @@ namespace jaxmoe {
 namespace {
 
 #include "kernels/fp8_e4m3.inl"
+#include "kernels/matmul_common.inl"
 #include "kernels/matmul_rows.inl"
 
 struct Avx2Base {

@@ -1,0 +1,174 @@
+// The tile algorithm (blocking, panels, tails, scales) on emulated tiles, so that it is checked on
+// machines that have none. The instructions themselves are checked by the other kernels_* tests
+// where AMX is supported.
+#include <xmmintrin.h>
+
+#include <bit>
+
+#include "check.h"
+#include "kernels_fixture.h"
+
+namespace jaxmoe {
+namespace {
+
+#include "kernels/fp8_e4m3.inl"
+#include "kernels/matmul_common.inl"
+#include "kernels/matmul_tiles.inl"
+
+// Eight tiles of 16 rows of 64 bytes, one set a thread.
+struct EmulatedTiles {
+  static inline thread_local uint32_t tile[8][kTile][kTile];
+
+  template <int T>
+  static void zero() {
+    std::memset(tile[T], 0, sizeof(tile[T]));
+  }
+  template <int T>
+  static void load(const void* base, int64_t stride) {
+    for (int row = 0; row < kTile; ++row) {
+      std::memcpy(tile[T][row], static_cast<const char*>(base) + row * stride, 64);
+    }
+  }
+  template <int T>
+  static void store(void* base, int64_t stride) {
+    for (int row = 0; row < kTile; ++row) {
+      std::memcpy(static_cast<char*>(base) + row * stride, tile[T][row], 64);
+    }
+  }
+  // TDPBF16PS: C[i][j] += A[i][2p] B[p][2j] + A[i][2p + 1] B[p][2j + 1], subnormal inputs as zero.
+  template <int C, int A, int B>
+  static void dot() {
+    for (int i = 0; i < kTile; ++i) {
+      for (int j = 0; j < kTile; ++j) {
+        float sum = std::bit_cast<float>(tile[C][i][j]);
+        for (int p = 0; p < kTile; ++p) {
+          sum += half(tile[A][i][p], 0) * half(tile[B][p][j], 0);
+          sum += half(tile[A][i][p], 1) * half(tile[B][p][j], 1);
+        }
+        tile[C][i][j] = std::bit_cast<uint32_t>(sum);
+      }
+    }
+  }
+  static float half(uint32_t word, int which) {
+    const uint32_t bits = which == 0 ? word << 16 : word & 0xFFFF0000u;
+    return std::bit_cast<float>((bits & 0x7F800000u) == 0 ? bits & 0x80000000u : bits);
+  }
+};
+
+struct EmulatedBase {
+  using Elem = uint16_t;
+  using Tiles = EmulatedTiles;
+  static constexpr int64_t kAheadBytes = 512;
+  static void flush(float* sum, const float* part, float scale) {
+    for (int i = 0; i < kTile; ++i) sum[i] = std::fma(part[i], scale, sum[i]);
+  }
+  static void transpose(const uint32_t* src, int64_t stride, uint32_t* dst) {
+    for (int i = 0; i < kTile; ++i) {
+      for (int j = 0; j < kTile; ++j) dst[j * kTile + i] = src[i * stride + j];
+    }
+  }
+};
+
+struct EmulatedFp8 : EmulatedBase {
+  static constexpr int kWeightBytes = 1;
+  static constexpr bool kScaled = true;
+  static constexpr int64_t kBlockCols = 128;
+  static constexpr int column(int i) { return fp8_bf16_column(i); }
+  static void expand(const uint8_t* src, uint16_t* first, uint16_t* second) {
+    for (int i = 0; i < 32; ++i) {
+      first[i] = static_cast<uint16_t>(fp8_e4m3_bits(src[fp8_bf16_column(i)]) >> 16);
+      second[i] = static_cast<uint16_t>(fp8_e4m3_bits(src[fp8_bf16_column(32 + i)]) >> 16);
+    }
+  }
+};
+
+struct EmulatedBf16 : EmulatedBase {
+  static constexpr int kWeightBytes = 2;
+  static constexpr bool kScaled = false;
+  static constexpr int64_t kBlockCols = 256;
+  static constexpr int column(int i) { return i; }
+  static void expand(const uint8_t* src, uint16_t* first, uint16_t* second) {
+    std::memcpy(first, src, 64);
+    std::memcpy(second, src + 64, 64);
+  }
+};
+
+const MatmulKernel kEmulated[] = {
+    tiles_kernel<EmulatedFp8>("fp8block emulated tiles", Isa::kScalar),
+    tiles_kernel<EmulatedBf16>("bf16 emulated tiles", Isa::kScalar)};
+const WeightFormat kEmulatedFormats[] = {WeightFormat::kFp8Block, WeightFormat::kBf16};
+
+}  // namespace
+}  // namespace jaxmoe
+
+using namespace jaxmoe_test;
+using jaxmoe::kEmulated;
+using jaxmoe::kEmulatedFormats;
+
+JAXMOE_TEST(emulated_tiles_meet_the_error_bound) {
+  const struct {
+    int64_t k, n, m;
+  } shapes[] = {{1, 7, 1},     {31, 16, 2},   {128, 1, 17},  {129, 130, 5}, {300, 64, 33},
+                {385, 33, 64}, {576, 16, 16}, {640, 65, 48}, {130, 20, 0},  {129, 17, 300}};
+  for (int f = 0; f < 2; ++f) {
+    for (const auto& shape : shapes) {
+      Weights weights(kEmulatedFormats[f], shape.n, shape.k, 2);
+      weights.randomize(shape.k);
+      Activations x(shape.m, shape.k);
+      const std::vector<float> y = run(kEmulated[f], weights.view(), 0, shape.n, x, iota(shape.m));
+      for (int64_t i = 0; i < shape.m; ++i) {
+        for (int64_t n = 0; n < shape.n; ++n) {
+          double want = 0, magnitude = 0;
+          for (int64_t col = 0; col < shape.k; ++col) {
+            const double product = weights.value(n, col) * x.f32[i * x.ld + col];
+            want += product;
+            magnitude += std::fabs(product);
+          }
+          const double bound = 0x1p-24 * magnitude * (4.0 + 2.0 * std::sqrt(1.0 * shape.k));
+          JAXMOE_CHECK(std::fabs(y[i * shape.n + n] - want) <= bound, "%s k %d m %d n %d",
+                       kEmulated[f].name, static_cast<int>(shape.k), static_cast<int>(i),
+                       static_cast<int>(n));
+        }
+      }
+    }
+  }
+}
+
+JAXMOE_TEST(emulated_tiles_do_not_depend_on_company) {
+  for (int f = 0; f < 2; ++f) {
+    Weights weights(kEmulatedFormats[f], 150, 300);
+    weights.randomize(6);
+    Activations x(40, 300, 2);
+    const std::vector<float> all = run(kEmulated[f], weights.view(), 0, 150, x, iota(40));
+    for (int64_t m : {1, 2, 17, 33}) {
+      std::vector<int32_t> ids;
+      for (int64_t i = 0; i < m; ++i) ids.push_back(static_cast<int32_t>((i * 7 + m) % 40));
+      for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 150}, {5, 6}, {37, 140}}) {
+        const std::vector<float> part = run(kEmulated[f], weights.view(), begin, end, x, ids);
+        for (int64_t i = 0; i < m; ++i) {
+          JAXMOE_CHECK(std::memcmp(&part[i * (end - begin)], &all[ids[i] * 150 + begin],
+                                   (end - begin) * sizeof(float)) == 0,
+                       "%s m %d row %d", kEmulated[f].name, static_cast<int>(m),
+                       static_cast<int>(i));
+        }
+      }
+    }
+  }
+}
+
+JAXMOE_TEST(emulated_tiles_keep_every_fp8_code) {
+  for (int64_t column = 0; column < 150; ++column) {
+    Weights weights(WeightFormat::kFp8Block, 256, 150);
+    for (int code = 0; code < 256; ++code) weights.set_bits(code, column, code);
+    Activations x(1, 150, 3);
+    x.set(0, column, 1.0f);
+    const std::vector<float> y = run(kEmulated[0], weights.view(), 0, 256, x, {0});
+    for (int code = 0; code < 256; ++code) {
+      const float want = fp8_e4m3_to_float(static_cast<uint8_t>(code));
+      JAXMOE_CHECK(std::isnan(want) ? std::isnan(y[code]) : y[code] == want, "0x%02X in column %d",
+                   code, static_cast<int>(column));
+    }
+  }
+}
+
+JAXMOE_TEST_MAIN
