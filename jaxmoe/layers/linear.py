@@ -7,6 +7,7 @@ biases: none of the supported models has one.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.ffi.ops import Ops, Weight
@@ -45,7 +46,7 @@ class Linear(_StoredWeight):
         self, x: jax.Array, ops: Ops, out_dtype: jax.typing.DTypeLike | None = None
     ) -> jax.Array:
         """`[T, K] -> [T, N]`, by default in x's dtype."""
-        return ops.linear(x, self.weight, out_dtype)
+        return ops.linear(x, self.weight, _dtype(out_dtype))
 
 
 class HeadLinear(_StoredWeight):
@@ -60,4 +61,8 @@ class HeadLinear(_StoredWeight):
         self, x: jax.Array, ops: Ops, out_dtype: jax.typing.DTypeLike | None = None
     ) -> jax.Array:
         """`[T, G, K] -> [T, G, N]`, by default in x's dtype."""
-        return ops.head_linear(x, self.weight, out_dtype)
+        return ops.head_linear(x, self.weight, _dtype(out_dtype))
+
+
+def _dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
+    return None if dtype is None else jnp.dtype(dtype)

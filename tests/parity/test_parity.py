@@ -1,0 +1,107 @@
+"""Our logits against Hugging Face transformers', on tiny checkpoints of every family and format.
+
+The fixtures hold transformers' float32 run (on exactly dequantized weights) and its bfloat16 run.
+In float32 our error may be 1e-4 of the range of logits; in bfloat16 our distributions must be no
+farther from the float32 ones (KL, mean over 112 positions of three prompts) than transformers' own.
+The prompts were grown so that no routing decision in them is within 0.05 of a router logit of
+another one: what is compared is rounding, not the luck of near ties.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import tiny_models
+from support.compare import mean_kl, relative_error
+from support.parity import load_fixture
+from support.tiny_runner import TinyRunner, native_runner, reference_runner
+
+FLOAT32_TOLERANCE = 1e-4
+# Two ways through the same arithmetic, in float32: only the order of additions may differ.
+SAME_TOLERANCE = 2e-5
+PREFILL_TOKENS = 128  # all prompts in one step, and some padding
+CHUNK_TOKENS = 16  # also the decode steps: three tokens and padding
+BACKENDS = ("reference", "native")
+
+
+def make_runner(backend: str, case: str, dtype: str, folder: Path, family: str) -> TinyRunner:
+    if backend == "reference":
+        return reference_runner(case, dtype)
+    if importlib.util.find_spec("jaxmoe.ffi._native") is None:
+        pytest.skip("the extension is not built")
+    return native_runner(case, dtype, folder / case, family)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.mark.parametrize("case", tiny_models.CASES)
+def test_checkpoints_are_the_ones_the_fixtures_were_made_of(case: str):
+    assert tiny_models.digest(tiny_models.make_tensors(case)) == load_fixture(case).digest
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", tiny_models.CASES)
+def test_float32(case: str, backend: str, folder: Path):
+    """Prefill in one step, prefill in chunks, then 16 greedy steps of all sequences together."""
+    fixture = load_fixture(case)
+    runner = make_runner(backend, case, "float32", folder, "vector")
+    whole = np.concatenate(runner.step(fixture.prompts, PREFILL_TOKENS))
+    assert relative_error(whole, fixture.logits) <= FLOAT32_TOLERANCE
+
+    runner.reset()
+    chunked = np.concatenate(prefill_in_chunks(runner, fixture.prompts))
+    assert relative_error(chunked, whole) <= SAME_TOLERANCE
+
+    last = np.cumsum([len(p) for p in fixture.prompts]) - 1
+    rows = [chunked[last]]
+    for i in range(fixture.greedy_tokens.shape[1] - 1):
+        teacher = [[int(token)] for token in fixture.greedy_tokens[:, i]]
+        rows.append(np.concatenate(runner.step(teacher, CHUNK_TOKENS)))
+    decoded = np.stack(rows, axis=1)  # [P, 16, V]
+    assert relative_error(decoded, fixture.greedy_logits) <= FLOAT32_TOLERANCE
+    np.testing.assert_array_equal(decoded.argmax(axis=-1), fixture.greedy_tokens)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", tiny_models.CASES)
+def test_bfloat16(case: str, backend: str, folder: Path):
+    fixture = load_fixture(case)
+    runner = make_runner(backend, case, "bfloat16", folder, "matrix")
+    logits = np.concatenate(runner.step(fixture.prompts, PREFILL_TOKENS))
+    theirs = mean_kl(fixture.logits_bf16, fixture.logits)
+    assert mean_kl(logits, fixture.logits) <= theirs
+    # A bfloat16 run that agreed to float32 precision would not have been one.
+    assert relative_error(logits, fixture.logits) > 1e-4
+
+
+def test_bfloat16_decode_agrees_with_prefill(folder: Path):
+    """Token-by-token distributions are as close to the reference as a whole prefill's."""
+    fixture = load_fixture("deepseek_v3_fp8")
+    runner = make_runner("reference", "deepseek_v3_fp8", "bfloat16", folder, "vector")
+    logits = np.concatenate(prefill_in_chunks(runner, fixture.prompts))
+    assert mean_kl(logits, fixture.logits) <= mean_kl(fixture.logits_bf16, fixture.logits)
+
+
+def prefill_in_chunks(runner: TinyRunner, prompts: list[list[int]]) -> list[np.ndarray]:
+    """Steps that mix the prompts: each takes a part of one or two of them."""
+    parts: list[list[np.ndarray]] = [[] for _ in prompts]
+    taken = [0] * len(prompts)
+    turn = 0
+    while any(t < len(p) for t, p in zip(taken, prompts, strict=True)):
+        room = CHUNK_TOKENS
+        chunk: list[list[int]] = [[] for _ in prompts]
+        for r in (turn % len(prompts), (turn + 1) % len(prompts)):
+            size = min(room, 11, len(prompts[r]) - taken[r])
+            chunk[r] = prompts[r][taken[r] : taken[r] + size]
+            taken[r] += size
+            room -= size
+        for part, rows in zip(parts, runner.step(chunk, CHUNK_TOKENS), strict=True):
+            part.append(rows)
+        turn += 1
+    return [np.concatenate(part) for part in parts]

@@ -1,0 +1,68 @@
+"""Parity notices a missing term: each mutation must leave the tolerance far behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from support.compare import relative_error
+from support.parity import load_fixture
+from support.tiny_runner import reference_runner
+
+from jaxmoe.config.model_config import ModelConfig
+
+MUST_EXCEED = 2e-3  # 20 times what the parity test allows
+NUM_TOKENS = 32
+
+
+def edit(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
+    """Changes fields by path: `attention__qk_norm=False`, `moe__router__num_groups=1`."""
+
+    def apply(node: Any) -> Any:
+        for path, value in changes.items():
+            node = _replace(node, path.split("__"), value)
+        return node
+
+    return apply
+
+
+def _replace(node: Any, path: list[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = _replace(getattr(node, path[0]), path[1:], value)
+    return dataclasses.replace(node, **{path[0]: value})
+
+
+MUTATIONS = {
+    "no YaRN mscale": ("deepseek_v3", edit(attention__softmax_scale=192**-0.5)),
+    "no YaRN": ("kimi_k2", edit(rope__scaling=None)),
+    "half-split rope": ("deepseek_v3", edit(rope__interleaved=False)),
+    "no correction bias": ("deepseek_v3", edit(moe__router__correction_bias=False)),
+    "no groups": ("deepseek_v2", edit(moe__router__num_groups=1)),
+    "groups by their best": ("deepseek_v3", edit(moe__router__group_score="max")),
+    "no renormalisation": ("qwen3_moe", edit(moe__router__renormalize=False)),
+    "no scaling factor": ("kimi_k2", edit(moe__router__weight_scale=1.0)),
+    "no shared experts": ("deepseek_v2_lite", edit(moe__shared_intermediate=0)),
+    "no QK norm": ("qwen3_moe", edit(attention__qk_norm=False)),
+    "other norm eps": ("qwen3_moe", edit(norm_eps=1e-2)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutation_is_noticed(mutation: str):
+    case, change = MUTATIONS[mutation]
+    fixture = load_fixture(case)
+    prompt = fixture.prompts[0][:NUM_TOKENS]
+    runner = reference_runner(case, "float32", change)
+    (logits,) = runner.step([prompt], NUM_TOKENS)
+    assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED
+
+
+def test_without_mutation_the_same_comparison_holds():
+    fixture = load_fixture("deepseek_v3")
+    prompt = fixture.prompts[0][:NUM_TOKENS]
+    (logits,) = reference_runner("deepseek_v3", "float32").step([prompt], NUM_TOKENS)
+    assert relative_error(logits, fixture.logits[: len(prompt)]) <= 1e-4
+    assert np.isfinite(logits).all()

@@ -1,0 +1,233 @@
+"""Tiny random checkpoints in the shipped layout, from seeds, with numpy alone.
+
+Head dims, latent rank, rope and router settings are the published models'; widths, depth and
+vocabulary are tiny. Norm weights and biases are random too, so that every term of the model shows
+in its logits. Values come from raw generator bits, whose stream numpy guarantees, so a seed means
+the same weights everywhere.
+
+Used by the parity tests and, with torch, by tools/make_parity_fixtures.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+CONFIG_DIR = Path(__file__).parents[2] / "configs" / "tiny"
+CASES = (
+    "deepseek_v2_lite",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v3_fp8",
+    "kimi_k2",
+    "kimi_k2_fp8",
+    "qwen3_moe",
+    "qwen3_moe_fp8",
+)
+# Written as several files with an index; the others are one file.
+SHARDED = ("deepseek_v3", "qwen3_moe_fp8")
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+F32 = np.dtype(np.float32)
+_DTYPE_NAMES = {BF16: "BF16", FP8: "F8_E4M3", F32: "F32"}
+_BLOCK = 128
+_FP8_MAX = 448.0
+
+
+def hf_config(case: str) -> dict[str, Any]:
+    return json.loads((CONFIG_DIR / f"{case}.json").read_text())
+
+
+def _normal(name: str, seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """About normal with variance 1, from the bits alone: sums of four 16-bit uniforms; float32."""
+    count = int(np.prod(shape))
+    bits = np.random.PCG64(seed * 1_000_003 + zlib.crc32(name.encode())).random_raw(count)
+    quarters = bits.view(np.uint16).reshape(count, 4).astype(np.int64)
+    centred = quarters.sum(axis=1) - 2 * 65535
+    # Each uniform has variance 65536²/12, so the sum has 65536²/3.
+    return (centred.astype(np.float64) * (3**0.5 / 65536)).astype(np.float32).reshape(shape)
+
+
+def fp8_quantize(w: np.ndarray, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 `[N, K]` to E4M3 data and `scale_inv [ceil(N/128), ceil(K/128)]`."""
+    n, k = w.shape
+    blocks_n, blocks_k = -(-n // _BLOCK), -(-k // _BLOCK)
+    padded = np.zeros((blocks_n * _BLOCK, blocks_k * _BLOCK), np.float32)
+    padded[:n, :k] = w
+    tiles = padded.reshape(blocks_n, _BLOCK, blocks_k, _BLOCK)
+    scale = (np.abs(tiles).max(axis=(1, 3)) / _FP8_MAX).astype(scale_dtype)
+    scaled = tiles / scale.astype(np.float32)[:, None, :, None]
+    data = np.clip(scaled, -_FP8_MAX, _FP8_MAX).reshape(padded.shape)[:n, :k].astype(FP8)
+    return data, scale
+
+
+def dequantize(data: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
+    """The exact float32 value of block-scaled FP8; partial blocks at the edges are ordinary."""
+    n, k = data.shape
+    scale = scale_inv.astype(np.float32).repeat(_BLOCK, axis=0)[:n].repeat(_BLOCK, axis=1)[:, :k]
+    return data.astype(np.float32) * scale
+
+
+class _Builder:
+    def __init__(self, config: Mapping[str, Any], seed: int):
+        self.config = config
+        self.seed = seed
+        self.tensors: dict[str, np.ndarray] = {}
+        self.fp8 = "quantization_config" in config
+        is_qwen = config["model_type"] == "qwen3_moe"
+        self.scale_dtype = BF16 if is_qwen else F32
+
+    def matrix(self, name: str, n: int, k: int, gain: float = 1.0, *, plain: bool = False) -> None:
+        """A linear map whose outputs have about `gain` times the variance of its inputs."""
+        w = _normal(name, self.seed, (n, k)) * np.float32(gain / k**0.5)
+        if self.fp8 and not plain:
+            data, scale = fp8_quantize(w, self.scale_dtype)
+            self.tensors[f"{name}.weight"] = data
+            self.tensors[f"{name}.weight_scale_inv"] = scale
+        else:
+            self.tensors[f"{name}.weight"] = w.astype(BF16)
+
+    def norm(self, name: str, size: int) -> None:
+        w = 1.0 + 0.3 * _normal(name, self.seed, (size,))
+        self.tensors[f"{name}.weight"] = w.astype(BF16)
+
+    def mlp(self, prefix: str, hidden: int, width: int) -> None:
+        self.matrix(f"{prefix}.gate_proj", width, hidden, 1.5)
+        self.matrix(f"{prefix}.up_proj", width, hidden, 1.5)
+        self.matrix(f"{prefix}.down_proj", hidden, width)
+
+
+def make_tensors(case: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """All tensors of a case by their published names, with those a loader has to ignore."""
+    config = hf_config(case)
+    b = _Builder(config, seed)
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    b.tensors["model.embed_tokens.weight"] = _normal("embed", seed, (vocab, hidden)).astype(BF16)
+    num_layers = config["num_hidden_layers"]
+    num_extra = config.get("num_nextn_predict_layers", 0)
+    for i in range(num_layers + num_extra):
+        prefix = f"model.layers.{i}"
+        b.norm(f"{prefix}.input_layernorm", hidden)
+        b.norm(f"{prefix}.post_attention_layernorm", hidden)
+        if config["model_type"] == "qwen3_moe":
+            _gqa(b, f"{prefix}.self_attn")
+        else:
+            _mla(b, f"{prefix}.self_attn")
+        if i < config.get("first_k_dense_replace", 0):
+            b.mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
+        else:
+            _moe(b, f"{prefix}.mlp")
+    for i in range(num_layers, num_layers + num_extra):  # the draft head of training
+        prefix = f"model.layers.{i}"
+        b.norm(f"{prefix}.enorm", hidden)
+        b.norm(f"{prefix}.hnorm", hidden)
+        b.matrix(f"{prefix}.eh_proj", hidden, 2 * hidden, plain=True)
+        b.norm(f"{prefix}.shared_head.norm", hidden)
+        b.tensors[f"{prefix}.embed_tokens.weight"] = b.tensors["model.embed_tokens.weight"]
+    if case == "deepseek_v2":  # as early conversions have them
+        for i in range(num_layers):
+            name = f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
+            b.tensors[name] = np.ones(32, np.float32)
+    b.norm("model.norm", hidden)
+    b.matrix("lm_head", vocab, hidden, 2.0, plain=True)
+    return b.tensors
+
+
+def _mla(b: _Builder, prefix: str) -> None:
+    c = b.config
+    hidden, heads, latent = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
+    nope, rope, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    if c["q_lora_rank"] is None:
+        b.matrix(f"{prefix}.q_proj", heads * (nope + rope), hidden, 1.5)
+    else:
+        b.matrix(f"{prefix}.q_a_proj", c["q_lora_rank"], hidden)
+        b.norm(f"{prefix}.q_a_layernorm", c["q_lora_rank"])
+        b.matrix(f"{prefix}.q_b_proj", heads * (nope + rope), c["q_lora_rank"], 1.5)
+    b.matrix(f"{prefix}.kv_a_proj_with_mqa", latent + rope, hidden)
+    b.norm(f"{prefix}.kv_a_layernorm", latent)
+    b.matrix(f"{prefix}.kv_b_proj", heads * (nope + v), latent)
+    b.matrix(f"{prefix}.o_proj", hidden, heads * v, 1.5)
+
+
+def _gqa(b: _Builder, prefix: str) -> None:
+    c = b.config
+    hidden, head_dim = c["hidden_size"], c["head_dim"]
+    b.matrix(f"{prefix}.q_proj", c["num_attention_heads"] * head_dim, hidden)
+    b.matrix(f"{prefix}.k_proj", c["num_key_value_heads"] * head_dim, hidden)
+    b.matrix(f"{prefix}.v_proj", c["num_key_value_heads"] * head_dim, hidden)
+    b.matrix(f"{prefix}.o_proj", hidden, c["num_attention_heads"] * head_dim, 1.5)
+    b.norm(f"{prefix}.q_norm", head_dim)
+    b.norm(f"{prefix}.k_norm", head_dim)
+
+
+def _moe(b: _Builder, prefix: str) -> None:
+    c = b.config
+    hidden, width = c["hidden_size"], c["moe_intermediate_size"]
+    num_experts = c.get("n_routed_experts") or c["num_experts"]
+    b.matrix(f"{prefix}.gate", num_experts, hidden, 1.5, plain=True)
+    if c.get("topk_method") == "noaux_tc":
+        name = f"{prefix}.gate.e_score_correction_bias"
+        b.tensors[name] = 0.2 * _normal(name, b.seed, (num_experts,))
+    if c.get("n_shared_experts"):
+        b.mlp(f"{prefix}.shared_experts", hidden, width * c["n_shared_experts"])
+    for e in range(num_experts):
+        b.mlp(f"{prefix}.experts.{e}", hidden, width)
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """Tells whether two sets of tensors are the same, byte for byte."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        total.update(f"{name} {array.dtype} {array.shape}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, array in tensors.items():
+        header[name] = {
+            "dtype": _DTYPE_NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as f:
+        f.write(len(encoded).to_bytes(8, "little"))
+        f.write(encoded)
+        for array in tensors.values():
+            f.write(np.ascontiguousarray(array).tobytes())
+
+
+def write_checkpoint(directory: Path, case: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Writes a case as a Hugging Face directory (no tokenizer) and returns its tensors."""
+    tensors = make_tensors(case, seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(hf_config(case), indent=2))
+    if case not in SHARDED:
+        write_safetensors(directory / "model.safetensors", tensors)
+        return tensors
+    num_files = 3
+    names = list(tensors)
+    weight_map = {}
+    for i in range(num_files):
+        file = f"model-{i + 1:05d}-of-{num_files:05d}.safetensors"
+        shard = {name: tensors[name] for name in names[i::num_files]}
+        write_safetensors(directory / file, shard)
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}}
+    index["weight_map"] = weight_map
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tensors

@@ -1,0 +1,161 @@
+"""Runs a tiny checkpoint through the decoder, step by step, over a paged cache.
+
+Two backends: "reference" fills the leaves by the names map from numpy arrays and runs
+`ReferenceOps`; "native" loads the written checkpoint with the project's loader and runs the CPU
+kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxmoe import models
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.ffi.ops import StepInputs, Weight
+from jaxmoe.ffi.reference import ReferenceOps
+from jaxmoe.weights.param_spec import Formats
+from support import tiny_models
+
+PAGE_SIZE = 16
+_SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+ConfigEdit = Callable[[ModelConfig], ModelConfig]
+
+
+def _stack_experts(tensors: dict[str, np.ndarray], names: Any, config: ModelConfig) -> list[Any]:
+    """One mapping a MoE layer of `Weight`s with a leading expert axis."""
+    layers = []
+    for layer in config.moe_layers:
+        matrices = {}
+        for which in ("gate", "up", "down"):
+            wanted = [
+                names.expert_tensor(layer, e, which) for e in range(config.moe.router.num_experts)
+            ]
+            data = jnp.asarray(np.stack([tensors[name] for name in wanted]))
+            scale = None
+            if config.quant.format == "fp8_block":
+                scales = [tensors[names.scale_tensor(name)].astype(np.float32) for name in wanted]
+                scale = jnp.asarray(np.stack(scales))
+            matrices[which] = Weight(data, scale)
+        layers.append(matrices)
+    return layers
+
+
+def stored_formats(config: ModelConfig, tensors: dict[str, np.ndarray]) -> Formats:
+    dtypes = {name: _SAFETENSORS_NAMES[array.dtype.name] for name, array in tensors.items()}
+    return models.stored_formats(config, dtypes)
+
+
+@dataclasses.dataclass
+class Row:
+    """A row of the runner: its pages and how many tokens it holds."""
+
+    pages: np.ndarray
+    length: int = 0
+
+
+class TinyRunner:
+    """One model in one compute dtype with a cache for `num_rows` sequences."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute_dtype: str,
+        step_fn: Callable[..., Any],
+        weights: Any,
+        *,
+        num_rows: int = 3,
+        max_tokens: int = 80,
+    ):
+        self._step_fn = jax.jit(step_fn, donate_argnums=2)
+        self._weights = weights
+        pages_each = -(-max_tokens // PAGE_SIZE)
+        # Pages in no order, so that a position read from the wrong page shows.
+        pages = np.random.default_rng(0).permutation(num_rows * pages_each).astype(np.int32)
+        self._rows = [Row(p) for p in pages.reshape(num_rows, pages_each)]
+        self._caches = [
+            tuple(
+                jnp.zeros((pages.size, PAGE_SIZE, a.num_heads, a.head_dim), a.dtype) for a in arrays
+            )
+            for arrays in models.cache_spec(config, compute_dtype)
+        ]
+
+        self.keep: Any = None  # what must live as long as the runner
+
+    def reset(self) -> None:
+        for row in self._rows:
+            row.length = 0
+
+    def step(self, tokens: Sequence[Sequence[int]], num_tokens: int) -> list[np.ndarray]:
+        """Appends `tokens[row]` to every row in one step of `num_tokens`; logits `[n, V]` a row."""
+        packed = np.full((4, num_tokens), -1, np.int32)  # token, position, row, slot
+        at = 0
+        for r, new in enumerate(tokens):
+            row = self._rows[r]
+            positions = np.arange(row.length, row.length + len(new), dtype=np.int32)
+            slots = row.pages[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+            packed[:, at : at + len(new)] = [list(new), positions, [r] * len(new), slots]
+            at += len(new)
+            row.length += len(new)
+        block_tables = np.stack([row.pages for row in self._rows])
+        step = StepInputs(*packed, block_tables)
+        logits, self._caches = self._step_fn(self._weights, step, self._caches)
+        logits = np.asarray(logits)
+        ends = np.cumsum([len(new) for new in tokens])
+        return np.split(logits[:at], ends[:-1])
+
+
+def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = None) -> TinyRunner:
+    """The model of a case on `ReferenceOps`; `edit` changes the config, as mutation tests do."""
+    config = ModelConfig.from_hf(tiny_models.hf_config(case))
+    if edit is not None:
+        config = edit(config)
+    tensors = tiny_models.make_tensors(case)
+    described = models.describe_model(config, compute_dtype, stored_formats(config, tensors))
+    names = models.name_map(config, described.specs)
+    leaves = {}
+    for path in described.specs:
+        source = names.tensors_for(path)
+        leaves[path] = jnp.asarray(source.transform(*(tensors[name] for name in source.names)))
+    weights = (described.fill(leaves), _stack_experts(tensors, names, config))
+
+    def step_fn(weights: Any, step: StepInputs, caches: Any) -> Any:
+        state, experts = weights
+        model = nnx.merge(described.graphdef, state)
+        return model(step, caches, ReferenceOps(experts), jnp.arange(step.token_ids.shape[0]))
+
+    return TinyRunner(config, compute_dtype, step_fn, weights)
+
+
+def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> TinyRunner:
+    """The same on the CPU kernels: the checkpoint written to `folder` and loaded as shipped."""
+    from jaxmoe.ffi.cpu_runtime import CpuRuntime
+    from jaxmoe.ffi.native_ops import NativeOps
+
+    from jaxmoe.models import registry
+    from jaxmoe.weights.loader import load_model
+    from jaxmoe.weights.safetensors_reader import Checkpoint
+
+    if not (folder / "config.json").exists():
+        tiny_models.write_checkpoint(folder, case)
+    config = ModelConfig.from_hf(tiny_models.hf_config(case))
+    runtime = CpuRuntime(num_threads=2)
+    loaded = load_model(
+        Checkpoint.open(folder), config, registry, runtime, compute_dtype=compute_dtype
+    )
+    ops = NativeOps(runtime, loaded.host_store, family)
+
+    def step_fn(state: Any, step: StepInputs, caches: Any) -> Any:
+        model = nnx.merge(loaded.graphdef, state)
+        return model(step, caches, ops, jnp.arange(step.token_ids.shape[0]))
+
+    runner = TinyRunner(config, compute_dtype, step_fn, loaded.state)
+    runner.keep = (loaded, ops, runtime)
+    return runner
