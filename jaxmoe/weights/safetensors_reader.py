@@ -22,6 +22,10 @@ from typing import Any, NoReturn, Self
 import numpy as np
 
 from jaxmoe.common.errors import CheckpointError
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.weights.model_registry import ModelRegistry
+from jaxmoe.weights.name_map import NameMap
+from jaxmoe.weights.param_spec import Formats, ParamSpec
 from jaxmoe.weights.safetensors_header import (
     TensorInfo,
     fail,
@@ -173,6 +177,17 @@ class Checkpoint:
         """The config, tokenizer and template files that are present, by name."""
         found = {name: self.directory / name for name in COMPANION_FILES}
         return {name: path for name, path in found.items() if path.is_file()}
+
+    def formats(self, config: ModelConfig, models: ModelRegistry) -> Formats:
+        """How each linear map is stored."""
+        dtypes = {name: info.dtype for name, info in self.tensors.items()}
+        return models.stored_formats(config, dtypes)
+
+    def name_map(
+        self, config: ModelConfig, models: ModelRegistry, specs: Mapping[str, ParamSpec]
+    ) -> NameMap:
+        """Where each leaf comes from."""
+        return models.name_map(config, specs)
 
     def close(self) -> None:
         with self._lock:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from support import tiny_models
 
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.models import registry
+from jaxmoe.weights.loaded_model import LoadedModel
+from jaxmoe.weights.loader import load_model
+from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import write_checkpoint
+from jaxmoe.weights.tensor_table import MATRICES
 
 SHARD_1 = "model-00001-of-00002.safetensors"
 SHARD_2 = "model-00002-of-00002.safetensors"
@@ -51,3 +60,35 @@ def join(file: Path, header: dict[str, Any] | str | bytes, data: bytes) -> None:
     if isinstance(header, str):
         header = header.encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+def edit_tensors(
+    directory: Path, case: str, change: Callable[[dict[str, np.ndarray]], object]
+) -> None:
+    """A tiny checkpoint with some tensors changed; headers are right for what is there."""
+    tensors = tiny_models.make_tensors(case)
+    change(tensors)
+    write_checkpoint(directory, tensors)
+    (directory / "config.json").write_text(json.dumps(tiny_models.hf_config(case)))
+
+
+def load_case(
+    directory: Path, runtime: CpuRuntime, **options: Any
+) -> tuple[ModelConfig, LoadedModel]:
+    with Checkpoint.open(directory) as checkpoint:
+        config = ModelConfig.from_hf(checkpoint.config())
+        return config, load_model(checkpoint, config, registry, runtime, **options)
+
+
+def store_bytes(model: LoadedModel) -> bytes:
+    """Weights and scales of all experts, in order."""
+    store = model.host_store
+    assert store is not None
+    parts: list[bytes] = []
+    for layer, layout in enumerate(store.layouts):
+        for expert in range(layout.num_experts):
+            for which in MATRICES:
+                parts.append(store.matrix(layer, expert, which).tobytes())
+                if layout.format == "fp8_block":
+                    parts.append(store.scale(layer, expert, which).tobytes())
+    return b"".join(parts)

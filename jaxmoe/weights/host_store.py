@@ -1,0 +1,136 @@
+"""The one resident copy of the routed experts: Python face of the native store (design: HostStore).
+
+A store holds, for every MoE layer and expert, three row-major matrices (gate and up `[F, D]`, down
+`[D, F]`) in the checkpoint's own format, and for FP8 their float32 block scales. Compiled programs
+reach it by its registry `id`; nothing here ever makes a second copy.
+
+Backings:
+  arena: anonymous memory, huge pages, split over the NUMA nodes, filled by pread. The default.
+  mmap: the checkpoint's own files, mapped. Starts at once and shares the page cache, but a file
+  that is
+    truncated or replaced in place while mapped kills the process (SIGBUS), and one NUMA node holds
+    it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxmoe.ffi.cpu_runtime import CpuRuntime, native_host_store
+
+from jaxmoe.weights.name_map import Matrix
+from jaxmoe.weights.param_spec import DTYPE_OF_FORMAT, WeightFormat, num_blocks
+
+Backing = Literal["arena", "mmap"]
+_WHICH: dict[Matrix, int] = {"gate": 0, "up": 1, "down": 2}
+NUMPY_OF_FORMAT: dict[WeightFormat, np.dtype] = {
+    weight_format: np.dtype(jnp.dtype(name)) for weight_format, name in DTYPE_OF_FORMAT.items()
+}
+
+
+class ExpertLayout(NamedTuple):
+    """Sizes of one MoE layer's routed experts."""
+
+    num_experts: int
+    intermediate: int
+    hidden: int
+    format: WeightFormat
+
+    def shape(self, which: Matrix) -> tuple[int, int]:
+        """`[N, K]` of a matrix."""
+        if which == "down":
+            return self.hidden, self.intermediate
+        return self.intermediate, self.hidden
+
+    @property
+    def matrix_bytes(self) -> int:
+        return self.intermediate * self.hidden * NUMPY_OF_FORMAT[self.format].itemsize
+
+    def scale_shape(self, which: Matrix) -> tuple[int, int] | None:
+        """Block scales of a matrix, or None where the format has none."""
+        if self.format != "fp8_block":
+            return None
+        n, k = self.shape(which)
+        return num_blocks(n), num_blocks(k)
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and scales of all experts."""
+        scales = 4 * sum(int(np.prod(self.scale_shape(w) or (0,))) for w in _WHICH)
+        return self.num_experts * (3 * self.matrix_bytes + scales)
+
+
+class HostStore:
+    """Owns the native store. Reads and fills of distinct matrices may run on many threads."""
+
+    def __init__(self, native: Any, layouts: Sequence[ExpertLayout], backing: Backing) -> None:
+        self.native = native
+        self.layouts = tuple(layouts)
+        self.backing: Backing = backing
+
+    @classmethod
+    def create(
+        cls, runtime: CpuRuntime, layouts: Sequence[ExpertLayout], backing: Backing = "arena"
+    ) -> HostStore:
+        """Allocates (arena) or prepares (mmap) the store. Nothing is filled yet."""
+        return cls(native_host_store(runtime, layouts, backing), layouts, backing)
+
+    @property
+    def id(self) -> int:
+        return self.native.id
+
+    @property
+    def total_bytes(self) -> int:
+        return self.native.total_bytes
+
+    def bytes_per_node(self) -> list[int]:
+        return list(self.native.bytes_per_node())
+
+    def read_matrix(self, layer: int, expert: int, which: Matrix, fd: int, offset: int) -> None:
+        """Reads one matrix's bytes from a file into the arena, with the GIL released.
+
+        Raises OSError where the file fails or ends early.
+        """
+        self.native.read_matrix(layer, expert, _WHICH[which], fd, offset)
+
+    def map_file(self, path: Path | str) -> int:
+        """Maps a file of a store backed by mmap; the result is for `set_mapped`."""
+        return self.native.map_file(str(path))
+
+    def set_mapped(
+        self, layer: int, expert: int, which: Matrix, file_idx: int, offset: int
+    ) -> None:
+        self.native.set_mapped(layer, expert, _WHICH[which], file_idx, offset)
+
+    def set_scale(self, layer: int, expert: int, which: Matrix, scale: np.ndarray) -> None:
+        """Copies a matrix's block scales, float32 `[ceil(N/128), ceil(K/128)]`."""
+        self.native.set_scale(layer, expert, _WHICH[which], scale)
+
+    def matrix(self, layer: int, expert: int, which: Matrix) -> np.ndarray:
+        """The bytes of a matrix of a one-node store, uint8 `[N, row_bytes]`: a view, not a copy."""
+        return self.native.matrix(layer, expert, _WHICH[which])
+
+    def writable_rows(
+        self, layer: int, expert: int, which: Matrix
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The matrix's memory for one that fills it: first row and values `[rows, K]`, per node.
+
+        Only an arena is writable. Say `mark_loaded` when done.
+        """
+        dtype = NUMPY_OF_FORMAT[self.layouts[layer].format]
+        yield 0, self.matrix(layer, expert, which).view(dtype)
+
+    def mark_loaded(self, layer: int, expert: int, which: Matrix) -> None:
+        """Says that a matrix was filled through `writable_rows`."""
+        self.native.mark_loaded(layer, expert, _WHICH[which])
+
+    def scale(self, layer: int, expert: int, which: Matrix) -> np.ndarray:
+        """The block scales of a matrix: a view."""
+        return self.native.scale(layer, expert, _WHICH[which])
+
+    def close(self) -> None:
+        self.native.close()

@@ -1,0 +1,300 @@
+"""A checkpoint's weights into memory, once, in parallel, with a plan made first.
+
+Order of events: all headers are known (the checkpoint is open) → the formats of the linear maps →
+the model's description → the table of tensors, held against the checkpoint → the memory plan, held
+against the machine → only then is memory taken and data read. Non-expert tensors go into aligned
+numpy buffers that jax adopts without a copy; experts go from the file straight into the host store.
+No weight ever exists twice.
+
+What it does not do: change any weight. Leaves that are cut out of a stored tensor (MLA's
+up-projections) or widened (norms) are made by the family's transforms, exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+
+from jaxmoe.common.errors import CheckpointError
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.weights import memory
+from jaxmoe.weights.buffers import aligned_empty, is_aligned, to_jax
+from jaxmoe.weights.host_store import Backing, HostStore
+from jaxmoe.weights.loaded_model import LoadedModel, LoadReport
+from jaxmoe.weights.model_registry import ModelRegistry
+from jaxmoe.weights.param_spec import Description, ParamSpec
+from jaxmoe.weights.progress import ByteProgress
+from jaxmoe.weights.read_pool import default_threads, run_all
+from jaxmoe.weights.safetensors_header import TensorInfo, fail
+from jaxmoe.weights.safetensors_reader import Checkpoint
+from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES
+from jaxmoe.weights.tensor_table import (
+    LeafPlan,
+    MatrixPlan,
+    TensorTable,
+    build_table,
+    expert_layouts,
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadPlan:
+    """Everything decided before the first byte of memory is taken.
+
+    transient_bytes: what transforms may hold beside the result, on all threads together.
+    """
+
+    description: Description
+    table: TensorTable
+    leaf_bytes: int
+    expert_bytes: int
+    transient_bytes: int
+
+    def memory_bytes(self, backing: Backing) -> int:
+        experts = self.expert_bytes
+        if backing == "mmap":
+            experts -= sum(plan.weight.nbytes for plan in self.table.matrices)
+        return self.leaf_bytes + experts + self.transient_bytes
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    models: ModelRegistry,
+    runtime: CpuRuntime,
+    *,
+    compute_dtype: jax.typing.DTypeLike = "bfloat16",
+    backing: Backing = "arena",
+    num_threads: int | None = None,
+    progress: bool | None = None,
+) -> LoadedModel:
+    """Loads a checkpoint as shipped, or a prepared one (`Checkpoint.open` tells them apart).
+
+    Args:
+      checkpoint: open; may be closed afterwards, whatever the backing.
+      config: what its config.json says.
+      models: `jaxmoe.models.registry`.
+      runtime: decides how the arena is split over NUMA nodes.
+      compute_dtype: of the model's activations; weights keep their stored formats.
+      backing: see host_store.py; "mmap" starts at once and dies if a file is truncated meanwhile.
+      num_threads: parallel reads.
+      progress: draw a bar on stderr; None does where it is a terminal.
+
+    Raises:
+      CheckpointError: before reading, if the tensors are not the model's; while reading, if a
+        file is damaged. It names file and tensor.
+      CapacityError: if the plan does not fit into memory.
+    """
+    num_threads = default_threads() if num_threads is None else num_threads
+    plan = plan_load(checkpoint, config, models, compute_dtype, num_threads)
+    planned = plan.memory_bytes(backing)
+    room = memory.require(planned, f"loading {checkpoint.directory}")
+    _log.info(
+        "%s: loading %s into %s of memory, of %s available",
+        checkpoint.directory,
+        memory.gib(plan.table.read_bytes),
+        memory.gib(planned),
+        memory.gib(room),
+    )
+    store = HostStore.create(runtime, plan.table.layouts, backing) if plan.table.layouts else None
+    try:
+        read_bytes = plan.table.read_bytes
+        if backing == "mmap":
+            read_bytes -= sum(matrix.weight.nbytes for matrix in plan.table.matrices)
+        with ByteProgress(read_bytes, "loading weights", progress) as bar:
+            buffers = _read(checkpoint, plan.table, store, backing, num_threads, bar)
+            leaves = {path: to_jax(buffer) for path, buffer in buffers.items()}
+        for info in {info.file: info for info in checkpoint.tensors.values()}.values():
+            checkpoint.check_unchanged(info)
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+    report = LoadReport(
+        source=str(checkpoint.directory),
+        backing=backing,
+        num_tensors=len(checkpoint.tensors) - len(plan.table.ignored),
+        ignored=plan.table.ignored,
+        leaf_bytes=plan.leaf_bytes,
+        expert_bytes=plan.expert_bytes,
+        read_bytes=bar.done,
+        seconds=bar.seconds,
+        planned_bytes=planned,
+        peak_rss_bytes=memory.peak_rss_bytes(),
+    )
+    _log.info("%s", report.describe())
+    description = plan.description
+    state = description.fill(leaves)
+    return LoadedModel(description.graphdef, state, description.specs, store, report)
+
+
+def plan_load(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    models: ModelRegistry,
+    compute_dtype: jax.typing.DTypeLike,
+    num_threads: int,
+) -> LoadPlan:
+    """Decides everything; reads and allocates nothing. Raises CheckpointError."""
+    try:
+        formats = checkpoint.formats(config, models)
+        description = models.describe_model(config, compute_dtype, formats)
+        layouts = expert_layouts(config, formats)
+    except CheckpointError as error:
+        _list_all_problems(checkpoint, config, models, compute_dtype)
+        raise CheckpointError(f"{checkpoint.directory}: {error}") from error
+    names = checkpoint.name_map(config, models, description.specs)
+    table = build_table(checkpoint, config, description.specs, names, layouts)
+    # A transform may hold its inputs, a copy and its result.
+    transient = [3 * max(leaf_bytes(leaf.spec), _stored_bytes(leaf)) for leaf in table.leaves]
+    return LoadPlan(
+        description,
+        table,
+        leaf_bytes=sum(leaf_bytes(leaf.spec) for leaf in table.leaves),
+        expert_bytes=sum(layout.total_bytes for layout in table.layouts),
+        transient_bytes=sum(
+            sorted((t for t, leaf in zip(transient, table.leaves, strict=True) if _is_made(leaf)))[
+                -num_threads:
+            ]
+        ),
+    )
+
+
+def _list_all_problems(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    models: ModelRegistry,
+    compute_dtype: jax.typing.DTypeLike,
+) -> None:
+    """Where the formats already failed, tells all there is to tell, judged by config.json alone."""
+    formats = models.configured_formats(config)
+    specs = models.describe_model(config, compute_dtype, formats).specs
+    names = checkpoint.name_map(config, models, specs)
+    build_table(checkpoint, config, specs, names, expert_layouts(config, formats))
+
+
+def leaf_bytes(spec: ParamSpec) -> int:
+    return math.prod(spec.shape) * np.dtype(jax.numpy.dtype(spec.dtype)).itemsize
+
+
+def _stored_bytes(leaf: LeafPlan) -> int:
+    return sum(info.nbytes for info in leaf.infos)
+
+
+def _is_made(leaf: LeafPlan) -> bool:
+    """Whether the leaf differs from what is stored, so that both exist for a moment."""
+    spec = leaf.spec
+    return [(i.shape, NUMPY_DTYPES[i.dtype].name) for i in leaf.infos] != [(spec.shape, spec.dtype)]
+
+
+def _read(
+    checkpoint: Checkpoint,
+    table: TensorTable,
+    store: HostStore | None,
+    backing: Backing,
+    num_threads: int,
+    bar: ByteProgress,
+) -> dict[str, np.ndarray]:
+    """Reads everything, in the order it lies in the files; the leaves come back."""
+    buffers: dict[str, np.ndarray] = {}
+
+    def read_leaf(leaf: LeafPlan) -> None:
+        buffers[leaf.path] = _leaf(checkpoint, leaf, bar)
+
+    tasks: list[tuple[TensorInfo, Callable[[], object]]] = [
+        (leaf.infos[0], partial(read_leaf, leaf)) for leaf in table.leaves
+    ]
+    if store is not None:
+        fill = _read_matrix
+        if backing == "mmap":
+            files = {plan.weight.file: plan.weight for plan in table.matrices}
+            mapped = {file: _map(checkpoint, store, info) for file, info in files.items()}
+            fill = partial(_map_matrix, mapped)
+        tasks += [(m.weight, partial(fill, checkpoint, store, m, bar)) for m in table.matrices]
+    tasks.sort(key=lambda task: (task[0].file, task[0].offset))
+    run_all([task for _, task in tasks], num_threads)
+    return buffers
+
+
+def _leaf(checkpoint: Checkpoint, leaf: LeafPlan, bar: ByteProgress) -> np.ndarray:
+    """One leaf's values in a buffer jax can adopt."""
+    stored = []
+    has_scale = leaf.spec.kind == "scale_inv" or len(leaf.infos) > 1
+    for info in leaf.infos:
+        array = aligned_empty(info.shape, NUMPY_DTYPES[info.dtype])
+        checkpoint.read_into(info, array)
+        bar.add(info.nbytes)
+        if has_scale and info.dtype in ("F32", "BF16"):
+            check_finite(info, array)
+        stored.append(array)
+    made = leaf.source.transform(*stored)
+    given, wanted = (made.shape, made.dtype.name), (leaf.spec.shape, leaf.spec.dtype)
+    assert given == wanted, (leaf.path, given, wanted)
+    if is_aligned(made):
+        return made
+    result = aligned_empty(made.shape, made.dtype)
+    result[...] = made
+    return result
+
+
+def check_finite(info: TensorInfo, scale: np.ndarray) -> None:
+    """Block scales must be numbers: one NaN or Inf would spoil every token's output."""
+    finite = np.isfinite(scale.astype(np.float32, copy=False))
+    if not finite.all():
+        where = tuple(int(i) for i in np.argwhere(~finite)[0])
+        fail(
+            info.file,
+            f"scale {where} is {scale[where]}, wanted a finite number; {int((~finite).sum())} "
+            "such in all: the file is damaged",
+            info.name,
+        )
+
+
+def _read_matrix(
+    checkpoint: Checkpoint, store: HostStore, plan: MatrixPlan, bar: ByteProgress
+) -> None:
+    info = plan.weight
+    fd = checkpoint.fd(info)
+    try:
+        store.read_matrix(plan.moe_layer_idx, plan.expert, plan.which, fd, info.offset)
+    except OSError as error:
+        checkpoint.check_unchanged(info)
+        fail(info.file, f"reading {info.nbytes} bytes at {info.offset} failed: {error}", info.name)
+    bar.add(info.nbytes)
+    _read_scale(checkpoint, store, plan, bar)
+
+
+def _map(checkpoint: Checkpoint, store: HostStore, info: TensorInfo) -> int:
+    # By descriptor: the very file whose header was checked, whatever its name means by now.
+    return store.map_file(f"/proc/self/fd/{checkpoint.fd(info)}")
+
+
+def _map_matrix(
+    mapped: dict, checkpoint: Checkpoint, store: HostStore, plan: MatrixPlan, bar: ByteProgress
+) -> None:
+    info = plan.weight
+    store.set_mapped(plan.moe_layer_idx, plan.expert, plan.which, mapped[info.file], info.offset)
+    _read_scale(checkpoint, store, plan, bar)
+
+
+def _read_scale(
+    checkpoint: Checkpoint, store: HostStore, plan: MatrixPlan, bar: ByteProgress
+) -> None:
+    info = plan.scale
+    if info is None:
+        return
+    scale = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
+    checkpoint.read_into(info, scale)
+    check_finite(info, scale)
+    scale = np.asarray(scale, np.float32)  # BF16 widens exactly
+    store.set_scale(plan.moe_layer_idx, plan.expert, plan.which, scale)
+    bar.add(info.nbytes)

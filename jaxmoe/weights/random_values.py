@@ -1,0 +1,85 @@
+"""Random weights fast: one block of normal values, copied to where it is needed from random starts.
+
+Good for running shapes and measuring speed, where weights must be of the right format and keep
+activations finite; useless for statistics (values repeat). Scales are chosen so that a linear map
+about keeps the variance of its input.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from jaxmoe.weights.param_spec import ParamKind, ParamSpec
+
+_BLOCK = 4_194_301  # values; prime, so that no row length divides it and rows differ
+_FP8_STD = 16.0  # E4M3 reaches 448: 28 standard deviations, and small values keep their precision
+_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+class RandomValues:
+    """Deterministic in `seed` and the tensor's name; may be used from many threads."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._normal = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32)
+        self._blocks: dict[tuple[np.dtype, float], np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def fill_weights(self, out: np.ndarray, name: str, fan_in: int, first: int = 0) -> None:
+        """Fills a linear map's values, from value `first` on; FP8 codes want `scale_inv` too."""
+        self._fill(out, name, _FP8_STD if out.dtype == _FP8 else fan_in**-0.5, first)
+
+    def scale_inv(self, shape: tuple[int, ...], name: str, fan_in: int) -> np.ndarray:
+        """Float32 block scales that bring `fill_weights`' FP8 codes to the wanted size."""
+        spread = self._generator(name).uniform(0.8, 1.2, shape)
+        return (spread * (fan_in**-0.5 / _FP8_STD)).astype(np.float32)
+
+    def fill(self, out: np.ndarray, name: str, kind: ParamKind, fan_in: int) -> None:
+        """Fills a tensor as its kind wants it."""
+        if kind in ("matrix", "head_map"):
+            self.fill_weights(out, name, fan_in)
+        elif kind == "scale_inv":
+            out[...] = self.scale_inv(out.shape, name, fan_in).astype(out.dtype)
+        elif kind == "embedding":
+            self._fill(out, name, 0.5)
+        elif kind == "norm":
+            out[...] = (1 + 0.1 * self._generator(name).standard_normal(out.shape)).astype(
+                out.dtype
+            )
+        else:  # router_bias
+            out[...] = (0.01 * self._generator(name).standard_normal(out.shape)).astype(out.dtype)
+
+    def _generator(self, name: str) -> np.random.Generator:
+        return np.random.default_rng((self._seed, zlib.crc32(name.encode())))
+
+    def _fill(self, out: np.ndarray, name: str, std: float, first: int = 0) -> None:
+        block = self._block(out.dtype, std)
+        flat = out.reshape(-1).view(np.uint8)  # bytes: copying them needs no float8 loops
+        assert np.shares_memory(flat, out) or not out.size, "a copy would be filled in vain"
+        item = out.dtype.itemsize
+        start = (zlib.crc32(name.encode()) + first) % _BLOCK * item
+        done = 0
+        while done < len(flat):
+            piece = block[start : start + len(flat) - done]
+            flat[done : done + len(piece)] = piece
+            done, start = done + len(piece), 0
+
+    def _block(self, dtype: np.dtype, std: float) -> np.ndarray:
+        """The bytes of the normal block, scaled and rounded."""
+        with self._lock:
+            if (dtype, std) not in self._blocks:
+                block = (self._normal * np.float32(std)).astype(dtype)
+                self._blocks[dtype, std] = block.view(np.uint8)
+            return self._blocks[dtype, std]
+
+
+def fan_in_of(path: str, spec: ParamSpec, specs: Mapping[str, ParamSpec]) -> int:
+    """Inputs of the linear map a leaf belongs to; block scales take their weight's."""
+    if spec.kind == "scale_inv":
+        spec = specs[path.removesuffix("scale_inv") + "data"]
+    return spec.shape[-1]
