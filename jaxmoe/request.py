@@ -13,7 +13,7 @@ from typing import Literal
 from jaxmoe.common.timing import Timings
 from jaxmoe.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,10 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What one step added to one completion. The last one carries the finish_reason."""
+    """What one step added to one completion. The last one carries the finish_reason.
+
+    output: the whole answer, on the last delta of the request's last completion.
+    """
 
     request_id: str
     index: int
@@ -99,6 +102,7 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
+    output: RequestOutput | None = None
 
 
 @dataclasses.dataclass(frozen=True)

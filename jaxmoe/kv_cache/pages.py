@@ -35,8 +35,8 @@ class PageAllocator:
         """Takes `count` pages, all or none; CapacityError when there are not so many."""
         if count > len(self._free):
             raise CapacityError(
-                f"KV cache: {count} pages wanted, {self.num_free} of {self.num_pages} free; wait for "
-                "running requests or give the engine more with kv_cache_gb"
+                f"KV cache: {count} pages wanted, {self.num_free} of {self.num_pages} free; wait "
+                "for running requests or give the engine more with kv_cache_gb"
             )
         pages = [heapq.heappop(self._free) for _ in range(count)]
         self._held.update(pages)

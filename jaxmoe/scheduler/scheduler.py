@@ -13,11 +13,14 @@ preemption never changes a text.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 from collections import deque
+from collections.abc import Iterator
 from typing import Literal
 
+from jaxmoe.common.errors import CapacityError
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.request import Sequence, Status
 
@@ -100,6 +103,21 @@ class Scheduler:
             row.seq.num_computed = row.start + row.count
             if row.seq.num_computed >= row.seq.num_prompt:
                 row.seq.status = Status.DECODE
+
+    @contextlib.contextmanager
+    def borrow(self, num_tokens: int) -> Iterator[tuple[list[int], int]]:
+        """Pages for `num_tokens` and a slot, for work beside the sequences; CapacityError
+        if none.
+        """
+        if not self._free_slots:
+            raise CapacityError("all sequences of max_num_seqs are running; wait for one to finish")
+        pages = self.pages.allocate(self.pages.pages_for(num_tokens))
+        slot = heapq.heappop(self._free_slots)
+        try:
+            yield pages, slot
+        finally:
+            self.pages.free(pages)
+            heapq.heappush(self._free_slots, slot)
 
     def _admit(self) -> None:
         while self.waiting and self._free_slots:

@@ -93,8 +93,8 @@ class ChatTemplate:
         for name, value in kwargs.items():
             if name in _RESERVED or not isinstance(value, (bool, int, float, str, type(None))):
                 raise RequestError(
-                    f"chat template argument {name!r}: got {shown(value)}, wanted a plain value under a "
-                    "name that is not " + ", ".join(sorted(_RESERVED))
+                    f"chat template argument {name!r}: got {shown(value)}, wanted a plain value "
+                    "under a name that is not " + ", ".join(sorted(_RESERVED))
                 )
         variables = {
             **self._special_tokens,

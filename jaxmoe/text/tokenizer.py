@@ -138,7 +138,8 @@ def check_ids(ids: Sequence[Any], vocab_size: int, name: str = "token ids") -> N
             raise RequestError(f"{name}: entry {at} is {shown(token_id)}, wanted an integer")
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"{name}: entry {at} is {shown(token_id)}, wanted 0 to {vocab_size - 1} (the vocabulary)"
+                f"{name}: entry {at} is {shown(token_id)}, wanted 0 to {vocab_size - 1} "
+                "(the vocabulary)"
             )
 
 

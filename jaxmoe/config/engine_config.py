@@ -1,0 +1,126 @@
+"""How the engine runs: every option with its default and its bounds, stated once.
+ Command-line flags, the TOML file and the environment are made from these fields (cli/flags.py);
+`LLM` takes them as keywords. What it does not do: describe the model (that is model_config.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.common.errors import ConfigError
+from jaxmoe.common.fields import check_fields, checked, nearest, rules
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Immutable and validated: a wrong value raises ConfigError naming the option."""
+
+    model: str | None = checked(
+        None,
+        "str",
+        "checkpoint directory in Hugging Face layout, or one that jaxmoe_convert wrote; "
+        "default: the embedded demo model",
+        optional=True,
+    )
+    load_format: str = checked(
+        "auto",
+        "str",
+        "auto reads the checkpoint; dummy makes random weights of config.json's shape",
+        choices=("auto", "dummy"),
+    )
+    backing: str = checked(
+        "arena",
+        "str",
+        "where the routed experts lie: arena reads them into memory at the start; mmap starts at "
+        "once and reads from the files, which must not be changed or truncated meanwhile",
+        choices=("arena", "mmap"),
+    )
+    compute_dtype: str = checked(
+        "bfloat16",
+        "str",
+        "type of activations and KV cache; float32 is for audits",
+        choices=("bfloat16", "float32"),
+    )
+    max_model_len: int | None = checked(
+        None,
+        "int",
+        "longest prompt + output in tokens; default: the model's limit, or what 1 GiB of KV cache "
+        "holds",
+        low=2,
+        high=2**24,
+        optional=True,
+    )
+    max_num_seqs: int = checked(8, "int", "sequences decoded together at most", low=1, high=1024)
+    kv_cache_gb: float | None = checked(
+        None,
+        "float",
+        "memory for the KV cache in GiB; default: 1, or what one sequence of max_model_len needs",
+        low=0.0,
+        high=65536.0,
+        low_open=True,
+        optional=True,
+    )
+    page_size: int = checked(16, "int", "tokens of a KV cache page", low=1, high=1024)
+    prefill_chunk_tokens: int = checked(
+        512, "int", "prompt tokens computed in one step at most", low=16, high=16384
+    )
+    num_threads: int | None = checked(
+        None,
+        "int",
+        "threads of the CPU kernels; default: the physical cores this process may use",
+        low=1,
+        high=4096,
+        optional=True,
+    )
+    isa: str | None = checked(
+        None,
+        "str",
+        "instruction set of the CPU kernels, for tests; default: the best this machine has",
+        choices=ISAS,
+        optional=True,
+    )
+    seed: int = checked(
+        0,
+        "int",
+        "where the seeds of requests that bring none start, and the seed of dummy weights",
+        low=0,
+        high=2**63 - 1,
+    )
+    cache_dir: str | None = checked(
+        "~/.cache/jaxmoe",
+        "str",
+        "where compiled programs are kept for the next start; empty: nowhere",
+        optional=True,
+    )
+    show_progress: bool = checked(True, "bool", "show a progress bar while weights are loaded")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        check_fields(self, ConfigError)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> EngineConfig:
+        """A config with the `given` options; an unknown name is a ConfigError."""
+        known = rules(cls)
+        for name in given:
+            if name not in known:
+                raise ConfigError(
+                    f"unknown engine option {name!r}{nearest(name, known)}; known: "
+                    + ", ".join(known)
+                )
+        return cls(**given)
+
+    @property
+    def cache_path(self) -> Path | None:
+        return Path(self.cache_dir).expanduser() if self.cache_dir else None
+
+    def describe(self) -> str:
+        """The effective options on one line."""
+        return " ".join(f"{name}={getattr(self, name)}" for name in rules(type(self)))

@@ -1,0 +1,92 @@
+"""The host arrays of a packed step: which tokens of which rows, at which positions, written where.
+ Shapes come from a short list of sizes, so that few programs are ever compiled: a decode has as
+many tokens as rows, rounded up to a power of two; a prefill has one of a few token counts, and
+either one row or all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxmoe.ffi.ops import StepInputs
+from jaxmoe.sampling.inputs import RowSettings
+
+PREFILL_SIZES = (16, 64, 256)  # and prefill_chunk_tokens; four times more is four times the work
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRow:
+    """One sequence's part of a step.
+
+    token_ids: the tokens fed, from position `start`. pages: ids of the pages the sequence holds.
+    slot: its row in per-sequence state. settings: how its next token is drawn; biases: see
+    `sampling.inputs.pack_biases`, None where the row's logits are not adjusted.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    slot: int
+    settings: RowSettings
+    biases: dict[int, float] | None = None
+
+
+def decode_size(num_rows: int) -> int:
+    """Tokens and rows of a decode of `num_rows`."""
+    return 1 << (num_rows - 1).bit_length()
+
+
+def prefill_size(num_tokens: int, num_rows: int, *, chunk: int, max_rows: int) -> tuple[int, int]:
+    """Tokens and rows of a prefill."""
+    sizes = [s for s in PREFILL_SIZES if s < chunk] + [chunk]
+    tokens = next(s for s in sizes if s >= num_tokens)
+    return tokens, 1 if num_rows == 1 else decode_size(max_rows)
+
+
+class BlockTables:
+    """Every slot's page ids `[num_slots, MP]`, -1 where unused; only what is new is written."""
+
+    def __init__(self, num_slots: int, pages_per_sequence: int) -> None:
+        self._tables = np.full((num_slots, pages_per_sequence), -1, np.int32)
+        self._filled = [0] * num_slots
+
+    def assign(self, slot: int) -> None:
+        """Empties a slot for its next owner."""
+        self._tables[slot] = -1
+        self._filled[slot] = 0
+
+    def update(self, slot: int, pages: Sequence[int]) -> np.ndarray:
+        """The slot's table after its sequence took more pages."""
+        filled, table = self._filled[slot], self._tables[slot]
+        if filled != len(pages):
+            table[filled : len(pages)] = pages[filled:]
+            self._filled[slot] = len(pages)
+        return table
+
+
+def pack_step(
+    rows: Sequence[StepRow], tables: BlockTables, num_tokens: int, num_rows: int, page_size: int
+) -> StepInputs:
+    """Numpy inputs of a step, padded to `num_tokens` and `num_rows`."""
+    packed = np.zeros((4, num_tokens), np.int32)
+    token_ids, positions, token_rows, kv_slots = packed
+    token_rows[:] = kv_slots[:] = -1
+    block_tables = np.full(
+        (num_rows, tables.update(rows[0].slot, rows[0].pages).size), -1, np.int32
+    )
+    at = 0
+    for i, row in enumerate(rows):
+        table = tables.update(row.slot, row.pages)
+        block_tables[i] = table
+        count = len(row.token_ids)
+        span = slice(at, at + count)
+        where = np.arange(row.start, row.start + count, dtype=np.int32)
+        token_ids[span] = row.token_ids
+        positions[span] = where
+        token_rows[span] = i
+        kv_slots[span] = table[where // page_size] * page_size + where % page_size
+        at += count
+    return StepInputs(token_ids, positions, token_rows, kv_slots, block_tables)  # pyright: ignore

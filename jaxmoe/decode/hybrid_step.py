@@ -1,0 +1,169 @@
+"""The compiled step: all layers, the head and the draw in one program, the caches donated.
+ The same program text serves prompt chunks and decode; what differs is the number of packed tokens
+and the kernels the operations choose ("matrix" for prefill, "vector" for decode). The choice is
+fixed for a program, so a token's arithmetic never depends on what else is in the batch. The model
+is split into flat leaves once; a call hands them to a plain `jax.jit`, which costs about a
+microsecond a leaf. What it does not do: decide what takes part (scheduler), or know texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxmoe.decode.batch import BlockTables, StepRow, decode_size, pack_step, prefill_size
+from jaxmoe.ffi.ops import Ops, StepInputs
+from jaxmoe.sampling.inputs import Biases, RowInputs, pack_biases, pack_rows
+from jaxmoe.sampling.logits import TokenCounts, adjust, clear_slot, count_tokens
+from jaxmoe.sampling.sampler import Drawn, sample
+
+Kind = Literal["prefill", "decode"]
+LOGITS_CHUNK_TOKENS = 64  # [T, V] float32 at V = 150,000 is 38 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class RowResult:
+    """What a step drew for one row: -1 where its logits were not finite. The rest only
+    where asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top_ids: Sequence[int]
+    top_logprobs: Sequence[float]
+
+
+class HybridStep:
+    """Owns the weights' leaves, the caches and the sampling state; every call is one step.
+
+    Args:
+        graphdef, state: the split model (`nnx.split`), whose call is that of `models.Decoder`.
+        ops: the operations for each kind of step.
+        caches: page arrays of every layer, handed over for good.
+        num_slots: sequences that can be running.
+    """
+
+    def __init__(
+        self,
+        graphdef: Any,
+        state: Any,
+        ops: Mapping[Kind, Ops],
+        caches: list[tuple[jax.Array, ...]],
+        *,
+        page_size: int,
+        pages_per_sequence: int,
+        num_slots: int,
+        chunk_tokens: int,
+        vocab_size: int,
+    ) -> None:
+        self._leaves, treedef = jax.tree.flatten(state)
+        self._caches = caches
+        self._counts: TokenCounts | None = None
+        self._tables = BlockTables(num_slots, pages_per_sequence)
+        self._page_size = page_size
+        self._num_slots = num_slots
+        self._chunk_tokens = chunk_tokens
+        self._vocab_size = vocab_size
+
+        def forward(leaves, caches, step, kind, logit_indices):
+            model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+            return model(step, caches, ops[kind], logit_indices)
+
+        def run(
+            leaves: list[jax.Array],
+            caches: list[tuple[jax.Array, ...]],
+            counts: TokenCounts | None,
+            step: StepInputs,
+            rows: RowInputs,
+            biases: Biases | None,
+            kind: Kind,
+        ) -> tuple[Drawn, list[tuple[jax.Array, ...]], TokenCounts | None]:
+            raw, caches = forward(leaves, caches, step, kind, rows.logit_index)
+            adjusted = raw
+            if counts is not None and biases is not None:
+                counts = count_tokens(counts, step.token_ids, step.positions, step.token_rows, rows)
+                adjusted = adjust(raw, counts, rows, biases)
+            return sample(raw, adjusted, rows), caches, counts
+
+        def logits(leaves, caches, step):
+            indices = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32)
+            return forward(leaves, caches, step, "prefill", indices)
+
+        self._run = jax.jit(run, static_argnames=("kind",), donate_argnames=("caches", "counts"))
+        self._logits = jax.jit(logits, donate_argnames=("caches",))
+        self._clear_slot = jax.jit(clear_slot, donate_argnums=0)
+
+    @property
+    def usable(self) -> bool:
+        """False after a step that failed half-way: the caches it was given are gone."""
+        return not any(a.is_deleted() for a in jax.tree.leaves((self._caches, self._counts)))
+
+    def assign(self, slot: int) -> None:
+        """Call when a slot has a new owner, before the first step with it."""
+        self._tables.assign(slot)
+        if self._counts is not None:
+            self._counts = self._clear_slot(self._counts, np.int32(slot))
+
+    def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]:
+        """Computes the rows' tokens and draws the next one of each."""
+        total = sum(len(row.token_ids) for row in rows)
+        if kind == "decode":
+            num_tokens = num_rows = decode_size(len(rows))
+        else:
+            num_tokens, num_rows = prefill_size(
+                total, len(rows), chunk=self._chunk_tokens, max_rows=self._num_slots
+            )
+        step = pack_step(rows, self._tables, num_tokens, num_rows, self._page_size)
+        settings = pack_rows([row.settings for row in rows], num_rows)
+        counts = biases = None
+        if any(row.biases is not None for row in rows):
+            if self._counts is None:
+                self._counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
+            counts = self._counts
+            biases = pack_biases([row.biases or {} for row in rows], num_rows)
+        drawn, self._caches, counts = self._run(
+            self._leaves, self._caches, counts, step, settings, biases, kind=kind
+        )
+        if counts is not None:
+            self._counts = counts
+        return _results(drawn, rows)
+
+    def logits(self, token_ids: Sequence[int], pages: Sequence[int], slot: int) -> np.ndarray:
+        """Float32 logits `[T, V]` after every token of a text, through the given pages and slot."""
+        self.assign(slot)
+        size = min(LOGITS_CHUNK_TOKENS, self._chunk_tokens)
+        out = []
+        for start in range(0, len(token_ids), size):
+            chunk = token_ids[start : start + size]
+            row = StepRow(chunk, start, pages, slot, settings=_NOTHING_DRAWN)
+            step = pack_step([row], self._tables, size, 1, self._page_size)
+            chunk_logits, self._caches = self._logits(self._leaves, self._caches, step)
+            out.append(np.asarray(chunk_logits)[: len(chunk)])
+        return np.concatenate(out)
+
+
+_NOTHING_DRAWN: Any = None
+
+
+def _results(drawn: Drawn, rows: Sequence[StepRow]) -> list[RowResult]:
+    token_ids = np.asarray(drawn.token_ids).tolist()
+    if all(row.settings.params.logprobs is None for row in rows):
+        return [RowResult(token_ids[i], 0.0, (), ()) for i in range(len(rows))]
+    logprobs = np.asarray(drawn.logprobs).tolist()
+    top_ids = np.asarray(drawn.top_ids)
+    top_logprobs = np.asarray(drawn.top_logprobs)
+    return [
+        RowResult(
+            token_ids[i],
+            logprobs[i],
+            top_ids[i, : row.settings.params.logprobs or 0].tolist(),
+            top_logprobs[i, : row.settings.params.logprobs or 0].tolist(),
+        )
+        for i, row in enumerate(rows)
+    ]

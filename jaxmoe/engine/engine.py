@@ -1,0 +1,304 @@
+"""The engine: requests in, steps, deltas out. One step at a time, driven by whoever calls `step`.
+ Order of a step: the scheduler says who takes part, the compiled step computes and draws, each
+drawn token goes to its completion, and finished sequences give their pages back before the next
+plan. A failing step leaves the caches undefined, so the engine is dead afterwards and says why.
+What it does not do: threads, weights (see start.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from jaxmoe.common.errors import EngineDeadError, RequestError
+from jaxmoe.config.generation import GenerationDefaults
+from jaxmoe.decode.batch import StepRow
+from jaxmoe.decode.hybrid_step import Kind, RowResult
+from jaxmoe.engine.completion import Completion
+from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.kv_cache.pages import PageAllocator
+from jaxmoe.request import Delta, Request, RequestOutput
+from jaxmoe.request import Sequence as RequestSequence
+from jaxmoe.sampling.inputs import RowSettings
+from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.scheduler.scheduler import Row, Scheduler, StepPlan
+from jaxmoe.text.tokenizer import Tokenizer, check_ids
+
+_log = logging.getLogger(__name__)
+
+
+class StepRunner(Protocol):
+    """What the engine needs of the compiled step (decode/hybrid_step.py)."""
+
+    @property
+    def usable(self) -> bool: ...
+    def assign(self, slot: int) -> None: ...
+    def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]: ...
+    def logits(self, token_ids: Sequence[int], pages: Sequence[int], slot: int) -> np.ndarray: ...
+
+
+class Engine:
+    """Not thread-safe; `LLM` holds a lock around it.
+
+    Args:
+        runner: the compiled step.
+        layout: of the cache the runner was made with.
+        tokenizer: None where texts are not wanted; requests are token ids then.
+        vocab_size: of the model (the tokenizer's may differ).
+        eos_token_ids: end of text, unless a request ignores it.
+        defaults: what requests that say nothing get.
+        seed: where the seeds of requests that bring none start.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        layout: CacheLayout,
+        *,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        max_num_seqs: int,
+        prefill_chunk_tokens: int,
+        defaults: GenerationDefaults | None = None,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.layout = layout
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.defaults = defaults or GenerationDefaults()
+        self.pages = PageAllocator(layout.num_pages, layout.page_size)
+        self.scheduler = Scheduler(
+            self.pages, max_num_seqs=max_num_seqs, prefill_chunk_tokens=prefill_chunk_tokens
+        )
+        self._runner = runner
+        self._clock = clock
+        self._seeds = (seed + 0x9E3779B97F4A7C15 * i for i in itertools.count())
+        self._ids = (f"req-{i}" for i in itertools.count())
+        self._completions: dict[str, list[Completion]] = {}
+        self._dead: str | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        prompt: str | None = None,
+    ) -> str:
+        """Queues a request and returns its id; a RequestError leaves the engine as it was.
+
+        Args:
+            prompt_token_ids: not empty, all in the vocabulary.
+            params: default: what the checkpoint recommends.
+            request_id: unique among unfinished requests; default: a fresh one.
+            prompt: the text the ids came from, handed through to the output.
+        """
+        self._check_alive()
+        request_id = next(self._ids) if request_id is None else request_id
+        if request_id in self._completions:
+            raise RequestError(f"request_id: {request_id!r} is in use; choose another")
+        request = self._make_request(request_id, prompt_token_ids, params, prompt)
+        completions = []
+        for i in range(request.params.n):
+            seq = RequestSequence(request, choice_idx=i)
+            completions.append(Completion(seq, self.tokenizer))
+            self.scheduler.add(seq)
+        self._completions[request_id] = completions
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; pages and slots are free at once, no delta follows. Unknown ids
+        do nothing.
+        """
+        for completion in self._completions.pop(request_id, []):
+            self.scheduler.cancel(completion.seq)
+
+    def step(self) -> list[Delta]:
+        """Computes one step; what it added to each completion it completed a token of."""
+        self._check_alive()
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        now = self._clock()
+        for row in plan.rows:
+            if row.start == 0:
+                self._runner.assign(row.seq.slot)
+            if not row.seq.started_s:
+                row.seq.started_s = now
+        try:
+            results = self._runner.run(plan.kind, _step_rows(plan))
+        except BaseException as e:
+            self._note_failure(e)
+            raise
+        self.scheduler.advance(plan)
+        now = self._clock()
+        return [
+            self._take(row, result, now)
+            for row, result in zip(plan.rows, results, strict=True)
+            if row.samples
+        ]
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Float32 logits `[T, V]` after every token of a text; needs a free slot and pages."""
+        self._check_alive()
+        self._check_prompt(token_ids)
+        if len(token_ids) > self.layout.max_model_len:
+            raise RequestError(
+                f"got {len(token_ids)} tokens, wanted at most {self.layout.max_model_len} "
+                "(max_model_len); shorten the text or raise it"
+            )
+        with self.scheduler.borrow(len(token_ids)) as (pages, slot):
+            try:
+                return self._runner.logits(token_ids, pages, slot)
+            except BaseException as e:
+                self._note_failure(e)
+                raise
+
+    def resolve_max_tokens(self, num_prompt: int, params: SamplingParams) -> int:
+        """Longest output of a request; RequestError with both numbers where it does not fit."""
+        limit = self.layout.max_model_len
+        room = limit - num_prompt
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens, but the context holds {limit} "
+                "(max_model_len) and one is needed for the output; shorten the prompt or raise max_model_len"
+            )
+        if params.max_tokens is None:
+            return min(room, self.defaults.max_tokens or room)
+        if params.max_tokens > room:
+            raise RequestError(
+                f"prompt ({num_prompt} tokens) + max_tokens ({params.max_tokens}) = "
+                f"{num_prompt + params.max_tokens}, but the context holds {limit} (max_model_len); "
+                f"lower max_tokens to {room} or raise max_model_len"
+            )
+        return params.max_tokens
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(
+                f"the engine stopped at a failed step ({self._dead}); make a new one"
+            )
+
+    def _note_failure(self, e: BaseException) -> None:
+        # An interrupt (Ctrl-C) between steps leaves everything in order: the step is planned again.
+        if isinstance(e, Exception) or not self._runner.usable:
+            self._dead = f"{type(e).__name__}: {e}"
+
+    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+        if not len(token_ids):
+            raise RequestError("the prompt is empty; wanted at least one token")
+        check_ids(token_ids, self.vocab_size, "prompt token ids")
+
+    def _make_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | None,
+        prompt: str | None,
+    ) -> Request:
+        params = self.defaults.params if params is None else params
+        self._check_prompt(prompt_token_ids)
+        check_ids(params.stop_token_ids, self.vocab_size, "stop_token_ids")
+        check_ids([i for i, _ in params.logit_bias], self.vocab_size, "logit_bias")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop: this engine has no tokenizer; use stop_token_ids")
+        max_tokens = self.resolve_max_tokens(len(prompt_token_ids), params)
+        if params.min_tokens > max_tokens:
+            raise RequestError(
+                f"min_tokens: got {params.min_tokens}, but at most {max_tokens} tokens have room"
+            )
+        eos = () if params.ignore_eos else self.eos_token_ids
+        seed = next(self._seeds) if params.seed is None else params.seed
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=params,
+            max_tokens=max_tokens,
+            stop_ids=frozenset(eos) | frozenset(params.stop_token_ids),
+            seed=seed & (2**64 - 1),
+            arrival_s=self._clock(),
+            prompt=prompt,
+        )
+
+    def _take(self, row: Row, result: RowResult, now: float) -> Delta:
+        request = row.seq.request
+        completions = self._completions[request.request_id]
+        completion = completions[row.seq.choice_idx]
+        delta = completion.push(result, now)
+        if delta.finish_reason is None:
+            return delta
+        self.scheduler.cancel(row.seq)
+        if delta.finish_reason == "error":
+            _log.error(
+                "request %s: the model's logits are not finite after %d tokens",
+                request.request_id,
+                row.seq.num_tokens,
+            )
+        if any(c.output is None for c in completions):
+            return delta
+        del self._completions[request.request_id]
+        outputs = tuple(c.output for c in completions if c.output is not None)
+        for output in outputs:
+            t = output.timings
+            _log.info(
+                "request %s[%d]: %d + %d tokens, ttft %.3f s, tpot %.4f s, %s",
+                request.request_id,
+                output.index,
+                t.prompt_tokens,
+                t.output_tokens,
+                t.ttft_s,
+                t.tpot_s,
+                output.finish_reason,
+            )
+        done = RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, outputs)
+        return dataclasses.replace(delta, output=done)
+
+
+def _step_rows(plan: StepPlan) -> list[StepRow]:
+    rows, end = [], 0
+    for row in plan.rows:
+        seq = row.seq
+        request, params = seq.request, seq.request.params
+        end += row.count
+        adjusts = params.adjusts_logits
+        settings = RowSettings(
+            params=params,
+            logit_index=end - 1,
+            seed=request.seed,
+            choice_idx=seq.choice_idx,
+            token_idx=len(seq.output_token_ids),
+            slot=seq.slot if adjusts else -1,
+            num_prompt=seq.num_prompt,
+        )
+        if row.start < seq.num_prompt:
+            tokens = request.prompt_token_ids[row.start : row.start + row.count]
+        else:
+            tokens = (seq.token(row.start),)
+        biases = _biases(seq) if adjusts else None
+        rows.append(StepRow(tokens, row.start, seq.pages, seq.slot, settings, biases))
+    return rows
+
+
+def _biases(seq: RequestSequence) -> dict[int, float]:
+    """The request's own biases, and bans of everything that would end the text before
+    min_tokens.
+    """
+    params = seq.request.params
+    biases = dict(params.logit_bias)
+    if len(seq.output_token_ids) < params.min_tokens:
+        biases |= dict.fromkeys(seq.request.stop_ids, -math.inf)
+    return biases
