@@ -36,6 +36,10 @@ class HfFields:
             raise ConfigError(f"{self._where} lacks '{' or '.join(names)}'")
         return default
 
+    def _present(self, names: tuple[str, ...]) -> str:
+        """The name a value was found under; the first one where it is a default."""
+        return next((name for name in names if self._values.get(name) is not None), names[0])
+
     def given(self, name: str) -> bool:
         self._read.add(name)
         return self._values.get(name) is not None
@@ -48,7 +52,7 @@ class HfFields:
         if value is default and default is not _REQUIRED:
             return value
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.fail(names[0], value, f"an integer of at least {minimum}")
+            raise self.fail(self._present(names), value, f"an integer of at least {minimum}")
         return value
 
     def number(self, *names: str, default: Any = _REQUIRED, minimum: float = 0.0) -> Any:
@@ -57,15 +61,15 @@ class HfFields:
         if value is default and default is not _REQUIRED:
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.fail(names[0], value, "a number")
+            raise self.fail(self._present(names), value, "a number")
         if not math.isfinite(value) or value <= minimum:
-            raise self.fail(names[0], value, f"a finite number above {minimum:g}")
+            raise self.fail(self._present(names), value, f"a finite number above {minimum:g}")
         return float(value)
 
     def boolean(self, *names: str, default: Any = _REQUIRED) -> bool:
         value = self.raw(*names, default=default)
         if not isinstance(value, bool):
-            raise self.fail(names[0], value, "true or false")
+            raise self.fail(self._present(names), value, "true or false")
         return value
 
     def choice(self, *names: str, of: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
@@ -73,7 +77,7 @@ class HfFields:
         value = self.raw(*names, default=default)
         # 1 == True in Python, and neither is meant where the other is written
         if not any(type(value) is type(v) and value == v for v in of):
-            raise self.fail(names[0], value, ", ".join(repr(v) for v in of))
+            raise self.fail(self._present(names), value, ", ".join(repr(v) for v in of))
         return value
 
     def integers(self, *names: str, default: Any = _REQUIRED, minimum: int = 0) -> tuple[int, ...]:
@@ -82,13 +86,15 @@ class HfFields:
         if items is None or any(
             isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in items
         ):
-            raise self.fail(names[0], value, f"a list of integers of at least {minimum}")
+            raise self.fail(
+                self._present(names), value, f"a list of integers of at least {minimum}"
+            )
         return tuple(items)
 
     def strings(self, *names: str, default: Any = _REQUIRED) -> tuple[str, ...]:
         value = self.raw(*names, default=default)
         if not isinstance(value, (list, tuple)) or any(not isinstance(item, str) for item in value):
-            raise self.fail(names[0], value, "a list of strings")
+            raise self.fail(self._present(names), value, "a list of strings")
         return tuple(value)
 
     def table(self, *names: str) -> HfFields | None:
@@ -97,9 +103,8 @@ class HfFields:
         if value is None or value == {}:
             return None
         if not isinstance(value, Mapping):
-            raise self.fail(names[0], value, "an object")
-        name = next(n for n in names if self._values.get(n) is not None)
-        return HfFields(value, f"{self._where}, {name}")
+            raise self.fail(self._present(names), value, "an object")
+        return HfFields(value, f"{self._where}, {self._present(names)}")
 
     def ignore(self, *names: str) -> None:
         """Keys known not to change what the model computes."""

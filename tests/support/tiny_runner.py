@@ -73,8 +73,9 @@ class TinyRunner:
         *,
         num_rows: int = 3,
         max_tokens: int = 80,
+        compiler_options: dict[str, Any] | None = None,
     ):
-        self._step_fn = jax.jit(step_fn, donate_argnums=2)
+        self._step_fn = jax.jit(step_fn, donate_argnums=2, compiler_options=compiler_options)
         self._weights = weights
         pages_each = -(-max_tokens // PAGE_SIZE)
         # Pages in no order, so that a position read from the wrong page shows.
@@ -131,7 +132,9 @@ def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = No
         model = nnx.merge(described.graphdef, state)
         return model(step, caches, ReferenceOps(experts), jnp.arange(step.token_ids.shape[0]))
 
-    return TinyRunner(config, compute_dtype, step_fn, weights)
+    # Compiling takes most of the time of these small models.
+    quickly = {"xla_backend_optimization_level": 0}
+    return TinyRunner(config, compute_dtype, step_fn, weights, compiler_options=quickly)
 
 
 def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> TinyRunner:
