@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,16 @@ def join(file: Path, header: dict[str, Any] | str | bytes, data: bytes) -> None:
     file.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
+@functools.cache
+def _made(case: str) -> Mapping[str, np.ndarray]:
+    return tiny_models.make_tensors(case)
+
+
 def edit_tensors(
     directory: Path, case: str, change: Callable[[dict[str, np.ndarray]], object]
 ) -> None:
     """A tiny checkpoint with some tensors changed; headers are right for what is there."""
-    tensors = tiny_models.make_tensors(case)
+    tensors = dict(_made(case))
     change(tensors)
     write_checkpoint(directory, tensors)
     (directory / "config.json").write_text(json.dumps(tiny_models.hf_config(case)))

@@ -1,0 +1,120 @@
+"""A checkpoint directory of random weights, in the layout a configuration's models are shipped in.
+
+The table the loader expects, turned around: every tensor it would look for is written, one at a
+time, so that a checkpoint of any size needs the memory of its largest tensor.
+tools/make_checkpoint.py is the command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.weights.model_registry import ModelRegistry
+from jaxmoe.weights.name_map import StoredTensor
+from jaxmoe.weights.param_spec import SCALE_BLOCK, ParamKind
+from jaxmoe.weights.progress import ByteProgress
+from jaxmoe.weights.random_values import RandomValues
+from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES, ShardWriter, write_index
+from jaxmoe.weights.tensor_table import expert_layouts, expert_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class InventedTensor:
+    """A tensor to be written: `fan_in` is the number of inputs of the linear map it belongs to."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: ParamKind
+    fan_in: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+
+
+def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[InventedTensor]:
+    """Every tensor once: those outside the routed experts, then the experts layer by layer."""
+    formats = models.configured_formats(config)
+    specs = models.describe_model(config, "bfloat16", formats).specs
+    names = models.name_map(config, specs)
+    seen: set[str] = set()
+    for path, spec in specs.items():
+        for tensor in names.tensors_for(path).tensors:
+            if tensor.name in seen:
+                continue
+            seen.add(tensor.name)
+            kind = spec.kind
+            if len(tensor.shape) == 2 and "F8_E4M3" not in tensor.dtypes and len(tensor.dtypes) > 1:
+                kind = "scale_inv"  # of a weight that is dequantized while it is loaded
+            yield _invent(tensor, kind, config)
+    for layer, layout in zip(config.moe_layers, expert_layouts(config, formats), strict=True):
+        for expert in range(layout.num_experts):
+            for weight, scale in expert_tensors(layout, names, layer, expert).values():
+                yield _invent(weight, "matrix", config)
+                if scale is not None:
+                    yield _invent(scale, "scale_inv", config)
+
+
+def _invent(tensor: StoredTensor, kind: ParamKind, config: ModelConfig) -> InventedTensor:
+    dtype = tensor.dtypes[0]
+    # Small tensors are shipped in the model's own dtype; biases and scales in float32.
+    if kind == "norm" and config.weight_dtype == "bfloat16" and "BF16" in tensor.dtypes:
+        dtype = "BF16"
+    fan_in = tensor.shape[-1] * (SCALE_BLOCK if kind == "scale_inv" else 1)
+    return InventedTensor(tensor.name, dtype, tensor.shape, kind, fan_in)
+
+
+def write_random_checkpoint(
+    directory: Path,
+    config: ModelConfig,
+    models: ModelRegistry,
+    *,
+    seed: int = 0,
+    shard_bytes: int = 5_000_000_000,
+    progress: bool | None = None,
+) -> int:
+    """Writes the safetensors files (and their index, where there are several); returns the bytes.
+
+    Args:
+      directory: made if it is not there; config.json and tokenizer are the caller's.
+      config: what to write weights for.
+      models: `jaxmoe.models.registry`.
+      seed: of the values.
+      shard_bytes: a file is closed before it would grow beyond this.
+      progress: draw a bar on stderr; None does where it is a terminal.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[list[InventedTensor]] = [[]]
+    filled = 0
+    for tensor in stored_tensors(config, models):
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    values = RandomValues(seed)
+    weight_map: dict[str, str] = {}
+    with ByteProgress(total, "writing weights", progress) as bar:
+        for i, shard in enumerate(shards, 1):
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            listed = [(t.name, t.dtype, t.shape) for t in shard]
+            with ShardWriter(directory / file, listed) as writer:
+                for tensor in shard:
+                    data = np.empty(tensor.shape, NUMPY_DTYPES[tensor.dtype])
+                    values.fill(data, tensor.name, tensor.kind, tensor.fan_in)
+                    writer.write(tensor.name, data)
+                    bar.add(data.nbytes)
+            weight_map.update({tensor.name: file for tensor in shard})
+    if len(shards) > 1:
+        write_index(directory, weight_map, total)
+    return total
