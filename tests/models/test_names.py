@@ -1,0 +1,100 @@
+"""Tensor names: every stored tensor has its place, and MLA's split loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from support import tiny_models
+from support.tiny_runner import stored_formats
+
+from jaxmoe import models
+from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.models import deepseek_names
+from jaxmoe.models.names import dequantize
+
+
+@pytest.mark.parametrize("case", tiny_models.CASES)
+def test_every_tensor_is_used_or_known_as_not_needed(case: str):
+    config = ModelConfig.from_hf(tiny_models.hf_config(case))
+    tensors = tiny_models.make_tensors(case)
+    described = models.describe_model(config, "bfloat16", stored_formats(config, tensors))
+    names = models.name_map(config, described.specs)
+    used = set()
+    for path, spec in described.specs.items():
+        source = names.tensors_for(path)
+        for tensor in source.tensors:
+            array = tensors[tensor.name]
+            assert array.shape == tensor.shape
+            assert {"bfloat16": "BF16", "float32": "F32"}.get(
+                array.dtype.name, "F8_E4M3"
+            ) in tensor.dtypes
+            used.add(tensor.name)
+        leaf = source.transform(*(tensors[name] for name in source.names))
+        assert leaf.shape == spec.shape and leaf.dtype.name == spec.dtype
+    for layer in config.moe_layers:
+        for expert in range(config.moe.router.num_experts):
+            for which in ("gate", "up", "down"):
+                name = names.expert_tensor(layer, expert, which)
+                used.add(name)
+                if config.quant.format == "fp8_block":
+                    used.add(names.scale_tensor(name))
+    assert used <= tensors.keys()
+    rest = tensors.keys() - used
+    assert all(names.ignored(name) for name in rest)
+    assert not any(names.ignored(name) for name in used)
+    if config.architecture == "DeepseekV3ForCausalLM" and config.model_type != "kimi_k2":
+        assert "model.layers.4.eh_proj.weight" in rest
+
+
+def test_strangers_are_not_ignored():
+    config = ModelConfig.from_hf(tiny_models.hf_config("qwen3_moe"))
+    names = models.name_map(config, {})
+    for name in ("model.layers.3.self_attn.sinks", "visual.patch_embed", "lm_head.weight"):
+        assert not names.ignored(name)
+    tied = models.name_map(dataclasses.replace(config, tie_embeddings=True), {})
+    assert tied.ignored("lm_head.weight")
+
+
+@pytest.mark.parametrize(("nope", "v"), [(128, 128), (128, 256), (192, 128), (64, 96)])
+def test_kv_b_split_keeps_every_value(nope: int, v: int):
+    attention = MlaConfig(3, None, 200, nope, 64, v, 1.0)
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(3 * (nope + v), 200)).astype(np.float32)
+    data, scale = tiny_models.fp8_quantize(w, tiny_models.F32)
+    exact = dequantize(data, scale)
+    whole = deepseek_names.split_kv_b(exact, attention)
+    for n in range(3):
+        rows = exact[n * (nope + v) : (n + 1) * (nope + v)]
+        np.testing.assert_array_equal(whole["w_uk"][n], rows[:nope].T)
+        np.testing.assert_array_equal(whole["w_uv"][n], rows[nope:])
+    held = deepseek_names.head_map_format(attention, "fp8_block")
+    assert held == ("fp8_block" if nope % 128 == 0 and v % 128 == 0 else "f32")
+    if held == "fp8_block":
+        parts = deepseek_names.split_kv_b(data, attention)
+        scales = deepseek_names.split_kv_b_scale(scale, attention)
+        for which, expected in whole.items():
+            for n in range(3):
+                got = dequantize(parts[which][n], scales[which][n])
+                np.testing.assert_array_equal(got, expected[n])
+
+
+def test_heads_across_scale_blocks_are_dequantized_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+):
+    hf = tiny_models.hf_config("deepseek_v3_fp8") | {"qk_nope_head_dim": 192}
+    config = ModelConfig.from_hf(hf)
+    formats = models.configured_formats(config)
+    described = models.describe_model(config, "bfloat16", formats)
+    path = "layers.0.attention.w_uk.data"
+    assert described.specs[path].dtype == "float32"
+    assert "four times" in caplog.text
+    names = models.name_map(config, described.specs)
+    source = names.tensors_for(path)
+    assert [t.name.rpartition(".")[2] for t in source.tensors] == ["weight", "weight_scale_inv"]
+    w = np.random.default_rng(0).normal(size=(4 * 320, 512)).astype(np.float32)
+    data, scale = tiny_models.fp8_quantize(w, tiny_models.F32)
+    leaf = source.transform(data, scale)
+    assert leaf.shape == described.specs[path].shape
+    np.testing.assert_array_equal(leaf[1], dequantize(data, scale)[320 : 320 + 192].T)

@@ -1,0 +1,72 @@
+"""Architectures, and how the formats of their weights are decided."""
+
+from __future__ import annotations
+
+import pytest
+from support import tiny_models
+from support.tiny_runner import stored_formats
+
+from jaxmoe import models
+from jaxmoe.common.errors import CheckpointError
+from jaxmoe.config import families
+from jaxmoe.config.model_config import ModelConfig
+
+
+def config_of(case: str) -> ModelConfig:
+    return ModelConfig.from_hf(tiny_models.hf_config(case))
+
+
+def test_what_parses_has_names():
+    assert models.SUPPORTED.keys() == families.PARSERS.keys()
+
+
+@pytest.mark.parametrize("case", tiny_models.CASES)
+def test_configured_formats_are_those_of_real_checkpoints(case: str):
+    config = config_of(case)
+    tensors = tiny_models.make_tensors(case)
+    stored = stored_formats(config, tensors)
+    configured = models.configured_formats(config)
+    held = models.describe_model(config, "bfloat16", stored).specs
+    assert models.describe_model(config, "bfloat16", configured).specs == held
+    for layer in config.moe_layers:
+        path = f"layers.{layer}.mlp.experts"
+        assert stored(path) == configured(path)
+        assert stored(path) == ("fp8_block" if case.endswith("fp8") else "bf16")
+
+
+def test_modules_kept_in_bfloat16():
+    hf = tiny_models.hf_config("deepseek_v3_fp8")
+    hf["quantization_config"] = hf["quantization_config"] | {
+        "modules_to_not_convert": ["model.layers.0.self_attn", "o_proj"]
+    }
+    formats = models.configured_formats(ModelConfig.from_hf(hf))
+    assert formats("layers.0.attention.q_a") == "bf16"
+    assert formats("layers.1.attention.q_a") == "fp8_block"
+    assert formats("layers.1.attention.o") == "bf16"
+    assert formats("layers.1.mlp.router.logits") == "bf16"
+
+
+Q_A = "model.layers.0.self_attn.q_a_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("case", "dtypes", "mentions"),
+    [
+        ("deepseek_v3", {}, ["missing", Q_A]),
+        ("deepseek_v3", {Q_A: "F16"}, [Q_A, "F16", "BF16, F32, F8_E4M3"]),
+        ("deepseek_v3", {Q_A: "F8_E4M3"}, [Q_A, "quantization_config"]),
+    ],
+)
+def test_unusable_storage_is_refused(case: str, dtypes: dict[str, str], mentions: list[str]):
+    formats = models.stored_formats(config_of(case), dtypes)
+    with pytest.raises(CheckpointError) as error:
+        formats("layers.0.attention.q_a")
+    for words in mentions:
+        assert words in str(error.value)
+
+
+def test_fp8_embedding_is_refused():
+    name = "model.embed_tokens.weight"
+    formats = models.stored_formats(config_of("deepseek_v3_fp8"), {name: "F8_E4M3"})
+    with pytest.raises(CheckpointError, match=name):
+        formats("embedding")
