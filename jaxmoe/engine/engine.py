@@ -175,7 +175,8 @@ class Engine:
         if room < 1:
             raise RequestError(
                 f"the prompt has {num_prompt} tokens, but the context holds {limit} "
-                "(max_model_len) and one is needed for the output; shorten the prompt or raise max_model_len"
+                "(max_model_len) and one is needed for the output; shorten the prompt or raise "
+                "max_model_len"
             )
         if params.max_tokens is None:
             return min(room, self.defaults.max_tokens or room)

@@ -1,0 +1,249 @@
+"""From options to a running engine: what is cheap to refuse is refused before a weight is read.
+ Order: configuration, generation defaults, tokenizer and template, the size of the cache; then the
+native runtime, the weights, the cache, the compiled step; then the start-up report. What it does
+not do: compile (the first step of each shape does, from the cache on disk where there is one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+
+from jaxmoe.common.errors import CheckpointError
+from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.config.generation import GenerationDefaults
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.decode.hybrid_step import HybridStep
+from jaxmoe.engine import compile_cache
+from jaxmoe.engine.engine import Engine
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.native_ops import NativeOps
+from jaxmoe.kv_cache import store
+from jaxmoe.kv_cache.layout import CacheLayout, plan_cache
+from jaxmoe.models import registry
+from jaxmoe.models.decoder import cache_spec
+from jaxmoe.text.chat_template import ChatTemplate
+from jaxmoe.text.tokenizer import ByteTokenizer, Tokenizer
+from jaxmoe.weights.loaded_model import LoadedModel
+from jaxmoe.weights.loader import load_model
+from jaxmoe.weights.random_init import random_model
+from jaxmoe.weights.safetensors_reader import Checkpoint
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Started:
+    """A running engine with everything it stands on. report: the start-up report, for people."""
+
+    engine: Engine
+    config: EngineConfig
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    report: str
+    _step: HybridStep
+    _loaded: LoadedModel
+    _runtime: CpuRuntime
+
+    def close(self) -> None:
+        """Gives all memory back. Nothing of the engine may be used afterwards."""
+        self._step.close()
+        self._loaded.close()
+        self._runtime.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Directory:
+    """What a checkpoint directory says about itself, without its weights."""
+
+    path: Path
+    model_config: ModelConfig
+    defaults: GenerationDefaults
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    notes: tuple[str, ...]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """From generation_config.json, else config.json, else the tokenizer."""
+        if self.defaults.eos_token_ids is not None:
+            return self.defaults.eos_token_ids
+        if self.model_config.eos_token_ids:
+            return self.model_config.eos_token_ids
+        return self.tokenizer.eos_token_ids if self.tokenizer is not None else ()
+
+
+def start(config: EngineConfig) -> Started:
+    """Starts the engine that `config` describes; raises ConfigError, CheckpointError,
+    CapacityError.
+    """
+    _log.info("options: %s", config.describe())
+    directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
+    model_config = directory.model_config
+    spec = cache_spec(model_config, config.compute_dtype)
+    layout = plan_cache(
+        token_bytes=store.token_bytes(spec),
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        model_limit=model_config.max_position,
+        max_model_len=config.max_model_len,
+        kv_cache_gb=config.kv_cache_gb,
+    )
+    programs = compile_cache.enable(config.cache_path)
+    runtime = CpuRuntime(num_threads=config.num_threads, isa=config.isa)
+    loaded = None
+    try:
+        loaded = _load(config, directory, runtime)
+        step = HybridStep(
+            loaded.graphdef,
+            loaded.state,
+            {
+                "prefill": NativeOps(runtime, loaded.host_store, "matrix"),
+                "decode": NativeOps(runtime, loaded.host_store, "vector"),
+            },
+            store.allocate(spec, layout.num_pages, layout.page_size),
+            page_size=layout.page_size,
+            pages_per_sequence=layout.pages_per_sequence,
+            num_slots=config.max_num_seqs,
+            chunk_tokens=config.prefill_chunk_tokens,
+            vocab_size=model_config.vocab_size,
+        )
+    except BaseException:
+        if loaded is not None:
+            loaded.close()
+        runtime.close()
+        raise
+    engine = Engine(
+        step,
+        layout,
+        tokenizer=directory.tokenizer,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=directory.eos_token_ids,
+        max_num_seqs=config.max_num_seqs,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        defaults=directory.defaults,
+        seed=config.seed,
+    )
+    report = describe(config, directory, layout, loaded, runtime, programs)
+    _log.info("%s", report)
+    return Started(
+        engine,
+        config,
+        model_config,
+        directory.tokenizer,
+        directory.chat_template,
+        report,
+        step,
+        loaded,
+        runtime,
+    )
+
+
+def model_path(config: EngineConfig) -> Path:
+    """The directory (or, for random weights, config.json) to read; the embedded demo by default."""
+    if config.model is not None:
+        return Path(config.model).expanduser()
+    path = Path(str(resources.files("jaxmoe") / "demo"))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: the embedded demo model is not part of this installation; name a checkpoint "
+            "directory with model"
+        )
+    return path
+
+
+def read_directory(path: Path, *, dummy: bool = False) -> Directory:
+    """Everything of a checkpoint but its weights. dummy: `path` may be a config.json."""
+    config_file = path if dummy and path.suffix == ".json" else path / "config.json"
+    if not config_file.is_file():
+        what = "no such directory" if not path.exists() else "no config.json in it"
+        raise CheckpointError(f"{path}: {what}; wanted a checkpoint in Hugging Face layout")
+    path = config_file.parent
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{config_file}: not valid JSON: {e}") from None
+    model_config = ModelConfig.from_hf(values)
+    notes = []
+    tokenizer = None
+    if (path / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_dir(path)
+        if tokenizer.vocab_size > model_config.vocab_size:
+            notes.append(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
+            )
+    elif dummy:
+        tokenizer = ByteTokenizer(model_config.vocab_size)
+        notes.append("no tokenizer.json: texts are taken as bytes (random weights only)")
+    else:
+        notes.append("no tokenizer.json: prompts and answers are token ids only")
+    template = ChatTemplate.from_dir(path)
+    if template is None:
+        notes.append("no chat template: plain prompts only")
+    defaults = GenerationDefaults.from_dir(path)
+    return Directory(path, model_config, defaults, tokenizer, template, tuple(notes))
+
+
+def _load(config: EngineConfig, directory: Directory, runtime: CpuRuntime) -> LoadedModel:
+    progress = None if config.show_progress else False
+    if config.load_format == "dummy":
+        return random_model(
+            directory.model_config,
+            registry,
+            runtime,
+            compute_dtype=config.compute_dtype,
+            seed=config.seed,
+            progress=progress,
+        )
+    with Checkpoint.open(directory.path) as checkpoint:
+        return load_model(
+            checkpoint,
+            directory.model_config,
+            registry,
+            runtime,
+            compute_dtype=config.compute_dtype,
+            backing="mmap" if config.backing == "mmap" else "arena",
+            progress=progress,
+        )
+
+
+def describe(
+    config: EngineConfig,
+    directory: Directory,
+    layout: CacheLayout,
+    loaded: LoadedModel,
+    runtime: CpuRuntime,
+    programs: str,
+) -> str:
+    """The start-up report: what runs, where it lies, and what is slower than it could be."""
+    model, params = directory.model_config, directory.defaults.params
+    experts = model.moe.router
+    slower = list(directory.notes)
+    if config.compute_dtype == "float32":
+        slower.append("float32 activations and cache: for audits, about half as fast")
+    if config.backing == "mmap" and config.load_format != "dummy":
+        slower.append("experts mapped from the files: one NUMA node, first use reads the disk")
+    if config.isa is not None:
+        slower.append(f"instruction set forced to {config.isa}")
+    if not programs:
+        slower.append("compiled programs are not kept (cache_dir): every start compiles")
+    lines = [
+        f"model: {model.architecture} at {directory.path}, {model.num_layers} layers, "
+        f"{experts.num_experts} experts of which {experts.experts_per_token} a token, "
+        f"{model.quant.format if model.quant.format != 'none' else model.weight_dtype} weights, "
+        f"{config.compute_dtype} activations",
+        *loaded.report.describe().splitlines(),
+        *runtime.describe().splitlines(),
+        f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "
+        f"{layout.total_bytes / 2**20:.1f} MiB; up to {config.max_num_seqs} sequences of "
+        f"{layout.max_model_len} tokens (the model's limit is {model.max_position})",
+        f"sampling defaults: temperature {params.temperature}, top_p {params.top_p}, top_k "
+        f"{params.top_k}; end of text: {', '.join(map(str, directory.eos_token_ids)) or 'none'}",
+        f"compiled programs: {programs or 'not kept'}",
+        *(f"note: {note}" for note in slower),
+    ]
+    return "\n".join(lines)
