@@ -1,0 +1,73 @@
+// The arithmetic of paged attention, one table an instruction set. Plain structs only: this header
+// is included by files with instruction-set flags (see kernels/isa_tables.h for the rule).
+#ifndef JAXMOE_ATTENTION_ATTENTION_KERNELS_H_
+#define JAXMOE_ATTENTION_ATTENTION_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace jaxmoe {
+
+// Keys or values of one KV head: element h of position s is data[slot(s) * slot_stride + h].
+struct CacheHead {
+  const void* data = nullptr;
+  ActivationType type = ActivationType::kBf16;
+  int64_t slot_stride = 0;  // elements
+};
+
+// Softmax state of m queries: running maximum, sum of exponentials, and their weighted sum of
+// values.
+struct SoftmaxState {
+  float* max = nullptr;  // [m]
+  float* sum = nullptr;  // [m]
+  float* acc = nullptr;  // [m, v_ld]
+};
+
+struct ChunkCall {
+  const float* q = nullptr;  // [m, q_ld], scaled, zero beyond head_dim
+  int64_t m = 0;
+  int64_t q_ld = 0;  // padded_dim(head_dim)
+  int64_t head_dim = 0, v_dim = 0;
+  int64_t v_ld = 0;                  // padded_dim(v_dim)
+  const int32_t* visible = nullptr;  // [m]: query i attends positions 0 to visible[i] - 1
+  CacheHead keys;
+  CacheHead values;                // data == nullptr: the first v_dim elements of the keys
+  const int32_t* pages = nullptr;  // page of position s: pages[s / page_size]
+  int64_t page_size = 0;
+  int64_t begin = 0, end = 0;    // positions of the chunk
+  float* key_block = nullptr;    // scratch [kKeyBlock, q_ld]
+  float* value_block = nullptr;  // scratch [kKeyBlock, v_ld]
+  float* scores = nullptr;       // scratch [m, kKeyBlock]
+};
+
+// Positions whose keys are held decoded at once: 32 keys of 576 FP32 elements are 72 KiB, a part of
+// any second-level cache. Blocks start at the chunk's first position, so a query sees the same
+// blocks in any batch.
+inline constexpr int64_t kKeyBlock = 32;
+
+struct AttentionKernels {
+  const char* name;
+  // Row length in floats that vectors can read whole.
+  int64_t (*padded_dim)(int64_t dim);
+  // Sets `state` to that of the chunk alone.
+  void (*attend_chunk)(const ChunkCall& call, const SoftmaxState& state);
+  // total = total followed by part.
+  void (*merge)(int64_t m, int64_t v_ld, const SoftmaxState& total, const SoftmaxState& part);
+  // out[i] = acc / sum, [m rows of v_dim floats at out_rows[i]].
+  void (*finish)(int64_t m, int64_t v_dim, int64_t v_ld, const SoftmaxState& state,
+                 float* const* out_rows);
+};
+
+const AttentionKernels& attention_kernels(Isa isa);
+
+namespace attention_isa {
+AttentionKernels scalar_kernels();
+AttentionKernels avx2_kernels();
+AttentionKernels avx512_kernels();
+}  // namespace attention_isa
+
+}  // namespace jaxmoe
+
+#endif  // JAXMOE_ATTENTION_ATTENTION_KERNELS_H_

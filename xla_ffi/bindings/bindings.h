@@ -1,0 +1,28 @@
+// What the files of the extension module share.
+#ifndef JAXMOE_BINDINGS_BINDINGS_H_
+#define JAXMOE_BINDINGS_BINDINGS_H_
+
+#include <pybind11/pybind11.h>
+
+#include "runtime/status.h"
+#include "runtime/topology.h"
+
+namespace jaxmoe {
+
+inline void throw_value_error(const Status& status) {
+  if (!status.ok()) throw pybind11::value_error(status.message());
+}
+
+inline void throw_os_error(const Status& status) {
+  if (status.ok()) return;
+  PyErr_SetString(PyExc_OSError, status.message().c_str());
+  throw pybind11::error_already_set();
+}
+
+// Of an open runtime object; throws when it is closed.
+const Topology& topology_of(pybind11::handle runtime);
+void bind_host_store(pybind11::module_& module);
+
+}  // namespace jaxmoe
+
+#endif  // JAXMOE_BINDINGS_BINDINGS_H_

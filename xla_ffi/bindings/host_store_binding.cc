@@ -1,0 +1,197 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "handlers/registries.h"
+#include "runtime/host_store.h"
+
+namespace py = pybind11;
+
+namespace jaxmoe {
+namespace {
+
+using LayerTuple = std::tuple<int64_t, int64_t, int64_t, std::string>;
+
+WeightFormat format_from_name(const std::string& name) {
+  if (name == "bf16") return WeightFormat::kBf16;
+  if (name == "f32") return WeightFormat::kF32;
+  if (name == "fp8_block") return WeightFormat::kFp8Block;
+  throw py::value_error("weight format is \"" + name +
+                        "\"; wanted \"bf16\", \"f32\" or \"fp8_block\"");
+}
+
+Backing backing_from_name(const std::string& name) {
+  if (name == "arena") return Backing::kArena;
+  if (name == "mmap") return Backing::kMmap;
+  throw py::value_error("backing is \"" + name + "\"; wanted \"arena\" or \"mmap\"");
+}
+
+// A NumPy view of the store's memory that keeps the store alive.
+template <typename T>
+py::array view_of(std::shared_ptr<HostStore> store, const T* data, int64_t rows, int64_t cols,
+                  bool writable) {
+  py::capsule owner(new std::shared_ptr<HostStore>(std::move(store)),
+                    [](void* p) { delete static_cast<std::shared_ptr<HostStore>*>(p); });
+  py::array_t<T> array({rows, cols},
+                       {cols * static_cast<int64_t>(sizeof(T)), static_cast<int64_t>(sizeof(T))},
+                       data, owner);
+  if (!writable)
+    py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  return array;
+}
+
+class StoreBinding {
+ public:
+  StoreBinding(py::handle runtime, const std::vector<LayerTuple>& layers,
+               const std::string& backing) {
+    std::vector<ExpertLayerSpec> specs;
+    for (const auto& [num_experts, intermediate, hidden, format] : layers) {
+      specs.push_back({num_experts, intermediate, hidden, format_from_name(format)});
+    }
+    throw_value_error(HostStore::create(topology_of(runtime), std::move(specs),
+                                        backing_from_name(backing), &store_));
+    id_ = stores().add(store_);
+    if (id_ < 0) throw_value_error(Status::error("too many host stores are open: close some"));
+  }
+  ~StoreBinding() { close(); }
+
+  void close() {
+    if (store_ == nullptr) return;
+    stores().remove(id_, store_.get());
+    py::gil_scoped_release release;  // unmapping a large arena takes a while
+    store_.reset();
+  }
+
+  // A reference of its own: another thread may close the store meanwhile.
+  std::shared_ptr<HostStore> get() const {
+    if (store_ == nullptr) throw py::value_error("the host store is closed");
+    return store_;
+  }
+  std::shared_ptr<HostStore> at(int64_t layer, int64_t expert, int64_t which) const {
+    std::shared_ptr<HostStore> store = get();
+    throw_value_error(store->check_index(layer, expert, which));
+    return store;
+  }
+  int id() const {
+    get();
+    return id_;
+  }
+
+  void read_matrix(int layer, int expert, int which, int fd, int64_t offset) const {
+    std::shared_ptr<HostStore> store = at(layer, expert, which);
+    if (store->backing() != Backing::kArena) {
+      throw py::value_error(
+          "read_matrix fills the arena; this store maps its files: use set_mapped");
+    }
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = store->read_matrix(layer, expert, static_cast<Matrix>(which), fd, offset);
+    }
+    throw_os_error(status);
+  }
+
+  int map_file(const std::string& path) const {
+    std::shared_ptr<HostStore> store = get();
+    int index = -1;
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = store->map_file(path, &index);
+    }
+    throw_os_error(status);
+    return index;
+  }
+
+  void set_mapped(int layer, int expert, int which, int file_idx, int64_t offset) const {
+    std::shared_ptr<HostStore> store = at(layer, expert, which);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = store->set_mapped(layer, expert, static_cast<Matrix>(which), file_idx, offset);
+    }
+    throw_value_error(status);
+  }
+
+  void set_scale(int layer, int expert, int which,
+                 const py::array_t<float, py::array::c_style>& scale) const {
+    std::shared_ptr<HostStore> store = at(layer, expert, which);
+    if (scale.ndim() != 2) {
+      throw py::value_error("scale has " + std::to_string(scale.ndim()) + " dimensions; wanted 2");
+    }
+    throw_value_error(store->set_scale(layer, expert, static_cast<Matrix>(which), scale.data(),
+                                       scale.shape(0), scale.shape(1)));
+  }
+
+  py::list segments(int layer, int expert, int which) const {
+    std::shared_ptr<HostStore> store = at(layer, expert, which);
+    const Matrix matrix = static_cast<Matrix>(which);
+    throw_value_error(store->mark_loaded(layer, expert, matrix));
+    py::list result;
+    for (int node = 0; node < store->num_nodes(); ++node) {
+      auto [begin, end] = node_rows(store->rows(layer, matrix), node, store->num_nodes());
+      if (begin == end) continue;
+      result.append(py::make_tuple(begin, end,
+                                   view_of(store, store->segment(layer, expert, matrix, node),
+                                           end - begin, store->row_bytes(layer, matrix), true)));
+    }
+    return result;
+  }
+
+  py::object matrix(int layer, int expert, int which) const {
+    std::shared_ptr<HostStore> store = at(layer, expert, which);
+    if (store->num_nodes() != 1) {
+      throw py::value_error("the store's matrices are split over " +
+                            std::to_string(store->num_nodes()) + " NUMA nodes: use segments()");
+    }
+    return py::list(segments(layer, expert, which))[0].cast<py::tuple>()[2];
+  }
+
+  py::array scale(int layer, int expert, int which) const {
+    std::shared_ptr<HostStore> store = at(layer, expert, which);
+    const Matrix matrix = static_cast<Matrix>(which);
+    const float* data = store->scale(layer, expert, matrix);
+    if (data == nullptr) throw py::value_error("weights of this layer's format have no scales");
+    auto [rows, cols] = store->scale_shape(layer, matrix);
+    return view_of(store, data, rows, cols, false);
+  }
+
+ private:
+  std::shared_ptr<HostStore> store_;
+  int id_ = -1;
+};
+
+}  // namespace
+
+void bind_host_store(py::module_& module) {
+  py::class_<StoreBinding>(module, "HostStore")
+      .def(py::init<py::handle, const std::vector<LayerTuple>&, const std::string&>(),
+           py::arg("runtime"), py::arg("layers"), py::arg("backing") = "arena")
+      .def_property_readonly("id", &StoreBinding::id)
+      .def_property_readonly("total_bytes",
+                             [](const StoreBinding& s) { return s.get()->total_bytes(); })
+      .def_property_readonly("num_nodes",
+                             [](const StoreBinding& s) { return s.get()->num_nodes(); })
+      .def_property_readonly("num_layers",
+                             [](const StoreBinding& s) { return s.get()->num_layers(); })
+      .def("bytes_per_node", [](const StoreBinding& s) { return s.get()->bytes_per_node(); })
+      .def("read_matrix", &StoreBinding::read_matrix, py::arg("layer"), py::arg("expert"),
+           py::arg("which"), py::arg("fd"), py::arg("offset"))
+      .def("map_file", &StoreBinding::map_file, py::arg("path"))
+      .def("set_mapped", &StoreBinding::set_mapped, py::arg("layer"), py::arg("expert"),
+           py::arg("which"), py::arg("file_idx"), py::arg("offset"))
+      .def("set_scale", &StoreBinding::set_scale, py::arg("layer"), py::arg("expert"),
+           py::arg("which"), py::arg("scale"))
+      .def("matrix", &StoreBinding::matrix, py::arg("layer"), py::arg("expert"), py::arg("which"))
+      .def("segments", &StoreBinding::segments, py::arg("layer"), py::arg("expert"),
+           py::arg("which"))
+      .def("scale", &StoreBinding::scale, py::arg("layer"), py::arg("expert"), py::arg("which"))
+      .def("close", &StoreBinding::close);
+}
+
+}  // namespace jaxmoe

@@ -1,0 +1,135 @@
+// The extension module: CpuRuntime, HostStore and the FFI handlers, with Python's exceptions for
+// their errors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "handlers/handlers.h"
+#include "handlers/registries.h"
+
+namespace py = pybind11;
+
+namespace jaxmoe {
+namespace {
+
+class RuntimeBinding {
+ public:
+  RuntimeBinding(int num_threads, std::optional<std::vector<std::vector<int>>> numa_nodes,
+                 std::optional<std::string> isa) {
+    RuntimeOptions options;
+    options.num_threads = num_threads;
+    options.fake_nodes = std::move(numa_nodes);
+    if (isa) options.isa = isa_from_name(*isa);
+    std::shared_ptr<CpuRuntime> cpu;
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = CpuRuntime::create(options, &cpu);
+    }
+    throw_value_error(status);
+    runtime_ = std::make_shared<NativeRuntime>(std::move(cpu));
+    id_ = runtimes().add(runtime_);
+    if (id_ < 0) throw_value_error(Status::error("too many runtimes are open: close some"));
+  }
+  ~RuntimeBinding() { close(); }
+
+  void close() {
+    if (runtime_ == nullptr) return;
+    runtimes().remove(id_, runtime_.get());
+    py::gil_scoped_release release;  // joins the workers
+    runtime_.reset();
+  }
+  NativeRuntime& get() const {
+    if (runtime_ == nullptr) throw py::value_error("the runtime is closed");
+    return *runtime_;
+  }
+  int id() const {
+    get();
+    return id_;
+  }
+
+  static Isa isa_from_name(const std::string& name) {
+    std::string known;
+    for (int i = 0; i < kNumIsas; ++i) {
+      Isa isa = static_cast<Isa>(i);
+      if (name == isa_name(isa)) return isa;
+      known += std::string(i ? ", " : "") + isa_name(isa);
+    }
+    throw py::value_error("isa is \"" + name + "\"; wanted one of " + known);
+  }
+
+ private:
+  std::shared_ptr<NativeRuntime> runtime_;
+  int id_ = -1;
+};
+
+py::dict stats(const RuntimeBinding& binding) {
+  RuntimeStats& stats = binding.get().cpu->stats();
+  py::dict result;
+  result["experts_calls"] = stats.experts_calls.load();
+  result["experts_distinct"] = stats.experts_distinct.load();
+  result["experts_weight_bytes"] = stats.experts_weight_bytes.load();
+  result["linear_calls"] = stats.linear_calls.load();
+  result["linear_weight_bytes"] = stats.linear_weight_bytes.load();
+  result["attention_calls"] = stats.attention_calls.load();
+  result["attention_kv_bytes"] = stats.attention_kv_bytes.load();
+  return result;
+}
+
+py::dict handlers() {
+  py::dict result;
+  auto add = [&result](const char* name, XLA_FFI_Handler* handler) {
+    result[name] = py::capsule(reinterpret_cast<void*>(handler));
+  };
+  add("jaxmoe_linear", JaxmoeLinear);
+  add("jaxmoe_head_linear", JaxmoeHeadLinear);
+  add("jaxmoe_experts", JaxmoeExperts);
+  add("jaxmoe_experts_submit", JaxmoeExpertsSubmit);
+  add("jaxmoe_experts_wait", JaxmoeExpertsWait);
+  add("jaxmoe_kv_write", JaxmoeKvWrite);
+  add("jaxmoe_paged_attention", JaxmoePagedAttention);
+  return result;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kNumIsas; ++i) {
+    if (isa_supported(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
+  }
+  return names;
+}
+
+}  // namespace
+
+const Topology& topology_of(py::handle runtime) {
+  return runtime.cast<RuntimeBinding&>().get().cpu->topology();
+}
+
+}  // namespace jaxmoe
+
+PYBIND11_MODULE(_native, module) {
+  using jaxmoe::RuntimeBinding;
+  module.doc() = "Native core of jaxmoe: CPU runtime, expert store and XLA FFI handlers.";
+  py::class_<RuntimeBinding>(module, "Runtime")
+      .def(
+          py::init<int, std::optional<std::vector<std::vector<int>>>, std::optional<std::string>>(),
+          py::arg("num_threads") = 0, py::arg("numa_nodes") = py::none(),
+          py::arg("isa") = py::none())
+      .def_property_readonly("id", &RuntimeBinding::id)
+      .def_property_readonly("num_threads",
+                             [](const RuntimeBinding& r) { return r.get().cpu->num_threads(); })
+      .def_property_readonly("num_nodes",
+                             [](const RuntimeBinding& r) { return r.get().cpu->num_nodes(); })
+      .def_property_readonly(
+          "isa", [](const RuntimeBinding& r) { return jaxmoe::isa_name(r.get().cpu->isa()); })
+      .def("describe", [](const RuntimeBinding& r) { return r.get().cpu->describe(); })
+      .def("stats", &jaxmoe::stats)
+      .def("close", &RuntimeBinding::close);
+  jaxmoe::bind_host_store(module);
+  module.def("handlers", &jaxmoe::handlers);
+  module.def("supported_isas", &jaxmoe::supported_isas);
+}

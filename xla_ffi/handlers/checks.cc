@@ -1,0 +1,91 @@
+#include "handlers/checks.h"
+
+namespace jaxmoe {
+namespace {
+
+template <typename Range>
+std::string format_dims(const Range& dims) {
+  std::string text = "[";
+  for (int64_t dim : dims) {
+    if (text.size() > 1) text += ", ";
+    text += dim < 0 ? std::string("*") : std::to_string(dim);
+  }
+  return text + "]";
+}
+
+bool matches(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> dims) {
+  Dims have = buffer.dimensions();
+  if (have.size() != dims.size()) return false;
+  size_t i = 0;
+  for (int64_t want : dims) {
+    if (want >= 0 && have[i] != want) return false;
+    ++i;
+  }
+  return true;
+}
+
+Status mismatch(const char* op, const char* name, const ffi::AnyBuffer& buffer,
+                const std::string& wanted) {
+  return Status::error(std::string(op) + ": " + name + " is " + describe(buffer) + "; wanted " +
+                       wanted);
+}
+
+}  // namespace
+
+std::string type_name(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::BF16:
+      return "bfloat16";
+    case ffi::DataType::F32:
+      return "float32";
+    case ffi::DataType::F8E4M3FN:
+      return "float8_e4m3fn";
+    case ffi::DataType::S32:
+      return "int32";
+    default:
+      return "element type " + std::to_string(static_cast<int>(type));
+  }
+}
+
+std::string describe(const ffi::AnyBuffer& buffer) {
+  return type_name(buffer.element_type()) + format_dims(buffer.dimensions());
+}
+
+std::string describe_shape(std::initializer_list<int64_t> dims) { return format_dims(dims); }
+
+std::optional<ActivationType> activation_type(ffi::DataType type) {
+  if (type == ffi::DataType::F32) return ActivationType::kF32;
+  if (type == ffi::DataType::BF16) return ActivationType::kBf16;
+  return std::nullopt;
+}
+
+std::optional<WeightFormat> weight_format(ffi::DataType type) {
+  if (type == ffi::DataType::F32) return WeightFormat::kF32;
+  if (type == ffi::DataType::BF16) return WeightFormat::kBf16;
+  if (type == ffi::DataType::F8E4M3FN) return WeightFormat::kFp8Block;
+  return std::nullopt;
+}
+
+std::optional<Family> family_of(int64_t value) {
+  if (value == 0) return Family::kVector;
+  if (value == 1) return Family::kMatrix;
+  return std::nullopt;
+}
+
+Status expect(const char* op, const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type,
+              std::initializer_list<int64_t> dims) {
+  if (buffer.element_type() == type && matches(buffer, dims)) return {};
+  return mismatch(op, name, buffer, type_name(type) + format_dims(dims));
+}
+
+Status expect_activation(const char* op, const char* name, const ffi::AnyBuffer& buffer,
+                         std::initializer_list<int64_t> dims, ActivationType* type) {
+  std::optional<ActivationType> found = activation_type(buffer.element_type());
+  if (!found || !matches(buffer, dims)) {
+    return mismatch(op, name, buffer, "bfloat16 or float32" + format_dims(dims));
+  }
+  *type = *found;
+  return {};
+}
+
+}  // namespace jaxmoe

@@ -1,0 +1,63 @@
+// CpuRuntime: topology, thread pool and instruction set, decided once and passed down.
+#ifndef JAXMOE_RUNTIME_CPU_RUNTIME_H_
+#define JAXMOE_RUNTIME_CPU_RUNTIME_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "runtime/pool.h"
+#include "runtime/status.h"
+#include "runtime/topology.h"
+
+namespace jaxmoe {
+
+struct RuntimeOptions {
+  int num_threads = 0;  // 0: Topology::default_threads(), or every CPU of a fake topology
+  std::optional<std::vector<std::vector<int>>> fake_nodes;
+  std::optional<Isa> isa;  // unset: best_isa()
+};
+
+// Totals since creation.
+struct RuntimeStats {
+  std::atomic<uint64_t> experts_calls{0};
+  std::atomic<uint64_t> experts_distinct{0};      // sum over calls of distinct experts read
+  std::atomic<uint64_t> experts_weight_bytes{0};  // bytes of those experts, scales included
+  std::atomic<uint64_t> linear_calls{0};
+  std::atomic<uint64_t> linear_weight_bytes{0};
+  std::atomic<uint64_t> attention_calls{0};
+  std::atomic<uint64_t> attention_kv_bytes{0};
+};
+
+class CpuRuntime {
+ public:
+  static Status create(const RuntimeOptions& options, std::shared_ptr<CpuRuntime>* runtime);
+
+  int num_threads() const { return pool_->num_participants(); }
+  int num_nodes() const { return static_cast<int>(topology_.nodes.size()); }
+  Isa isa() const { return isa_; }
+  const Topology& topology() const { return topology_; }
+  Pool& pool() { return *pool_; }
+  RuntimeStats& stats() { return stats_; }
+  std::string describe() const;
+
+  // The table's kernel. F32 activations always take the kVector form: kMatrix rounds them to BF16.
+  const MatmulKernel& kernel(Family family, WeightFormat format, ActivationType type) const;
+
+ private:
+  CpuRuntime() = default;
+
+  Topology topology_;
+  Isa isa_ = Isa::kScalar;
+  bool isa_forced_ = false;
+  RuntimeStats stats_;
+  std::unique_ptr<Pool> pool_;
+};
+
+}  // namespace jaxmoe
+
+#endif  // JAXMOE_RUNTIME_CPU_RUNTIME_H_

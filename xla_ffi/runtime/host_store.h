@@ -1,0 +1,115 @@
+// HostStore: the one resident copy of the routed experts' weights.
+//
+// Per MoE layer, expert and matrix it knows where the rows lie. Two backings:
+//   arena: anonymous memory per NUMA node, filled in place by parallel reads; the default.
+//   mmap:  the checkpoint files themselves, mapped read-only.
+// Scales are always FP32 in memory of the store.
+//
+// NUMA: the output rows of every matrix (gate and up: F rows, down: D rows) are split over the
+// nodes at multiples of 8 rows, so one token uses every node's bandwidth. Whole rows stay together,
+// so a result does not depend on the number of nodes. Eight rows: what the kernels take at once, so
+// a split adds no ragged block.
+#ifndef JAXMOE_RUNTIME_HOST_STORE_H_
+#define JAXMOE_RUNTIME_HOST_STORE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "runtime/memory.h"
+#include "runtime/pool.h"
+#include "runtime/status.h"
+#include "runtime/topology.h"
+
+namespace jaxmoe {
+
+enum class Matrix : int { kGate = 0, kUp = 1, kDown = 2 };
+inline constexpr int kNumMatrices = 3;
+const char* matrix_name(Matrix which);
+
+struct ExpertLayerSpec {
+  int64_t num_experts = 0;
+  int64_t intermediate = 0;  // F
+  int64_t hidden = 0;        // D
+  WeightFormat format = WeightFormat::kBf16;
+};
+
+enum class Backing { kArena, kMmap };
+
+int64_t element_bytes(WeightFormat format);
+// Rows [first, second) of n that `node` of `num_nodes` holds.
+std::pair<int64_t, int64_t> node_rows(int64_t n, int node, int num_nodes);
+
+class HostStore {
+ public:
+  static constexpr int64_t kRowSplit = 8;
+
+  static Status create(const Topology& topology, std::vector<ExpertLayerSpec> layers,
+                       Backing backing, std::shared_ptr<HostStore>* store);
+
+  int num_layers() const { return static_cast<int>(layers_.size()); }
+  int num_nodes() const { return num_nodes_; }
+  Backing backing() const { return backing_; }
+  const ExpertLayerSpec& layer(int index) const { return layers_[index]; }
+  int64_t rows(int layer, Matrix which) const;
+  int64_t cols(int layer, Matrix which) const;
+  int64_t row_bytes(int layer, Matrix which) const;
+  int64_t matrix_bytes(int layer, Matrix which) const {
+    return rows(layer, which) * row_bytes(layer, which);
+  }
+  int64_t total_bytes() const { return total_bytes_; }  // weights, without scales
+  std::vector<int64_t> bytes_per_node() const;
+
+  // Errors name layer, expert and matrix. Thread-safe for distinct matrices.
+  Status check_index(int64_t layer, int64_t expert, int64_t which) const;
+  Status read_matrix(int layer, int expert, Matrix which, int fd, int64_t offset);
+  Status map_file(const std::string& path, int* file_idx);
+  Status set_mapped(int layer, int expert, Matrix which, int file_idx, int64_t offset);
+  Status set_scale(int layer, int expert, Matrix which, const float* scale, int64_t rows,
+                   int64_t cols);
+  // For writers that fill the arena themselves: the matrix counts as loaded from now on.
+  Status mark_loaded(int layer, int expert, Matrix which);
+  // Fails unless all three matrices (and their scales) of the expert were loaded.
+  Status check_loaded(int layer, int expert) const;
+
+  // Rows node_rows(n, node, num_nodes()) of the matrix may be read through the view, by their own
+  // numbers.
+  WeightView view(int layer, int expert, Matrix which, int node) const;
+  // Start of the node's rows in the arena; nullptr with mmap backing.
+  uint8_t* segment(int layer, int expert, Matrix which, int node) const;
+  const float* scale(int layer, int expert, Matrix which) const;
+  std::pair<int64_t, int64_t> scale_shape(int layer, Matrix which) const;
+
+ private:
+  HostStore() = default;
+  struct Entry {
+    const uint8_t* mapped = nullptr;  // mmap backing: element [0, 0]
+    std::atomic<uint8_t> state{0};    // kHasData | kHasScale
+  };
+  static constexpr uint8_t kHasData = 1, kHasScale = 2;
+
+  std::string name(int layer, int expert, Matrix which) const;
+  size_t entry_index(int layer, int expert, Matrix which) const;
+
+  std::vector<ExpertLayerSpec> layers_;
+  Backing backing_ = Backing::kArena;
+  int num_nodes_ = 1;
+  int64_t total_bytes_ = 0;
+  std::vector<size_t> first_entry_;   // [layer]
+  std::unique_ptr<Entry[]> entries_;  // [layer][expert][matrix]
+  std::vector<std::vector<size_t>>
+      layer_offset_;  // [node][layer]: where its experts begin in the arena
+  std::vector<std::unique_ptr<Arena>> arenas_;  // [node]
+  std::vector<size_t> scale_offset_;            // [layer], in floats
+  std::unique_ptr<Arena> scales_;
+  mutable std::mutex files_mutex_;
+  std::vector<std::unique_ptr<MappedFile>> files_;
+};
+
+}  // namespace jaxmoe
+
+#endif  // JAXMOE_RUNTIME_HOST_STORE_H_
