@@ -1,0 +1,88 @@
+"""CpuRuntime: the threads, NUMA nodes and instruction set that native operations run on.
+
+One per engine. Compiled programs name it by a small integer id; the lowest free id is given out, so
+a process that creates its objects in the same order compiles the same programs.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Self
+
+from jaxmoe.common.errors import ConfigError
+from jaxmoe.ffi import _native
+from jaxmoe.ffi.registry import register_targets
+
+
+class CpuRuntime:
+    """A pool of pinned worker threads and the kernels they run.
+
+    num_threads: threads that take part in an operation, the caller's included; default one per core
+        the process may use, at most what its cgroup's CPU quota pays for.
+    numa_nodes: a made-up topology instead of the machine's, e.g. `[[0], [1]]`: CPUs of each node.
+        For tests; memory is not bound.
+    isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx" instead of the best the CPU has. For
+        tests.
+    """
+
+    def __init__(
+        self,
+        num_threads: int | None = None,
+        numa_nodes: list[list[int]] | None = None,
+        isa: str | None = None,
+    ):
+        register_targets()
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"num_threads is {num_threads}; wanted at least 1, or None")
+        try:
+            self._native = _native.Runtime(num_threads or 0, numa_nodes, isa)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def native(self) -> _native.Runtime:
+        return self._native
+
+    @property
+    def id(self) -> int:
+        return self._native.id
+
+    @property
+    def num_threads(self) -> int:
+        return self._native.num_threads
+
+    @property
+    def num_nodes(self) -> int:
+        return self._native.num_nodes
+
+    @property
+    def isa(self) -> str:
+        return self._native.isa
+
+    def describe(self) -> str:
+        """One line for the start-up report: threads, topology, instruction set and why."""
+        return self._native.describe()
+
+    def stats(self) -> dict[str, int]:
+        """Totals since creation: calls, distinct experts, weight and cache bytes read."""
+        return self._native.stats()
+
+    def close(self) -> None:
+        """Ends the threads. Programs that still name this runtime get an error. Idempotent."""
+        self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets of this machine that `CpuRuntime(isa=...)` takes, lowest first."""
+    return _native.supported_isas()

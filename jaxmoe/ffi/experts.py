@@ -1,0 +1,114 @@
+"""The routed experts as FFI calls: in one piece, and as submit and wait.
+
+Weights are not operands: the call names a HostStore by id and a layer by number. Program order is
+all the order XLA:CPU keeps, so `experts_submit` and `experts_wait` can carry other arrays through,
+aliased: what is computed from them between the two is then really computed between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.linear import FAMILY_CODES, Family
+
+
+class StoreId(Protocol):
+    """What a call needs of a host store."""
+
+    @property
+    def id(self) -> int: ...
+
+
+def _check(op: str, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array) -> None:
+    num_tokens = x.shape[0]
+    if x.ndim != 2 or expert_ids.shape != combine_weights.shape or expert_ids.ndim != 2:
+        raise ValueError(
+            f"{op}: x {x.shape}, expert_ids {expert_ids.shape}, combine_weights "
+            f"{combine_weights.shape}; wanted [T, D], [T, A] and [T, A]"
+        )
+    if expert_ids.shape[0] != num_tokens:
+        raise ValueError(f"{op}: x has {num_tokens} tokens, expert_ids {expert_ids.shape[0]}")
+    if expert_ids.dtype != jnp.int32 or combine_weights.dtype != jnp.float32:
+        raise ValueError(
+            f"{op}: expert_ids is {expert_ids.dtype}, combine_weights {combine_weights.dtype}; "
+            "wanted int32 and float32"
+        )
+
+
+def _attributes(
+    runtime: CpuRuntime, store: StoreId, family: Family, moe_layer_idx: int
+) -> dict[str, np.int64]:
+    return {
+        "runtime_id": np.int64(runtime.id),
+        "store_id": np.int64(store.id),
+        "layer": np.int64(moe_layer_idx),
+        "family": FAMILY_CODES[family],
+    }
+
+
+def experts(
+    runtime: CpuRuntime,
+    store: StoreId,
+    family: Family,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    combine_weights: jax.Array,
+    moe_layer_idx: int,
+) -> jax.Array:
+    """f32 `[T, D]`: weighted sum of each token's experts."""
+    _check("experts", x, expert_ids, combine_weights)
+    return jax.ffi.ffi_call("jaxmoe_experts", jax.ShapeDtypeStruct(x.shape, jnp.float32))(
+        x, expert_ids, combine_weights, **_attributes(runtime, store, family, moe_layer_idx)
+    )
+
+
+def experts_submit(
+    runtime: CpuRuntime,
+    store: StoreId,
+    family: Family,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    combine_weights: jax.Array,
+    moe_layer_idx: int,
+    *others: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Starts the experts; returns `(ticket, *others)`: int32 `[1]` and the same buffers."""
+    _check("experts_submit", x, expert_ids, combine_weights)
+    results = (
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        *(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in others),
+    )
+    # Two equal submits are two tickets, and a ticket nobody uses must still be waited for.
+    call = jax.ffi.ffi_call(
+        "jaxmoe_experts_submit",
+        results,
+        input_output_aliases={3 + i: 1 + i for i in range(len(others))},
+        has_side_effect=True,
+    )
+    attributes = _attributes(runtime, store, family, moe_layer_idx)
+    return tuple(call(x, expert_ids, combine_weights, *others, **attributes))
+
+
+def experts_wait(
+    runtime: CpuRuntime, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Finishes the experts of a ticket; returns `(y, *others)`: f32 `[T, D]` and the same buffers.
+
+    A ticket is good for one wait.
+    """
+    results = (
+        jax.ShapeDtypeStruct((num_tokens, hidden), jnp.float32),
+        *(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in others),
+    )
+    call = jax.ffi.ffi_call(
+        "jaxmoe_experts_wait",
+        results,
+        input_output_aliases={1 + i: 1 + i for i in range(len(others))},
+        has_side_effect=True,
+    )
+    return tuple(call(ticket, *others, runtime_id=np.int64(runtime.id)))

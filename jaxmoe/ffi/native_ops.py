@@ -1,0 +1,114 @@
+"""`NativeOps`: the operations of `Ops` on the CPU kernels.
+
+Interchangeable with `reference.ReferenceOps` behind the `Ops` protocol. Construct one per compiled
+program kind: the kernel family is fixed for a program, so that a token's result never depends on
+how many others are in its step.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.ffi import attention
+from jaxmoe.ffi import experts as experts_op
+from jaxmoe.ffi import linear as linear_op
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.experts import StoreId
+from jaxmoe.ffi.linear import Family
+from jaxmoe.ffi.ops import StepInputs, Weight
+
+
+class NativeOps:
+    """Native `Ops`.
+
+    runtime: threads and instruction set.
+    store: the routed experts; None for a model (or a test) without them.
+    family: "vector" (exact products with FP32 activations: decode) or "matrix" (the fastest
+        many-row form, BF16 activations: prefill).
+    """
+
+    def __init__(self, runtime: CpuRuntime, store: StoreId | None, family: Family):
+        if family not in linear_op.FAMILY_CODES:
+            raise ValueError(f'family is {family!r}; wanted "vector" or "matrix"')
+        self._runtime = runtime
+        self._store = store
+        self._family: Family = family
+
+    def linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        return linear_op.linear(self._runtime, self._family, x, w, out_dtype)
+
+    def head_linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        return linear_op.head_linear(self._runtime, self._family, x, w, out_dtype)
+
+    def experts(
+        self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
+    ) -> jax.Array:
+        return experts_op.experts(
+            self._runtime,
+            self._need_store(),
+            self._family,
+            x,
+            expert_ids,
+            combine_weights,
+            moe_layer_idx,
+        )
+
+    def experts_submit(
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *others: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        """Starts what `experts` computes; `(ticket, *others)`. See jaxmoe/ffi/experts.py."""
+        return experts_op.experts_submit(
+            self._runtime,
+            self._need_store(),
+            self._family,
+            x,
+            expert_ids,
+            combine_weights,
+            moe_layer_idx,
+            *others,
+        )
+
+    def experts_wait(
+        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """Ends what `experts_submit` started; `(y [T, D], *others)`."""
+        return experts_op.experts_wait(self._runtime, ticket, num_tokens, hidden, *others)
+
+    def attend(
+        self,
+        q: jax.Array,
+        k_new: jax.Array,
+        v_new: jax.Array | None,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        *,
+        scale: float,
+        v_dim: int,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        new = (k_new,) if v_new is None else (k_new, v_new)
+        cache = tuple(
+            attention.kv_write(pages, values, step.kv_slots)
+            for pages, values in zip(cache, new, strict=True)
+        )
+        out = attention.paged_attention(
+            self._runtime,
+            q,
+            cache,
+            step.token_rows,
+            step.positions,
+            step.block_tables,
+            scale=scale,
+            v_dim=v_dim,
+        )
+        return out, cache
+
+    def _need_store(self) -> StoreId:
+        if self._store is None:
+            raise ValueError("routed experts need a HostStore; this NativeOps was made without one")
+        return self._store

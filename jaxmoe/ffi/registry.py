@@ -1,0 +1,28 @@
+"""Registration of the native FFI targets with JAX.
+
+Targets are registered once per process, on first use, and after the CPU backend exists: before it,
+JAX replays registrations in an order that XLA refuses.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import jax
+
+from jaxmoe.ffi import _native
+
+_lock = threading.Lock()
+_registered = False
+
+
+def register_targets() -> None:
+    """Makes the `jaxmoe_*` custom calls known to platform "cpu"; later calls do nothing."""
+    global _registered
+    with _lock:
+        if _registered:
+            return
+        jax.local_devices(backend="cpu")
+        for name, handler in _native.handlers().items():
+            jax.ffi.register_ffi_target(name, handler, platform="cpu")
+        _registered = True
