@@ -22,7 +22,7 @@ class Guarded {
         mmap(nullptr, total_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (base_ == MAP_FAILED) std::abort();
     data_ = guard_front ? base_ + page : base_ + page + body - bytes;
-    std::memcpy(data_, source, bytes);
+    if (bytes > 0) std::memcpy(data_, source, bytes);
     mprotect(base_, page, PROT_NONE);
     mprotect(base_ + page + body, page, PROT_NONE);
   }

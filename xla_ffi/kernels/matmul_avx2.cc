@@ -19,8 +19,7 @@ struct Avx2Base {
   static constexpr int kAccFloats = 8;
   // 16 registers: 12 sums + 3 activations + 1 weight vector in the many-row form.
   static constexpr int kRows = 4;
-  static constexpr int kTokens = 3;
-  // A multiple of kTokens; 48 rows of a block are 24 KiB, about a first-level cache.
+  // 48 rows of a block are 24 KiB, about a first-level cache.
   static constexpr int64_t kTokenChunk = 48;
   static constexpr int64_t kAheadBytes = 1024;
   static constexpr bool kScaled = false;

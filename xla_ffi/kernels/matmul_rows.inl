@@ -7,10 +7,12 @@
 //   kElems                    prepared elements a vector
 //   kGroupVecs                vectors that one decode() yields
 //   kWeightBytes              bytes of one stored weight
-//   kRows, kTokens            register tile: weight rows at a time, activation rows of the many-row
-//   form kScaled, kScaleFold       block scales; factor the decoder left out of the weights
+//   kRows                     weight rows at a time
+//   kTokenChunk               most activation rows a decoding serves (a multiple of three)
+//   kAheadBytes               prefetch distance along a row
+//   kScaled, kScaleFold       block scales; factor the decoder left out of the weights
 //   column(i)                 column within a block of 128 that prepared position i holds
-//   zero, load, load_acc, store_acc, load_weights, store_weights, decode, mac, flush, reduce
+//   zero, load, load_acc, store_acc, store_weights, decode, mac, flush, reduce
 //   Flag, any_nan             decode() marks codes that it does not decode to NaN itself
 //
 // Order of additions of one output: blocks of 128 columns ascending; in a block, vectors ascending,
@@ -202,7 +204,6 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
   using Elem = typename Ops::Elem;
   constexpr int kRows = Ops::kRows;
   constexpr int kGroupElems = Ops::kGroupVecs * Ops::kElems;
-  static_assert(Ops::kTokens <= 4);
   alignas(64) Elem decoded[kRows * kBlock];
   alignas(64) float sums[Ops::kTokenChunk * kRows * Ops::kAccFloats];
   for (int64_t n = n_begin; n < n_end; n += kRows) {
@@ -225,13 +226,17 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
           }
         }
       }
-      int64_t i = 0;
-      for (; i + Ops::kTokens <= m; i += Ops::kTokens) {
-        mac_decoded<Ops, Ops::kTokens>(decoded, x + i, b * kBlock, scale,
-                                       sums + i * kRows * Ops::kAccFloats);
-      }
-      for (; i < m; ++i) {
-        mac_decoded<Ops, 1>(decoded, x + i, b * kBlock, scale, sums + i * kRows * Ops::kAccFloats);
+      for (int64_t i = 0, count; i < m; i += count) {
+        // Three at a time, but four as two and two.
+        count = min_of(m - i == 4 ? 2 : 3, m - i);
+        float* sum = sums + i * kRows * Ops::kAccFloats;
+        if (count == 3) {
+          mac_decoded<Ops, 3>(decoded, x + i, b * kBlock, scale, sum);
+        } else if (count == 2) {
+          mac_decoded<Ops, 2>(decoded, x + i, b * kBlock, scale, sum);
+        } else {
+          mac_decoded<Ops, 1>(decoded, x + i, b * kBlock, scale, sum);
+        }
       }
     }
     for (int64_t i = 0; i < m; ++i) {

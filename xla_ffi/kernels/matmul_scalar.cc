@@ -38,8 +38,7 @@ struct Scalar {
   static constexpr int kWeightBytes =
       kFormat == WeightFormat::kF32 ? 4 : (kFormat == WeightFormat::kBf16 ? 2 : 1);
   static constexpr int kRows = 2;
-  static constexpr int kTokens = 1;
-  static constexpr int64_t kTokenChunk = 32;
+  static constexpr int64_t kTokenChunk = 24;
   static constexpr int64_t kAheadBytes = 512;
   static constexpr bool kScaled = kFormat == WeightFormat::kFp8Block;
   static constexpr float kScaleFold = 1.0f;

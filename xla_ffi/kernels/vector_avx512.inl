@@ -10,8 +10,7 @@ struct Avx512Base {
   // Eight streams keep memory busy at one row of activations; 32 registers hold 24 sums + 3
   // activations + 1 weight vector in the many-row form.
   static constexpr int kRows = 8;
-  static constexpr int kTokens = 3;
-  // A multiple of kTokens; 48 rows of a block are 24 KiB, half a first-level cache.
+  // 48 rows of a block are 24 KiB, half a first-level cache.
   static constexpr int64_t kTokenChunk = 48;
   static constexpr int64_t kAheadBytes = 1024;
   static constexpr bool kScaled = false;
