@@ -22,7 +22,7 @@ CHAT_TEMPLATE = """\
   {%- elif message['role'] == 'user' -%}
     {{- '<|user|>' + message['content'] -}}
   {%- elif message['role'] == 'assistant' -%}
-    {{- '<|assistant|>' + message['content'] + eos_token -}}
+    {{- '<|assistant|>' + (message['content'] or '') + eos_token -}}
   {%- else -%}
     {{- raise_exception('unknown role ' + message['role'] + '; known: system, user, assistant') -}}
   {%- endif -%}
