@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxmoe.ffi.cpu_runtime import CpuRuntime, native_host_store
 
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.host_store import NativeHostStore, native_host_store
 from jaxmoe.weights.name_map import Matrix
 from jaxmoe.weights.param_spec import DTYPE_OF_FORMAT, WeightFormat, num_blocks
 
@@ -67,7 +68,9 @@ class ExpertLayout(NamedTuple):
 class HostStore:
     """Owns the native store. Reads and fills of distinct matrices may run on many threads."""
 
-    def __init__(self, native: Any, layouts: Sequence[ExpertLayout], backing: Backing) -> None:
+    def __init__(
+        self, native: NativeHostStore, layouts: Sequence[ExpertLayout], backing: Backing
+    ) -> None:
         self.native = native
         self.layouts = tuple(layouts)
         self.backing: Backing = backing
@@ -111,7 +114,7 @@ class HostStore:
         self.native.set_scale(layer, expert, _WHICH[which], scale)
 
     def matrix(self, layer: int, expert: int, which: Matrix) -> np.ndarray:
-        """The bytes of a matrix of a one-node store, uint8 `[N, row_bytes]`: a view, not a copy."""
+        """The bytes of a matrix in a one-node arena, uint8 `[N, row_bytes]`: a view, not a copy."""
         return self.native.matrix(layer, expert, _WHICH[which])
 
     def writable_rows(
@@ -119,14 +122,11 @@ class HostStore:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The matrix's memory for one that fills it: first row and values `[rows, K]`, per node.
 
-        Only an arena is writable. Say `mark_loaded` when done.
+        Only an arena is writable. The matrix counts as loaded from now on.
         """
         dtype = NUMPY_OF_FORMAT[self.layouts[layer].format]
-        yield 0, self.matrix(layer, expert, which).view(dtype)
-
-    def mark_loaded(self, layer: int, expert: int, which: Matrix) -> None:
-        """Says that a matrix was filled through `writable_rows`."""
-        self.native.mark_loaded(layer, expert, _WHICH[which])
+        for first_row, _, rows in self.native.segments(layer, expert, _WHICH[which]):
+            yield first_row, rows.view(dtype)
 
     def scale(self, layer: int, expert: int, which: Matrix) -> np.ndarray:
         """The block scales of a matrix: a view."""

@@ -17,13 +17,14 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
-from jaxmoe.ffi.cpu_runtime import CpuRuntime
 
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.weights import memory
 from jaxmoe.weights.buffers import aligned_empty, is_aligned, to_jax
 from jaxmoe.weights.host_store import Backing, HostStore
@@ -207,11 +208,11 @@ def _read(
     """Reads everything, in the order it lies in the files; the leaves come back."""
     buffers: dict[str, np.ndarray] = {}
 
-    def read_leaf(leaf: LeafPlan) -> None:
-        buffers[leaf.path] = _leaf(checkpoint, leaf, bar)
+    def read(leaf: LeafPlan) -> None:
+        buffers[leaf.path] = read_leaf(checkpoint, leaf, bar)
 
     tasks: list[tuple[TensorInfo, Callable[[], object]]] = [
-        (leaf.infos[0], partial(read_leaf, leaf)) for leaf in table.leaves
+        (leaf.infos[0], partial(read, leaf)) for leaf in table.leaves
     ]
     if store is not None:
         fill = _read_matrix
@@ -225,14 +226,17 @@ def _read(
     return buffers
 
 
-def _leaf(checkpoint: Checkpoint, leaf: LeafPlan, bar: ByteProgress) -> np.ndarray:
+def read_leaf(
+    checkpoint: Checkpoint, leaf: LeafPlan, bar: ByteProgress | None = None
+) -> np.ndarray:
     """One leaf's values in a buffer jax can adopt."""
     stored = []
     has_scale = leaf.spec.kind == "scale_inv" or len(leaf.infos) > 1
     for info in leaf.infos:
         array = aligned_empty(info.shape, NUMPY_DTYPES[info.dtype])
         checkpoint.read_into(info, array)
-        bar.add(info.nbytes)
+        if bar is not None:
+            bar.add(info.nbytes)
         if has_scale and info.dtype in ("F32", "BF16"):
             check_finite(info, array)
         stored.append(array)
@@ -263,26 +267,43 @@ def _read_matrix(
     checkpoint: Checkpoint, store: HostStore, plan: MatrixPlan, bar: ByteProgress
 ) -> None:
     info = plan.weight
-    fd = checkpoint.fd(info)
-    try:
-        store.read_matrix(plan.moe_layer_idx, plan.expert, plan.which, fd, info.offset)
-    except OSError as error:
-        checkpoint.check_unchanged(info)
-        fail(info.file, f"reading {info.nbytes} bytes at {info.offset} failed: {error}", info.name)
+    with checkpoint.use(info) as fd:
+        try:
+            store.read_matrix(plan.moe_layer_idx, plan.expert, plan.which, fd, info.offset)
+        except OSError as error:
+            checkpoint.check_unchanged(info)
+            fail(
+                info.file,
+                f"reading {info.nbytes} bytes at {info.offset} failed: {error}",
+                info.name,
+            )
     bar.add(info.nbytes)
     _read_scale(checkpoint, store, plan, bar)
 
 
 def _map(checkpoint: Checkpoint, store: HostStore, info: TensorInfo) -> int:
-    # By descriptor: the very file whose header was checked, whatever its name means by now.
-    return store.map_file(f"/proc/self/fd/{checkpoint.fd(info)}")
+    with checkpoint.use(info) as fd:
+        try:
+            # By descriptor: the file whose header was checked, whatever its name means by now.
+            return store.map_file(f"/proc/self/fd/{fd}")
+        except OSError as error:
+            fail(info.file, f"cannot be mapped: {error}", info.name)
 
 
 def _map_matrix(
-    mapped: dict, checkpoint: Checkpoint, store: HostStore, plan: MatrixPlan, bar: ByteProgress
+    mapped: dict[Path, int],
+    checkpoint: Checkpoint,
+    store: HostStore,
+    plan: MatrixPlan,
+    bar: ByteProgress,
 ) -> None:
     info = plan.weight
-    store.set_mapped(plan.moe_layer_idx, plan.expert, plan.which, mapped[info.file], info.offset)
+    try:
+        store.set_mapped(
+            plan.moe_layer_idx, plan.expert, plan.which, mapped[info.file], info.offset
+        )
+    except ValueError as error:  # a start that no kernel could read from
+        fail(info.file, str(error), info.name)
     _read_scale(checkpoint, store, plan, bar)
 
 

@@ -12,9 +12,9 @@ from functools import partial
 
 import jax
 import numpy as np
-from jaxmoe.ffi.cpu_runtime import CpuRuntime
 
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.weights import memory
 from jaxmoe.weights.buffers import aligned_empty, to_jax
 from jaxmoe.weights.host_store import HostStore
@@ -81,7 +81,6 @@ def random_model(
         scale_shape = layout.scale_shape(which)
         if scale_shape is not None:
             store.set_scale(layer, expert, which, values.scale_inv(scale_shape, name, fan_in))
-        store.mark_loaded(layer, expert, which)
 
     tasks = [partial(make_leaf, path) for path in description.specs]
     if store is not None:

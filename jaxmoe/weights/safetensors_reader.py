@@ -13,8 +13,8 @@ What it does not do: decide which tensors a model needs (tensor_table.py) or whe
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -25,11 +25,11 @@ from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.weights.model_registry import ModelRegistry
 from jaxmoe.weights.name_map import NameMap
+from jaxmoe.weights.open_files import OpenFiles
 from jaxmoe.weights.param_spec import Formats, ParamSpec
 from jaxmoe.weights.safetensors_header import (
     TensorInfo,
     fail,
-    open_regular,
     read_header,
     read_json_file,
     show,
@@ -37,6 +37,8 @@ from jaxmoe.weights.safetensors_header import (
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "jaxmoe_prepared.json"  # of the prepared form (prepared.py), which `open` tells apart
+UNFINISHED = "jaxmoe_unfinished.json"  # its place while a conversion is under way
 # Copied beside prepared weights, and what `text/` and the engine look for.
 COMPANION_FILES = (
     "config.json",
@@ -51,18 +53,14 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Checkpoint:
-    """A directory's tensors. Shards stay open until `close`: all reads see the same files."""
+    """A directory's tensors. All reads see the files whose headers were checked, or fail."""
 
     def __init__(
-        self,
-        directory: Path,
-        tensors: Mapping[str, TensorInfo],
-        files: Mapping[Path, tuple[int, os.stat_result]],
+        self, directory: Path, tensors: Mapping[str, TensorInfo], files: OpenFiles
     ) -> None:
         self.directory = directory
         self.tensors = tensors
-        self._files = dict(files)  # path -> descriptor, its state when the header was checked
-        self._lock = threading.Lock()
+        self._files = files
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
@@ -73,22 +71,24 @@ class Checkpoint:
             raise CheckpointError(
                 f"{directory}: {kind}; wanted a checkpoint directory (config.json, safetensors)"
             )
+        if (directory / MANIFEST).exists() or (directory / UNFINISHED).exists():
+            from jaxmoe.weights.prepared import PreparedCheckpoint  # which is built on this class
+
+            return PreparedCheckpoint.open_prepared(directory)
         weight_map = _weight_map(directory)
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
-        opened: dict[Path, tuple[int, os.stat_result]] = {}
+        files = OpenFiles()
         try:
             shards: dict[str, dict[str, TensorInfo]] = {}
             for name in names:
                 path = _shard_path(directory, name)
-                fd = open_regular(path, "shard named by the index" if weight_map else "file")
-                opened[path] = (fd, os.fstat(fd))
+                fd = files.add(path, "shard named by the index" if weight_map else "file")
                 shards[name] = read_header(fd, path)
             tensors = _merge(directory, shards, weight_map)
         except BaseException:
-            for fd, _ in opened.values():
-                os.close(fd)
+            files.close()
             raise
-        return cls(directory, tensors, opened)
+        return cls(directory, tensors, files)
 
     @property
     def total_bytes(self) -> int:
@@ -96,35 +96,17 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(self._files)
+        return self._files.paths
 
-    def fd(self, info: TensorInfo) -> int:
-        """The descriptor of the tensor's shard, after a check that the shard is still what was
-        checked.
-        """
-        fd, _ = self._entry(info)
-        self.check_unchanged(info)
-        return fd
+    def use(self, info: TensorInfo) -> AbstractContextManager[int]:
+        """A descriptor of the tensor's file, checked to be the file that was opened."""
+        return self._files.use(info.file, info.name)
 
     def check_unchanged(self, info: TensorInfo) -> None:
-        """Refuses a shard that was truncated or written to since its header was checked."""
-        fd, was = self._entry(info)
-        now = os.fstat(fd)
-        if now.st_size != was.st_size:
-            fail(
-                info.file,
-                f"file changed from {was.st_size} to {now.st_size} bytes while it was being read",
-                info.name,
-            )
-        if now.st_mtime_ns != was.st_mtime_ns:
-            fail(info.file, "file was written to while it was being read; load it again", info.name)
-
-    def _entry(self, info: TensorInfo) -> tuple[int, os.stat_result]:
-        with self._lock:
-            entry = self._files.get(info.file)
-        if entry is None:
-            raise CheckpointError(f"{info.file}: the checkpoint was closed, or has no such shard")
-        return entry
+        """Refuses a file that was truncated, replaced or written to since its header was
+        checked.
+        """
+        self._files.check_unchanged(info.file, info.name)
 
     def read_into(self, info: TensorInfo, buffer: np.ndarray | memoryview, start: int = 0) -> None:
         """Fills `buffer` with the tensor's bytes from byte `start` on, with the GIL released.
@@ -138,25 +120,8 @@ class Checkpoint:
         view = memoryview(view).cast("B")
         if start < 0 or start + len(view) > info.nbytes:
             raise ValueError(f"bytes {start}:{start + len(view)} of {info.name} ({info.nbytes})")
-        fd = self.fd(info)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(fd, [view[done:]], info.offset + start + done)
-            except OSError as error:
-                fail(
-                    info.file,
-                    f"reading failed at byte {info.offset + start + done}: {error.strerror}",
-                    info.name,
-                )
-            if count == 0:
-                fail(
-                    info.file,
-                    f"file ended at byte {info.offset + start + done} while it was being read; "
-                    "download it again",
-                    info.name,
-                )
-            done += count
+        with self.use(info) as fd:
+            _read_fully(fd, view, info, info.offset + start)
 
     def read(self, info: TensorInfo) -> bytearray:
         """A small tensor's bytes, for tools and tests."""
@@ -190,10 +155,7 @@ class Checkpoint:
         return models.name_map(config, specs)
 
     def close(self) -> None:
-        with self._lock:
-            files, self._files = self._files, {}
-        for fd, _ in files.values():
-            os.close(fd)
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -207,8 +169,23 @@ class Checkpoint:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_files", None):
-            self.close()
+        self.close()
+
+
+def _read_fully(fd: int, view: memoryview, info: TensorInfo, at: int) -> None:
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(fd, [view[done:]], at + done)
+        except OSError as error:
+            fail(info.file, f"reading failed at byte {at + done}: {error.strerror}", info.name)
+        if count == 0:
+            fail(
+                info.file,
+                f"file ended at byte {at + done} while it was being read; download it again",
+                info.name,
+            )
+        done += count
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:

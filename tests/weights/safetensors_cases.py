@@ -11,10 +11,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from support import tiny_models
 
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.models import registry
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model

@@ -13,19 +13,23 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from safetensors_cases import edit_tensors, load_case, store_bytes
 from support import tiny_models
 
 from jaxmoe.common.errors import CapacityError, CheckpointError
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.models import registry
+from jaxmoe.models.names import HfNames
 from jaxmoe.weights import loader, memory
 from jaxmoe.weights.host_store import HostStore
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model
 from jaxmoe.weights.param_spec import dotted
+from jaxmoe.weights.random_init import random_model
 from jaxmoe.weights.safetensors_reader import Checkpoint
+from jaxmoe.weights.safetensors_writer import write_checkpoint
 from jaxmoe.weights.tensor_table import MATRICES
 
 CASES = ["deepseek_v2_lite", "deepseek_v3_fp8", "kimi_k2_fp8", "qwen3_moe", "qwen3_moe_fp8"]
@@ -103,20 +107,72 @@ def test_mmap_backing_holds_the_same(tmp_path: Path, case: str, runtime: CpuRunt
     _, mapped = load_case(tmp_path, runtime, backing="mmap")
     assert arena.host_store is not None
     layouts = arena.host_store.layouts
-    assert_same_model(arena, mapped)
+    assert_same_leaves(arena, mapped)
+    np.testing.assert_array_equal(experts_output(arena, runtime), experts_output(mapped, runtime))
     weights = sum(layout.num_experts * 3 * layout.matrix_bytes for layout in layouts)
     assert arena.report.read_bytes - mapped.report.read_bytes == weights
     assert arena.report.planned_bytes - mapped.report.planned_bytes == weights
 
 
+def test_mmap_of_unaligned_values_is_refused(tmp_path: Path, runtime: CpuRuntime) -> None:
+    """Safetensors may start a BF16 tensor at an odd byte; no kernel can read that in place."""
+    tensors = {"a": np.zeros(1, np.uint8), **tiny_models.make_tensors("qwen3_moe")}
+    write_checkpoint(tmp_path, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_models.hf_config("qwen3_moe")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HfNames, "ignored", lambda self, name: name == "a")
+        load_case(tmp_path, runtime)[1].close()
+        with pytest.raises(CheckpointError, match="no multiple of its element's size") as caught:
+            load_case(tmp_path, runtime, backing="mmap")
+    assert str(tmp_path / "model.safetensors") in str(caught.value)
+    assert "experts" in str(caught.value)
+
+
+def experts_output(model: LoadedModel, runtime: CpuRuntime) -> np.ndarray:
+    """What every expert of every layer makes of the same input, `[layers, E, D]`."""
+    store = model.host_store
+    assert store is not None
+    ops = NativeOps(runtime, store, "vector")
+    layout = store.layouts[0]
+    x = np.random.default_rng(0).standard_normal((layout.num_experts, layout.hidden), np.float32)
+    ids = np.arange(layout.num_experts, dtype=np.int32)[:, None]
+    ones = np.ones_like(ids, np.float32)
+    outputs = [
+        jax.jit(lambda x, layer=layer: ops.experts(x, ids, ones, layer))(x)
+        for layer in range(len(store.layouts))
+    ]
+    return np.stack([np.asarray(y) for y in outputs])
+
+
 def assert_same_model(one: LoadedModel, other: LoadedModel) -> None:
+    assert_same_leaves(one, other)
+    assert store_bytes(one) == store_bytes(other)
+    one.close()
+    other.close()
+
+
+def assert_same_leaves(one: LoadedModel, other: LoadedModel) -> None:
     a, b = leaves_of(one), leaves_of(other)
     assert a.keys() == b.keys()
     for path in a:
         assert a[path].dtype == b[path].dtype and a[path].tobytes() == b[path].tobytes(), path
-    assert store_bytes(one) == store_bytes(other)
-    one.close()
-    other.close()
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])
+def test_split_over_numa_nodes(tmp_path: Path, case: str, runtime: CpuRuntime) -> None:
+    """Loaded and invented weights are the same ones on any number of nodes."""
+    tiny_models.write_checkpoint(tmp_path, case)
+    config, whole = load_case(tmp_path, runtime)
+    invented = random_model(config, registry, runtime)
+    with CpuRuntime(num_threads=2, numa_nodes=[[0], [0]]) as nodes:
+        _, split = load_case(tmp_path, nodes)
+        assert split.host_store is not None and len(split.host_store.bytes_per_node()) == 2
+        also = random_model(config, registry, nodes)
+        for one, two in ((whole, split), (invented, also)):
+            expected = experts_output(one, runtime)
+            np.testing.assert_array_equal(expected, experts_output(two, nodes))
+            one.close()
+            two.close()
 
 
 def test_leaves_are_adopted_without_a_copy(

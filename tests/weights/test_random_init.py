@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from safetensors_cases import store_bytes
 from support import tiny_models
 
 from jaxmoe.common.errors import CapacityError
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.models import registry
 from jaxmoe.weights import memory
 from jaxmoe.weights.random_init import random_model
