@@ -31,8 +31,16 @@ def token_bytes(layers: Sequence[Sequence[PageArray]]) -> int:
 def allocate(
     layers: Sequence[Sequence[PageArray]], num_pages: int, page_size: int
 ) -> list[tuple[jax.Array, ...]]:
-    """Zeros `[P, Z, K, H]` for every page array of every layer."""
+    """Zeros `[P, Z, K, H]` for every page array of every layer, committed to the first device: what
+    a step returns is committed, and a first call with anything else would be compiled twice.
+    """
+    device = jax.local_devices()[0]
     return [
-        tuple(jnp.zeros((num_pages, page_size, a.num_heads, a.head_dim), a.dtype) for a in layer)
+        tuple(
+            jax.device_put(
+                jnp.zeros((num_pages, page_size, a.num_heads, a.head_dim), a.dtype), device
+            )
+            for a in layer
+        )
         for layer in layers
     ]
