@@ -52,7 +52,10 @@ class HostStore:
     def segments(
         self, layer: int, expert: int, which: int
     ) -> list[tuple[int, int, npt.NDArray[np.uint8]]]:
-        """(row_begin, row_end, rows) of each NUMA node; the matrix counts as loaded from now on."""
+        """(row_begin, row_end, rows) of each NUMA node; rows are writable with arena backing."""
+
+    def mark_loaded(self, layer: int, expert: int, which: int) -> None:
+        """After the matrix was filled through a view."""
 
     def scale(self, layer: int, expert: int, which: int) -> npt.NDArray[np.float32]: ...
     def close(self) -> None: ...

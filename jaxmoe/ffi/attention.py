@@ -39,8 +39,8 @@ def paged_attention(
     keys = cache[0]
     if q.ndim != 3 or keys.ndim != 4 or q.shape[2] != keys.shape[3] or q.shape[1] % keys.shape[2]:
         raise ValueError(
-            f"paged_attention: q {q.shape} and keys {keys.shape}; wanted [T, N, H] and [P, Z, K, H], "
-            "N a multiple of K"
+            f"paged_attention: q {q.shape} and keys {keys.shape}; wanted [T, N, H] and [P, Z, K, H]"
+            ", N a multiple of K"
         )
     if len(cache) == 2 and cache[1].shape != (*keys.shape[:3], v_dim):
         raise ValueError(

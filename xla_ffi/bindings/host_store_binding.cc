@@ -128,28 +128,41 @@ class StoreBinding {
                                        scale.shape(0), scale.shape(1)));
   }
 
+  // Of every node: (first row, end row, uint8 [rows, row_bytes]); writable where the store owns the
+  // memory.
   py::list segments(int layer, int expert, int which) const {
     std::shared_ptr<HostStore> store = at(layer, expert, which);
     const Matrix matrix = static_cast<Matrix>(which);
-    throw_value_error(store->mark_loaded(layer, expert, matrix));
+    const bool writable = store->backing() == Backing::kArena;
+    if (!writable) throw_value_error(store->check_has_data(layer, expert, matrix));
     py::list result;
     for (int node = 0; node < store->num_nodes(); ++node) {
       auto [begin, end] = node_rows(store->rows(layer, matrix), node, store->num_nodes());
       if (begin == end) continue;
+      const WeightView view = store->view(layer, expert, matrix, node);
       result.append(py::make_tuple(begin, end,
-                                   view_of(store, store->segment(layer, expert, matrix, node),
-                                           end - begin, store->row_bytes(layer, matrix), true)));
+                                   view_of(store, view.data + begin * view.row_stride_bytes,
+                                           end - begin, view.row_stride_bytes, writable)));
     }
     return result;
   }
 
   py::object matrix(int layer, int expert, int which) const {
     std::shared_ptr<HostStore> store = at(layer, expert, which);
-    if (store->num_nodes() != 1) {
+    if (store->backing() == Backing::kArena && store->num_nodes() != 1) {
       throw py::value_error("the store's matrices are split over " +
                             std::to_string(store->num_nodes()) + " NUMA nodes: use segments()");
     }
-    return py::list(segments(layer, expert, which))[0].cast<py::tuple>()[2];
+    const Matrix matrix = static_cast<Matrix>(which);
+    const bool writable = store->backing() == Backing::kArena;
+    if (!writable) throw_value_error(store->check_has_data(layer, expert, matrix));
+    const WeightView view = store->view(layer, expert, matrix, 0);
+    return view_of(store, view.data, view.n, view.row_stride_bytes, writable);
+  }
+
+  void mark_loaded(int layer, int expert, int which) const {
+    std::shared_ptr<HostStore> store = at(layer, expert, which);
+    throw_value_error(store->mark_loaded(layer, expert, static_cast<Matrix>(which)));
   }
 
   py::array scale(int layer, int expert, int which) const {
@@ -189,6 +202,8 @@ void bind_host_store(py::module_& module) {
            py::arg("which"), py::arg("scale"))
       .def("matrix", &StoreBinding::matrix, py::arg("layer"), py::arg("expert"), py::arg("which"))
       .def("segments", &StoreBinding::segments, py::arg("layer"), py::arg("expert"),
+           py::arg("which"))
+      .def("mark_loaded", &StoreBinding::mark_loaded, py::arg("layer"), py::arg("expert"),
            py::arg("which"))
       .def("scale", &StoreBinding::scale, py::arg("layer"), py::arg("expert"), py::arg("which"))
       .def("close", &StoreBinding::close);

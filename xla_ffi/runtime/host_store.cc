@@ -293,6 +293,14 @@ Status HostStore::mark_loaded(int layer, int expert, Matrix which) {
   return {};
 }
 
+Status HostStore::check_has_data(int layer, int expert, Matrix which) const {
+  if (entries_[entry_index(layer, expert, which)].state.load(std::memory_order_acquire) &
+      kHasData) {
+    return {};
+  }
+  return Status::error(name(layer, expert, which) + " was not loaded yet");
+}
+
 Status HostStore::check_loaded(int layer, int expert) const {
   const uint8_t wanted =
       layers_[layer].format == WeightFormat::kFp8Block ? kHasData | kHasScale : kHasData;

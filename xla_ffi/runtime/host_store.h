@@ -73,6 +73,7 @@ class HostStore {
                    int64_t cols);
   // For writers that fill the arena themselves: the matrix counts as loaded from now on.
   Status mark_loaded(int layer, int expert, Matrix which);
+  Status check_has_data(int layer, int expert, Matrix which) const;
   // Fails unless all three matrices (and their scales) of the expert were loaded.
   Status check_loaded(int layer, int expert) const;
 
