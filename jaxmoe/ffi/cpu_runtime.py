@@ -7,7 +7,6 @@ a process that creates its objects in the same order compiles the same programs.
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
 from typing import Self
 
 from jaxmoe.common.errors import ConfigError
@@ -82,16 +81,6 @@ class CpuRuntime:
         traceback: types.TracebackType | None,
     ) -> None:
         self.close()
-
-
-def native_host_store(
-    runtime: CpuRuntime, layouts: Sequence[tuple[int, int, int, str]], backing: str
-) -> _native.HostStore:
-    """A native store for MoE layers of `(num_experts, intermediate, hidden, format)` each."""
-    try:
-        return _native.HostStore(runtime.native, list(layouts), backing)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def supported_isas() -> list[str]:
