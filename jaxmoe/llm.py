@@ -260,8 +260,8 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
         prompts = prompts.tolist()
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Sequence):
         raise RequestError(
-            f"prompts: got {shown(prompts)}, wanted a text, a list of texts, token ids, or a list of "
-            "lists of token ids"
+            f"prompts: got {shown(prompts)}, wanted a text, a list of texts, token ids, or a "
+            "list of lists of token ids"
         )
     if not len(prompts):
         raise RequestError("prompts: got an empty list, wanted at least one prompt")
@@ -269,9 +269,10 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     if not any(nested):
         return [list(prompts)]
     if not all(nested):
+        at = nested.index(False)
         raise RequestError(
-            f"prompts: entry {nested.index(False)} is {shown(prompts[nested.index(False)])}, wanted "
-            "texts or lists of token ids throughout"
+            f"prompts: entry {at} is {shown(prompts[at])}, wanted texts or lists of token ids "
+            "throughout"
         )
     return list(prompts)
 
@@ -292,7 +293,8 @@ def _as_params(params: Params, count: int) -> list[SamplingParams | None]:
         raise RequestError(f"sampling_params: got {shown(params)}, wanted SamplingParams or a list")
     if len(params) != count:
         raise RequestError(
-            f"sampling_params: got {len(params)} for {count} prompts, wanted one for all or one each"
+            f"sampling_params: got {len(params)} for {count} prompts, wanted one for all "
+            "or one each"
         )
     return list(params)
 
@@ -300,7 +302,7 @@ def _as_params(params: Params, count: int) -> list[SamplingParams | None]:
 def _without_errors(output: RequestOutput) -> RequestOutput:
     if any(c.finish_reason == "error" for c in output.outputs):
         raise JaxMoeError(
-            f"request {output.request_id}: the model's logits are not finite; the checkpoint may be "
-            "damaged"
+            f"request {output.request_id}: the model's logits are not finite; the checkpoint "
+            "may be damaged"
         )
     return output

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from support import tiny_engine, tiny_tokenizer
 
 import jaxmoe
 from jaxmoe import SamplingParams
@@ -15,7 +16,6 @@ from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.llm import LLM
 from jaxmoe.text.chat_template import ChatTemplate
 from jaxmoe.text.tokenizer import Tokenizer
-from tests.support import tiny_engine, tiny_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 LAYOUT = CacheLayout(page_size=4, num_pages=40, max_model_len=64, token_bytes=1)
@@ -30,13 +30,13 @@ def llm():
         {"bos_token": tiny_tokenizer.BOS, "eos_token": tiny_tokenizer.EOS, "add_bos_token": True},
     )
     engine = Engine(
-        tiny_engine.step(tiny, LAYOUT, num_slots=4, chunk_tokens=64),
+        tiny_engine.step(tiny, LAYOUT, num_slots=2, chunk_tokens=16),
         LAYOUT,
         tokenizer=tokenizer,
         vocab_size=tiny.config.vocab_size,
         eos_token_ids=(1,),
-        max_num_seqs=4,
-        prefill_chunk_tokens=64,
+        max_num_seqs=2,
+        prefill_chunk_tokens=16,
     )
     template = ChatTemplate(tiny_tokenizer.CHAT_TEMPLATE, {"bos_token": tiny_tokenizer.BOS})
     with LLM.on_engine(engine, tokenizer, template) as llm:

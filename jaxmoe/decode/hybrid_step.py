@@ -104,6 +104,14 @@ class HybridStep:
         """False after a step that failed half-way: the caches it was given are gone."""
         return not any(a.is_deleted() for a in jax.tree.leaves((self._caches, self._counts)))
 
+    def close(self) -> None:
+        """Drops the weights, the caches and the compiled programs that name the native store."""
+        for jitted in (self._run, self._logits, self._clear_slot):
+            jitted.clear_cache()
+        self._leaves.clear()
+        self._caches.clear()
+        self._counts = None
+
     def assign(self, slot: int) -> None:
         """Call when a slot has a new owner, before the first step with it."""
         self._tables.assign(slot)
@@ -124,7 +132,9 @@ class HybridStep:
         counts = biases = None
         if any(row.biases is not None for row in rows):
             if self._counts is None:
-                self._counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
+                counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
+                # Committed like the caches, so that the first call is no program of its own.
+                self._counts = jax.device_put(counts, jax.local_devices()[0])
             counts = self._counts
             biases = pack_biases([row.biases or {} for row in rows], num_rows)
         drawn, self._caches, counts = self._run(

@@ -174,7 +174,8 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
         tokenizer = Tokenizer.from_dir(path)
         if tokenizer.vocab_size > model_config.vocab_size:
             notes.append(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                f"{model_config.vocab_size}"
             )
     elif dummy:
         tokenizer = ByteTokenizer(model_config.vocab_size)

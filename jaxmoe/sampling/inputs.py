@@ -64,12 +64,13 @@ class RowInputs:
         raise AttributeError(name)
 
     def keys(self) -> jax.Array:
-        """Random keys `[R]`: the seed, folded with the choice and then with the token index."""
+        """Random keys `[R]`: the seed, folded with the choice and the token index."""
 
         def one(high, low, choice_idx, token_idx):
             words = jnp.stack([high, low]).astype(jnp.uint32)
             key = jax.random.wrap_key_data(words, impl="threefry2x32")
-            return jax.random.fold_in(jax.random.fold_in(key, choice_idx), token_idx)
+            # One number for both: n and max_model_len are bounded by 2**7 and 2**24.
+            return jax.random.fold_in(key, (choice_idx << 24) + token_idx)
 
         return jax.vmap(one)(self.seed_high, self.seed_low, self.choice_idx, self.token_idx)
 

@@ -117,17 +117,16 @@ def draw(
     key = jax.random.wrap_key_data(key_words, impl="threefry2x32")
     if row.shape[0] <= BLOCK:
         return argmax(kept + jax.random.gumbel(key, kept.shape, jnp.float32))
-    block_key, token_key = jax.random.split(key)
     masses = jnp.log(_by_block(jnp.exp(kept), jnp.sum))
-    block = jnp.argmax(masses + jax.random.gumbel(block_key, masses.shape, jnp.float32))
+    noise = jax.random.gumbel(key, (masses.shape[0] + BLOCK,), jnp.float32)
+    block = jnp.argmax(masses + noise[BLOCK:])
     start = (block * BLOCK).astype(jnp.int32)
     # The last block is read from an earlier start where it is short; what lies before it does not
     # count.
     at = jnp.minimum(start, row.shape[0] - BLOCK)
     inside = lax.dynamic_slice(kept, (at,), (BLOCK,))
     inside = jnp.where(at + lax.iota(jnp.int32, BLOCK) >= start, inside, -jnp.inf)
-    noise = jax.random.gumbel(token_key, (BLOCK,), jnp.float32)
-    return at + jnp.argmax(inside + noise).astype(jnp.int32)
+    return at + jnp.argmax(inside + noise[:BLOCK]).astype(jnp.int32)
 
 
 def keep_above(

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from support import tiny_engine
 
 from jaxmoe.decode.batch import StepRow, decode_size, prefill_size
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
-from tests.support import tiny_engine
 
 GREEDY = SamplingParams(temperature=0)
 LAYOUT = CacheLayout(page_size=4, num_pages=40, max_model_len=48, token_bytes=1)

@@ -16,7 +16,7 @@ from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.models.decoder import cache_spec
 from jaxmoe.models.registry import configured_formats, describe_model
-from tests.support import tiny_models
+from support import tiny_models
 
 
 def config(case: str = "qwen3_moe", **changes: Any) -> ModelConfig:

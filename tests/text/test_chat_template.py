@@ -1,11 +1,11 @@
 import json
 
 import pytest
+from support import tiny_tokenizer
 
 from jaxmoe.common.errors import CheckpointError, RequestError
 from jaxmoe.text import chat_template
 from jaxmoe.text.chat_template import ChatTemplate
-from tests.support import tiny_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
 

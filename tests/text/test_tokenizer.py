@@ -2,11 +2,11 @@ import random
 
 import pytest
 import tokenizers
+from support import tiny_tokenizer
 from tokenizers import decoders, models
 
 from jaxmoe.common.errors import CheckpointError, RequestError
 from jaxmoe.text.tokenizer import ByteTokenizer, Tokenizer, check_ids
-from tests.support import tiny_tokenizer
 
 TEXTS = ["the earth", "  two  spaces\n", "naïve 你好 🙂", "👩‍👩‍👧", "", "a<think>b", "\x00\x7f"]
 
