@@ -42,7 +42,7 @@ class TrainingOptions:
     warmup_steps: int = 200
     weight_decay: float = 0.1
     dropout: float = 0.15
-    bias_rate: float = 1e-3
+    bias_rate: float = 2e-3
     chats_per_epoch: int = 8000
     eval_every: int = 200
     heldout_batches: int = 1000
@@ -147,7 +147,8 @@ def train(
         length = options.long_length if is_long else options.length
         tokens, learn = batches.next(max(1, options.tokens_per_step // length), length)
         rate = learning_rate_at(i, pace.steps, options)
-        bias_rate = options.bias_rate * rate / options.learning_rate
+        # At rest before the end, so that the weights settle on the routing they will meet.
+        bias_rate = options.bias_rate if i < 0.9 * pace.steps else 0.0
         params, state, loss, overload = run_step(params, state, tokens, learn, i, rate, bias_rate)
         pace.after_step(i, loss)
         i, num_tokens = i + 1, num_tokens + learn.size
