@@ -177,7 +177,7 @@ def _arrays_of(piece: _PiecePlan, config: ModelConfig) -> dict[str, StackedArray
         layer = config.moe_layers[first.moe_layer_idx]
         weights = tuple(names.expert_tensor(layer, plan.expert, which) for plan in plans)
         info = first.weight
-        arrays[which] = StackedArray(weights, info.dtype, (count, *info.shape), True)
+        arrays[f"{which}.data"] = StackedArray(weights, info.dtype, (count, *info.shape), True)
         if first.scale is not None:
             scales = tuple(map(names.scale_tensor, weights))
             shape = (count, *first.scale.shape)
@@ -190,11 +190,11 @@ def _read_piece(
 ) -> dict[str, np.ndarray]:
     values = {leaf.path: read_leaf(source, leaf) for leaf in piece.leaves}
     for position, which in enumerate(MATRICES if piece.experts else ()):
-        array = arrays[which]
+        array = arrays[f"{which}.data"]
         stack = np.empty(array.shape, NUMPY_DTYPES[array.dtype])
         for i, expert in enumerate(piece.experts):
             source.read_into(expert[position].weight, stack[i])
-        values[which] = stack
+        values[f"{which}.data"] = stack
         if f"{which}.scale_inv" in arrays:
             scales = np.empty(arrays[f"{which}.scale_inv"].shape, np.float32)
             for i, expert in enumerate(piece.experts):

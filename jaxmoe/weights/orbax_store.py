@@ -13,14 +13,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 
 class PieceWriter:
-    """Saves and restores pieces: flat dicts of numpy arrays."""
+    """Saves and restores pieces: numpy arrays by dotted name."""
 
     def __init__(self) -> None:
         with _quiet():
@@ -33,16 +34,18 @@ class PieceWriter:
         """Writes a piece; `folder` appears when it is complete. An older one is replaced."""
         discard(folder)
         with _quiet():
-            self._checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(dict(arrays)))
+            self._checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(_nested(arrays)))
 
     def restore(self, folder: Path) -> dict[str, np.ndarray]:
         """A piece as Orbax itself reads it; for tools and tests, since it copies everything."""
         with _quiet():
             tree = self._checkpointer.metadata(folder.absolute()).item_metadata.tree
-            as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
-            return self._checkpointer.restore(
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            restored = self._checkpointer.restore(
                 folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy)
             )
+        leaves = jax.tree.leaves_with_path(restored)
+        return {".".join(str(key.key) for key in path): array for path, array in leaves}
 
     def close(self) -> None:
         self._checkpointer.close()
@@ -57,6 +60,18 @@ class PieceWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Dotted names as the nested dicts that Orbax makes such names from."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = array
+    return tree
 
 
 def discard(folder: Path) -> None:

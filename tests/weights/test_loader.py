@@ -13,32 +13,30 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors_cases import edit_tensors, load_case, store_bytes
 from support import tiny_models
+from support.checkpoints import (
+    assert_same_leaves,
+    assert_same_model,
+    edit_tensors,
+    experts_output,
+    leaves_of,
+    load_case,
+)
 
 from jaxmoe.common.errors import CapacityError, CheckpointError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
-from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.models import registry
 from jaxmoe.models.names import HfNames
 from jaxmoe.weights import loader, memory
 from jaxmoe.weights.host_store import HostStore
-from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model
-from jaxmoe.weights.param_spec import dotted
 from jaxmoe.weights.random_init import random_model
 from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import write_checkpoint
 from jaxmoe.weights.tensor_table import MATRICES
 
 CASES = ["deepseek_v2_lite", "deepseek_v3_fp8", "kimi_k2_fp8", "qwen3_moe", "qwen3_moe_fp8"]
-
-
-def leaves_of(model: LoadedModel) -> dict[str, np.ndarray]:
-    from flax import nnx
-
-    return {dotted(path): np.asarray(v[...]) for path, v in nnx.to_flat_state(model.state)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,36 +124,6 @@ def test_mmap_of_unaligned_values_is_refused(tmp_path: Path, runtime: CpuRuntime
             load_case(tmp_path, runtime, backing="mmap")
     assert str(tmp_path / "model.safetensors") in str(caught.value)
     assert "experts" in str(caught.value)
-
-
-def experts_output(model: LoadedModel, runtime: CpuRuntime) -> np.ndarray:
-    """What every expert of every layer makes of the same input, `[layers, E, D]`."""
-    store = model.host_store
-    assert store is not None
-    ops = NativeOps(runtime, store, "vector")
-    layout = store.layouts[0]
-    x = np.random.default_rng(0).standard_normal((layout.num_experts, layout.hidden), np.float32)
-    ids = np.arange(layout.num_experts, dtype=np.int32)[:, None]
-    ones = np.ones_like(ids, np.float32)
-    outputs = [
-        jax.jit(lambda x, layer=layer: ops.experts(x, ids, ones, layer))(x)
-        for layer in range(len(store.layouts))
-    ]
-    return np.stack([np.asarray(y) for y in outputs])
-
-
-def assert_same_model(one: LoadedModel, other: LoadedModel) -> None:
-    assert_same_leaves(one, other)
-    assert store_bytes(one) == store_bytes(other)
-    one.close()
-    other.close()
-
-
-def assert_same_leaves(one: LoadedModel, other: LoadedModel) -> None:
-    a, b = leaves_of(one), leaves_of(other)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype and a[path].tobytes() == b[path].tobytes(), path
 
 
 @pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors_cases import INDEX
+from support.checkpoints import INDEX
 
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import ModelConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from safetensors_cases import store_bytes
 from support import tiny_models
+from support.checkpoints import store_bytes
 
 from jaxmoe.common.errors import CapacityError
 from jaxmoe.config.model_config import ModelConfig

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from safetensors_cases import INDEX, SHARD_1, SHARD_2, join, some_tensors, split, write
+from support.checkpoints import INDEX, SHARD_1, SHARD_2, join, some_tensors, split, write
 
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.weights.safetensors_header import DTYPE_BITS

@@ -1,0 +1,85 @@
+"""jaxmoe_convert: writes a checkpoint in the prepared form.
+
+    jaxmoe_convert --model=DIR --output=DIR
+
+Prepared weights lie on disk as they will lie in memory, written by Orbax; every --model option
+takes the directory. Run the same command again after an interruption: it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from jaxmoe.common.errors import JaxMoeError
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.models import registry
+from jaxmoe.weights.convert import PIECE_BYTES, convert
+from jaxmoe.weights.safetensors_reader import Checkpoint
+
+
+def define_flags() -> flags.FlagValues:
+    """This command's own flags, apart from those of other commands in the process."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("model", None, "checkpoint directory to read", flag_values=values)
+    flags.DEFINE_string("output", None, "directory to write", flag_values=values)
+    flags.DEFINE_integer(
+        "piece_mb",
+        PIECE_BYTES >> 20,
+        "most MiB of weights in memory at once (one leaf or expert may be larger)",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "progress", None, "draw a progress bar; default: on a terminal", flag_values=values
+    )
+    flags.DEFINE_boolean("verbose", False, "log what is done", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    for name in ("model", "output"):
+        flags.mark_flag_as_required(name, values)
+    return values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 0 if the prepared checkpoint is complete, 1 after an error."""
+    argv = sys.argv if argv is None else argv
+    values = define_flags()
+    if {"-h", "--help", "-help"} & set(argv[1:]):
+        print(f"{__doc__}\n{values.main_module_help() or values.get_help()}")
+        return 0
+    try:
+        rest = values(list(argv))[1:]
+        if rest:
+            raise flags.Error(f"unexpected argument {rest[0]!r}; wanted --model=DIR --output=DIR")
+        logging.basicConfig(level=logging.INFO if values.verbose else logging.WARNING)
+        output = Path(values.output)
+        with Checkpoint.open(values.model) as source:
+            report = convert(
+                source,
+                ModelConfig.from_hf(source.config()),
+                registry,
+                output,
+                piece_bytes=values.piece_mb << 20,
+                progress=values.progress,
+            )
+    except flags.Error as error:
+        return _fail(f"{error}; see --help")
+    except (JaxMoeError, OSError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to go on")
+    print(f"{output}: {report.describe()}")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"jaxmoe_convert: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
