@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/read_bandwidth.h"
 #include "bindings/bindings.h"
 #include "handlers/handlers.h"
 #include "handlers/registries.h"
@@ -95,6 +96,18 @@ py::dict handlers() {
   return result;
 }
 
+// On the CPUs that the runtime's participants use, so the ceiling is that of the same threads.
+std::vector<double> measure_read_bandwidth(const RuntimeBinding& binding, int64_t total_bytes,
+                                           int repeats) {
+  std::shared_ptr<CpuRuntime> cpu = binding.get().cpu;
+  std::vector<int> cpus;
+  for (const Placement& placement : place_threads(cpu->topology(), cpu->num_threads())) {
+    cpus.push_back(placement.cpu);
+  }
+  py::gil_scoped_release release;
+  return read_bandwidth(cpus, total_bytes, repeats);
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < kNumIsas; ++i) {
@@ -128,6 +141,8 @@ PYBIND11_MODULE(_native, module) {
           "isa", [](const RuntimeBinding& r) { return jaxmoe::isa_name(r.get().cpu->isa()); })
       .def("describe", [](const RuntimeBinding& r) { return r.get().cpu->describe(); })
       .def("stats", &jaxmoe::stats)
+      .def("read_bandwidth", &jaxmoe::measure_read_bandwidth, py::arg("total_bytes"),
+           py::arg("repeats"))
       .def("close", &RuntimeBinding::close);
   jaxmoe::bind_host_store(module);
   module.def("handlers", &jaxmoe::handlers);
