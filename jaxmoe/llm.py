@@ -49,7 +49,16 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **engine_config: Any) -> None:
-        config = EngineConfig.of({"model": model, **engine_config})
+        self._start(EngineConfig.of({"model": model, **engine_config}))
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> LLM:
+        """A model loaded by a finished config."""
+        llm = cls.__new__(cls)
+        llm._start(config)
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
         from jaxmoe.engine.start import start  # loads the native extension
 
         started = start(config)
@@ -128,6 +137,10 @@ class LLM:
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
         """Token ids of a conversation's prompt, as `chat` sends them."""
         return list(self._apply_template(messages, template_args)[1])
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, as `generate` sends them."""
+        return list(self._tokenize(prompt)[1])
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Deltas of one prompt's completions as they are written; the last one carries the output.

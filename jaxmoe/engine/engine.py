@@ -74,6 +74,7 @@ class Engine:
         self.layout = layout
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self.max_num_seqs = max_num_seqs
         self.eos_token_ids = tuple(eos_token_ids)
         self.defaults = defaults or GenerationDefaults()
         self.pages = PageAllocator(layout.num_pages, layout.page_size)

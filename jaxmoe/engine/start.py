@@ -45,15 +45,15 @@ class Started:
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     report: str
-    _step: HybridStep
-    _loaded: LoadedModel
-    _runtime: CpuRuntime
+    step: HybridStep
+    loaded: LoadedModel
+    runtime: CpuRuntime
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
-        self._step.close()
-        self._loaded.close()
-        self._runtime.close()
+        self.step.close()
+        self.loaded.close()
+        self.runtime.close()
 
 
 @dataclasses.dataclass(frozen=True)

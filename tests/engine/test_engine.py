@@ -6,60 +6,15 @@ gives a wrong text.
 import logging
 
 import pytest
+from support import fake_step
 
 from jaxmoe.common.errors import CapacityError, EngineDeadError, RequestError
 from jaxmoe.config.generation import GenerationDefaults
 from jaxmoe.decode.hybrid_step import RowResult
-from jaxmoe.engine.engine import Engine
-from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.text.tokenizer import ByteTokenizer
 
-EOS = 1
+EOS = fake_step.EOS
 GREEDY = SamplingParams(temperature=0)
-
-
-class FakeStep:
-    """Writes SCRIPT[prompt], then end of text for ever."""
-
-    def __init__(self, script, page_size):
-        self.script = script
-        self.page_size = page_size
-        self.memory = {}
-        self.calls = []
-        self.usable = True
-        self.fail_with = None
-
-    def assign(self, slot):
-        pass
-
-    def run(self, kind, rows):
-        if self.fail_with is not None:
-            raise self.fail_with
-        self.calls.append((kind, len(rows)))
-        out, end = [], 0
-        for row in rows:
-            end += len(row.token_ids)
-            assert row.settings.logit_index == end - 1
-            for i, token in enumerate(row.token_ids, row.start):
-                self.memory[row.pages[i // self.page_size], i % self.page_size] = token
-            last = row.start + len(row.token_ids)
-            size = self.page_size
-            seen = [self.memory[row.pages[i // size], i % size] for i in range(last)]
-            prompt = bytes(seen[: row.settings.num_prompt])
-            text = self.script[prompt] if len(seen) >= row.settings.num_prompt else b""
-            assert bytes(seen[len(prompt) :])[: len(text)] == text[: last - len(prompt)]
-            at = last - len(prompt)
-            token = text[at] if at < len(text) else EOS
-            if row.biases and token in row.biases:
-                token = ord("~")
-            n = row.settings.params.logprobs or 0
-            out.append(RowResult(token, -0.5, [token, 7][:n], [-0.5, -1.0][:n]))
-        return out
-
-    def logits(self, token_ids, pages, slot):
-        assert len(pages) == -(-len(token_ids) // self.page_size)
-        return len(token_ids), sorted(pages), slot
 
 
 SCRIPT = {
@@ -71,22 +26,8 @@ SCRIPT = {
 }
 
 
-def make(*, num_pages=32, max_model_len=40, max_num_seqs=4, tokenizer=True, **more):
-    layout = CacheLayout(4, num_pages, max_model_len, 1)
-    step = FakeStep(SCRIPT, 4)
-    times = iter(range(10**6))
-    engine = Engine(
-        step,
-        layout,
-        tokenizer=ByteTokenizer(256) if tokenizer else None,
-        vocab_size=256,
-        eos_token_ids=(EOS,),
-        max_num_seqs=max_num_seqs,
-        prefill_chunk_tokens=16,
-        clock=lambda: float(next(times)),
-        **more,
-    )
-    return engine, step
+def make(**more):
+    return fake_step.make_engine(lambda prompt: SCRIPT[prompt], **more)
 
 
 def drain(engine):
@@ -278,7 +219,6 @@ def test_requests_without_a_seed_get_different_ones_the_same_in_every_run():
 
 def test_broken_logits_end_that_completion_only():
     engine, step = make()
-    step.script = SCRIPT | {b"nan": [ord("a"), -1]}
     engine.add_request(list(b"x"), GREEDY, request_id="x")
     original = step.run
     step.run = lambda kind, rows: [

@@ -1,0 +1,85 @@
+"""An engine computable by hand: its step writes a known text for each prompt, and reads the
+prompt back through the pages it was given, so that a wrong page, slot or position gives a
+wrong text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxmoe.decode.hybrid_step import RowResult
+from jaxmoe.engine.engine import Engine
+from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.text.tokenizer import ByteTokenizer
+
+EOS = 1
+
+
+class FakeStep:
+    """Writes script(prompt), then end of text for ever."""
+
+    def __init__(self, script: Callable[[bytes], bytes], page_size: int):
+        self.script = script
+        self.page_size = page_size
+        self.memory = {}
+        self.calls = []
+        self.usable = True
+        self.fail_with = None
+
+    def assign(self, slot):
+        pass
+
+    def run(self, kind, rows):
+        if self.fail_with is not None:
+            raise self.fail_with
+        self.calls.append((kind, len(rows)))
+        out, end = [], 0
+        for row in rows:
+            end += len(row.token_ids)
+            assert row.settings.logit_index == end - 1
+            for i, token in enumerate(row.token_ids, row.start):
+                self.memory[row.pages[i // self.page_size], i % self.page_size] = token
+            last = row.start + len(row.token_ids)
+            size = self.page_size
+            seen = [self.memory[row.pages[i // size], i % size] for i in range(last)]
+            prompt = bytes(seen[: row.settings.num_prompt])
+            text = self.script(prompt) if len(seen) >= row.settings.num_prompt else b""
+            assert bytes(seen[len(prompt) :])[: len(text)] == text[: last - len(prompt)]
+            at = last - len(prompt)
+            token = text[at] if at < len(text) else EOS
+            if row.biases and token in row.biases:
+                token = ord("~")
+            n = row.settings.params.logprobs or 0
+            out.append(RowResult(token, -0.5, [token, 7][:n], [-0.5, -1.0][:n]))
+        return out
+
+    def logits(self, token_ids, pages, slot):
+        assert len(pages) == -(-len(token_ids) // self.page_size)
+        return len(token_ids), sorted(pages), slot
+
+
+def make_engine(
+    script: Callable[[bytes], bytes],
+    *,
+    num_pages: int = 32,
+    max_model_len: int = 40,
+    max_num_seqs: int = 4,
+    tokenizer: bool = True,
+    **more,
+) -> tuple[Engine, FakeStep]:
+    """An engine over a FakeStep with pages of 4 tokens; texts are their bytes; its clock counts."""
+    layout = CacheLayout(4, num_pages, max_model_len, 1)
+    step = FakeStep(script, 4)
+    times = iter(range(10**6))
+    engine = Engine(
+        step,
+        layout,
+        tokenizer=ByteTokenizer(256) if tokenizer else None,
+        vocab_size=256,
+        eos_token_ids=(EOS,),
+        max_num_seqs=max_num_seqs,
+        prefill_chunk_tokens=16,
+        clock=lambda: float(next(times)),
+        **more,
+    )
+    return engine, step
