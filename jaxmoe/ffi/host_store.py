@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
-from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
-from jaxmoe.ffi._native import HostStore as NativeHostStore
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 
-__all__ = ["NativeHostStore", "native_host_store"]
+NativeHostStore: TypeAlias = _native.HostStore
 
 
 def native_host_store(
     runtime: CpuRuntime, layers: Sequence[tuple[int, int, int, str]], backing: str
 ) -> NativeHostStore:
-    """A store for MoE layers of `(num_experts, intermediate, hidden, format)` each.
+    """A store for these MoE layers, split as `runtime`'s NUMA nodes are.
 
-    Its rows are split over `runtime`'s NUMA nodes. Raises ConfigError for impossible sizes, formats
-    or backings, and where memory cannot be had on a node.
+    Args:
+        runtime: whose topology counts.
+        layers: num_experts, intermediate, hidden and weight format of each.
+        backing: "arena" or "mmap".
     """
-    try:
-        return _native.HostStore(runtime.native, list(layers), backing)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    return _native.HostStore(runtime.native, [tuple(layer) for layer in layers], backing)

@@ -24,6 +24,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def is_aligned(array: np.ndarray) -> bool:
+    if not array.nbytes:
+        return array.flags.c_contiguous
     return array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
 
 

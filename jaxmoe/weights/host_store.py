@@ -122,11 +122,12 @@ class HostStore:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The matrix's memory for one that fills it: first row and values `[rows, K]`, per node.
 
-        Only an arena is writable. The matrix counts as loaded from now on.
+        Only an arena is writable. The matrix counts as loaded once all its rows were yielded.
         """
         dtype = NUMPY_OF_FORMAT[self.layouts[layer].format]
         for first_row, _, rows in self.native.segments(layer, expert, _WHICH[which]):
             yield first_row, rows.view(dtype)
+        self.native.mark_loaded(layer, expert, _WHICH[which])
 
     def scale(self, layer: int, expert: int, which: Matrix) -> np.ndarray:
         """The block scales of a matrix: a view."""

@@ -39,7 +39,9 @@ class PieceWriter:
     def restore(self, folder: Path) -> dict[str, np.ndarray]:
         """A piece as Orbax itself reads it; for tools and tests, since it copies everything."""
         with _quiet():
-            tree = self._checkpointer.metadata(folder.absolute()).item_metadata.tree
+            metadata = self._checkpointer.metadata(folder.absolute()).item_metadata
+            assert metadata is not None, folder
+            tree = metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             restored = self._checkpointer.restore(
                 folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy)
