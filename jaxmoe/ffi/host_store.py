@@ -21,4 +21,4 @@ def native_host_store(
         layers: num_experts, intermediate, hidden and weight format of each.
         backing: "arena" or "mmap".
     """
-    return _native.HostStore(runtime.native, [tuple(layer) for layer in layers], backing)
+    return _native.HostStore(runtime.native, list(layers), backing)

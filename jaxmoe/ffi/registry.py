@@ -12,6 +12,10 @@ import jax
 
 from jaxmoe.ffi import _native
 
+# What an operation that refuses its operands raises at run time: the first call of a program gives
+# the one, calls of a cached program the other.
+NATIVE_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
+
 _lock = threading.Lock()
 _registered = False
 

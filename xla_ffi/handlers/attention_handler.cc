@@ -20,7 +20,7 @@ ffi::Error kv_write_impl(ffi::AnyBuffer pages, ffi::AnyBuffer rows, ffi::AnyBuff
   JAXMOE_RETURN_IF_ERROR(
       expect(kOp, "the result", *out, pages.element_type(), {dims[0], dims[1], dims[2], dims[3]}));
   if (out->untyped_data() != pages.untyped_data()) {
-    return ffi::Error::InvalidArgument(
+    return failure(
         "kv_write: the result has another buffer than the cache: alias it to its operand");
   }
   call.cache = pages.untyped_data();
@@ -40,8 +40,8 @@ ffi::Error attention_impl(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer 
   constexpr const char* kOp = "paged_attention";
   std::shared_ptr<NativeRuntime> runtime = runtimes().get(runtime_id);
   if (runtime == nullptr) {
-    return ffi::Error::InvalidArgument(std::string(kOp) + ": no runtime has id " +
-                                       std::to_string(runtime_id) + " (was it closed?)");
+    return failure(std::string(kOp) + ": no runtime has id " + std::to_string(runtime_id) +
+                   " (was it closed?)");
   }
   PagedAttentionCall call;
   JAXMOE_RETURN_IF_ERROR(expect_activation(kOp, "q", q, {-1, -1, -1}, &call.q_type));
@@ -63,16 +63,14 @@ ffi::Error attention_impl(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer 
   call.v_dim = out->dimensions()[2];
   if (call.num_kv_heads < 1 || call.page_size < 1 || call.head_dim < 1 || call.v_dim < 1 ||
       call.num_heads % call.num_kv_heads != 0) {
-    return ffi::Error::InvalidArgument(
-        std::string(kOp) + ": q is " + describe(q) + " and keys are " + describe(keys) +
-        "; wanted a number of heads that is a multiple of the KV heads, and "
-        "no empty dimension");
+    return failure(std::string(kOp) + ": q is " + describe(q) + " and keys are " + describe(keys) +
+                   "; wanted a number of heads that is a multiple of the KV heads, and "
+                   "no empty dimension");
   }
   if (rest.size() > 1) {
-    return ffi::Error::InvalidArgument(
-        std::string(kOp) + ": " + std::to_string(rest.size()) +
-        " value arrays; wanted one, or none (values are then the first "
-        "elements of the keys)");
+    return failure(std::string(kOp) + ": " + std::to_string(rest.size()) +
+                   " value arrays; wanted one, or none (values are then the first "
+                   "elements of the keys)");
   }
   if (rest.size() == 1) {
     ffi::ErrorOr<ffi::AnyBuffer> values = rest.get<ffi::AnyBuffer>(0);
@@ -81,9 +79,9 @@ ffi::Error attention_impl(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer 
                                   {call.num_pages, call.page_size, call.num_kv_heads, call.v_dim}));
     call.values = values->untyped_data();
   } else if (call.v_dim > call.head_dim) {
-    return ffi::Error::InvalidArgument(std::string(kOp) + ": v_dim " + std::to_string(call.v_dim) +
-                                       " of values that are the first elements of keys with " +
-                                       std::to_string(call.head_dim));
+    return failure(std::string(kOp) + ": v_dim " + std::to_string(call.v_dim) +
+                   " of values that are the first elements of keys with " +
+                   std::to_string(call.head_dim));
   }
   call.q = q.untyped_data();
   call.scale = scale;

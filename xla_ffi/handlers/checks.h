@@ -32,8 +32,12 @@ Status expect(const char* op, const char* name, const ffi::AnyBuffer& buffer, ff
 Status expect_activation(const char* op, const char* name, const ffi::AnyBuffer& buffer,
                          std::initializer_list<int64_t> dims, ActivationType* type);
 
+inline ffi::Error failure(const std::string& message) {
+  return ffi::Error::InvalidArgument(message);
+}
+
 inline ffi::Error to_error(const Status& status) {
-  return status.ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(status.message());
+  return status.ok() ? ffi::Error::Success() : failure(status.message());
 }
 
 }  // namespace jaxmoe

@@ -76,9 +76,8 @@ ffi::Error experts_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer wei
 ffi::Error check_pass_through(const char* op, const ffi::RemainingArgs& args,
                               const ffi::RemainingRets& rets) {
   if (args.size() != rets.size()) {
-    return ffi::Error::InvalidArgument(std::string(op) + ": " + std::to_string(args.size()) +
-                                       " arrays passed in, " + std::to_string(rets.size()) +
-                                       " passed through");
+    return failure(std::string(op) + ": " + std::to_string(args.size()) + " arrays passed in, " +
+                   std::to_string(rets.size()) + " passed through");
   }
   for (size_t i = 0; i < args.size(); ++i) {
     ffi::ErrorOr<ffi::AnyBuffer> in = args.get<ffi::AnyBuffer>(i);
@@ -86,9 +85,8 @@ ffi::Error check_pass_through(const char* op, const ffi::RemainingArgs& args,
     if (!in.has_value()) return in.error();
     if (!out.has_value()) return out.error();
     if (in->untyped_data() != (*out)->untyped_data()) {
-      return ffi::Error::InvalidArgument(std::string(op) + ": passed-through array " +
-                                         std::to_string(i) +
-                                         " has another buffer as result: alias it to its operand");
+      return failure(std::string(op) + ": passed-through array " + std::to_string(i) +
+                     " has another buffer as result: alias it to its operand");
     }
   }
   return ffi::Error::Success();

@@ -13,26 +13,26 @@ ffi::Error run_linear(const char* op, bool heads, ffi::AnyBuffer x, ffi::AnyBuff
                       int64_t family) {
   std::shared_ptr<NativeRuntime> runtime = runtimes().get(runtime_id);
   if (runtime == nullptr) {
-    return ffi::Error::InvalidArgument(std::string(op) + ": no runtime has id " +
-                                       std::to_string(runtime_id) + " (was it closed?)");
+    return failure(std::string(op) + ": no runtime has id " + std::to_string(runtime_id) +
+                   " (was it closed?)");
   }
   LinearCall call;
   std::optional<Family> kind = family_of(family);
   std::optional<WeightFormat> format = weight_format(w.element_type());
   const size_t rank = heads ? 3 : 2;
   if (!kind) {
-    return ffi::Error::InvalidArgument(std::string(op) + ": family " + std::to_string(family) +
-                                       "; wanted 0 (vector) or 1 (matrix)");
+    return failure(std::string(op) + ": family " + std::to_string(family) +
+                   "; wanted 0 (vector) or 1 (matrix)");
   }
   if (!format || w.dimensions().size() != rank) {
-    return ffi::Error::InvalidArgument(std::string(op) + ": weights are " + describe(w) +
-                                       "; wanted float8_e4m3fn, bfloat16 or float32 of " +
-                                       (heads ? "[G, N, K]" : "[N, K]"));
+    return failure(std::string(op) + ": weights are " + describe(w) +
+                   "; wanted float8_e4m3fn, bfloat16 or float32 of " +
+                   (heads ? "[G, N, K]" : "[N, K]"));
   }
   Dims dims = w.dimensions();
   const int64_t g = heads ? dims[0] : 1, n = dims[rank - 2], k = dims[rank - 1];
   if (n < 1 || k < 1 || g < 1) {
-    return ffi::Error::InvalidArgument(std::string(op) + ": empty weights " + describe(w));
+    return failure(std::string(op) + ": empty weights " + describe(w));
   }
   const int64_t blocks_n = (n + kScaleBlock - 1) / kScaleBlock;
   const int64_t blocks_k = (k + kScaleBlock - 1) / kScaleBlock;
@@ -47,9 +47,9 @@ ffi::Error run_linear(const char* op, bool heads, ffi::AnyBuffer x, ffi::AnyBuff
   }
   const size_t wanted_rest = *format == WeightFormat::kFp8Block ? 1 : 0;
   if (rest.size() != wanted_rest) {
-    return ffi::Error::InvalidArgument(std::string(op) + ": weights " + describe(w) +
-                                       " came with " + std::to_string(rest.size()) +
-                                       " scale arrays; wanted " + std::to_string(wanted_rest));
+    return failure(std::string(op) + ": weights " + describe(w) + " came with " +
+                   std::to_string(rest.size()) + " scale arrays; wanted " +
+                   std::to_string(wanted_rest));
   }
   if (wanted_rest == 1) {
     ffi::ErrorOr<ffi::AnyBuffer> scale = rest.get<ffi::AnyBuffer>(0);
