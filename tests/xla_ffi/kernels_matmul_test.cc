@@ -12,27 +12,52 @@ constexpr double kEps = 0x1p-24;
 // a few) roundings in the worst case, by about its square root in practice; c follows the latter.
 double bound_factor(int64_t k) { return 4.0 + 2.0 * std::sqrt(static_cast<double>(k)); }
 
-void check_against_oracle(const MatmulKernel& kernel, const Weights& weights, const Activations& x,
-                          const std::vector<int32_t>& row_ids, int64_t n_begin, int64_t n_end,
-                          ActivationType type) {
-  const std::vector<float> y = run(kernel, weights.view(), n_begin, n_end, x, row_ids, type);
-  const int64_t width = n_end - n_begin;
-  for (size_t i = 0; i < row_ids.size(); ++i) {
-    for (int64_t n = n_begin; n < n_end; ++n) {
-      double want = 0, magnitude = 0;
+// A problem with its oracle: sums and sums of magnitudes of every output, in double.
+struct Problem {
+  Weights weights;
+  Activations x;
+  std::vector<double> want, magnitude;  // [x.rows, n]
+
+  Problem(Weights w, Activations activations)
+      : weights(std::move(w)),
+        x(std::move(activations)),
+        want(x.rows * weights.n),
+        magnitude(want) {
+    for (int64_t n = 0; n < weights.n; ++n) {
       for (int64_t col = 0; col < weights.k; ++col) {
-        const double product = weights.value(n, col) * x.f32[row_ids[i] * x.ld + col];
-        want += product;
-        magnitude += std::fabs(product);
+        const double weight = weights.value(n, col);
+        for (int64_t row = 0; row < x.rows; ++row) {
+          const double product = weight * x.f32[row * x.ld + col];
+          want[row * weights.n + n] += product;
+          magnitude[row * weights.n + n] += std::fabs(product);
+        }
       }
-      const double got = y[i * width + (n - n_begin)];
-      const double bound = bound_factor(weights.k) * kEps * magnitude;
-      JAXMOE_CHECK(std::fabs(got - want) <= bound,
-                   "%s k %d m %zu row %zu n %d of [%d, %d): got %.9g, want %.9g, bound %.3g",
-                   kernel.name, static_cast<int>(weights.k), row_ids.size(), i, static_cast<int>(n),
-                   static_cast<int>(n_begin), static_cast<int>(n_end), got, want, bound);
     }
   }
+
+  void check(const MatmulKernel& kernel, const std::vector<int32_t>& row_ids, int64_t n_begin,
+             int64_t n_end, ActivationType type) const {
+    const std::vector<float> y = run(kernel, weights.view(), n_begin, n_end, x, row_ids, type);
+    for (size_t i = 0; i < row_ids.size(); ++i) {
+      for (int64_t n = n_begin; n < n_end; ++n) {
+        const int64_t at = row_ids[i] * weights.n + n;
+        const double got = y[i * (n_end - n_begin) + (n - n_begin)];
+        const double bound = bound_factor(weights.k) * kEps * magnitude[at];
+        JAXMOE_CHECK(std::fabs(got - want[at]) <= bound,
+                     "%s k %d m %zu row %zu n %d of [%d, %d): got %.9g, want %.9g, bound %.3g",
+                     kernel.name, static_cast<int>(weights.k), row_ids.size(), i,
+                     static_cast<int>(n), static_cast<int>(n_begin), static_cast<int>(n_end), got,
+                     want[at], bound);
+      }
+    }
+  }
+};
+
+Weights random_weights(WeightFormat format, int64_t n, int64_t k, int64_t pad_bytes,
+                       uint64_t seed) {
+  Weights weights(format, n, k, pad_bytes);
+  weights.randomize(seed);
+  return weights;
 }
 
 }  // namespace
@@ -54,29 +79,37 @@ JAXMOE_TEST(error_bound_over_tails) {
       {7168, 7, {1, 2, 8}},
       {7168, 16, {17}},
   };
-  for_each_kernel([&](const MatmulKernel& kernel, Family, WeightFormat format) {
-    for (const auto& shape : shapes) {
-      Weights weights(format, shape.n, shape.k);
-      weights.randomize(shape.k);
-      for (int64_t m : shape.ms) {
-        Activations x(m, shape.k, m);
-        check_against_oracle(kernel, weights, x, iota(m), 0, shape.n, ActivationType::kBf16);
-      }
+  for (const auto& shape : shapes) {
+    std::vector<Problem> problems;
+    for (WeightFormat format : kFormats) {
+      problems.emplace_back(random_weights(format, shape.n, shape.k, 0, shape.k),
+                            Activations(shape.ms.back(), shape.k));
     }
-  });
+    std::printf("  k %d n %d:", static_cast<int>(shape.k), static_cast<int>(shape.n));
+    for_each_kernel([&](const MatmulKernel& kernel, Family, WeightFormat format) {
+      for (int64_t m : shape.ms) {
+        problems[static_cast<int>(format)].check(kernel, iota(m), 0, shape.n,
+                                                 ActivationType::kBf16);
+      }
+    });
+  }
 }
 
 JAXMOE_TEST(f32_activations_and_gathers_and_strides) {
-  for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    // 5 or 6 bytes between rows: rows at odd addresses; activations with a leading dimension of
-    // their own.
-    Weights weights(format, 150, 200, format == WeightFormat::kFp8Block ? 5 : 6);
-    weights.randomize(9);
-    Activations x(9, 200, 5, 3);
+  // 5 or 6 bytes between rows: rows at odd addresses; activations with a leading dimension of their
+  // own.
+  std::vector<Problem> problems;
+  for (WeightFormat format : kFormats) {
+    problems.emplace_back(
+        random_weights(format, 150, 200, format == WeightFormat::kFp8Block ? 5 : 6, 9),
+        Activations(9, 200, 5, 3));
+  }
+  for_each_kernel([&](const MatmulKernel& kernel, Family, WeightFormat format) {
+    const Problem& problem = problems[static_cast<int>(format)];
     for (ActivationType type : {ActivationType::kF32, ActivationType::kBf16}) {
-      check_against_oracle(kernel, weights, x, {4}, 0, 150, type);
-      check_against_oracle(kernel, weights, x, {8, 0}, 121, 139, type);
-      check_against_oracle(kernel, weights, x, {7, 7, 1, 3, 0, 8}, 127, 150, type);
+      problem.check(kernel, {4}, 0, 150, type);
+      problem.check(kernel, {8, 0}, 121, 139, type);
+      problem.check(kernel, {7, 7, 1, 3, 0, 8}, 127, 150, type);
     }
   });
 }

@@ -1,6 +1,6 @@
 // How close the matmul kernels come to the machine: GEMV bytes per second over cold weights as a
 // fraction of the read ceiling measured beside it, and GEMM rates at a few row counts.
-//   kernel_bench [gemv_megabytes=512] [n=2048] [k=7168] [isa name, default all]
+//   kernel_bench [gemv_megabytes=512] [n=2048] [k=7168] [isa name, default all but scalar]
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -148,7 +148,8 @@ int main(int argc, char** argv) {
   std::printf("%s\n", isa_reason());
   for (int i = 0; i < kNumIsas; ++i) {
     const Isa isa = static_cast<Isa>(i);
-    if (!isa_supported(isa) || (only != nullptr && std::strcmp(only, isa_name(isa)) != 0)) continue;
+    if (!isa_supported(isa)) continue;
+    if (only == nullptr ? isa == Isa::kScalar : std::strcmp(only, isa_name(isa)) != 0) continue;
     for (int family = 0; family < kNumFamilies; ++family) {
       for (int f = kNumFormats - 1; f >= 0; --f) {
         const WeightFormat format = static_cast<WeightFormat>(f);

@@ -12,9 +12,11 @@ namespace {
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_rows.inl"
 
+// Eight lanes as two of the vectors every x86-64 has.
+typedef float Float4 __attribute__((vector_size(16)));
 struct Lanes {
   static constexpr int kCount = 8;
-  float v[kCount];
+  Float4 v[2];
 };
 
 struct Fp8Values {
@@ -47,37 +49,36 @@ struct Scalar {
   static Lanes zero() { return {}; }
   static Lanes load(const float* p) {
     Lanes out;
-    for (int i = 0; i < kElems; ++i) out.v[i] = p[i];
+    __builtin_memcpy(&out, p, sizeof(out));
     return out;
   }
-  static void store_weights(float* p, const Lanes& a) {
-    for (int i = 0; i < kElems; ++i) p[i] = a.v[i];
-  }
+  static void store_weights(float* p, const Lanes& a) { __builtin_memcpy(p, &a, sizeof(a)); }
   static Lanes load_acc(const float* p) { return load(p); }
   static void store_acc(float* p, const Lanes& a) { store_weights(p, a); }
   static void decode(const uint8_t* src, Lanes (&out)[1], Flag&) {
+    float value[kElems];
     for (int i = 0; i < kElems; ++i) {
       if constexpr (kFormat == WeightFormat::kFp8Block) {
-        out[0].v[i] = kFp8Values.v[src[i]];
+        value[i] = kFp8Values.v[src[i]];
       } else if constexpr (kFormat == WeightFormat::kBf16) {
         uint16_t bits;
         __builtin_memcpy(&bits, src + 2 * i, 2);
-        to_elem(bits, &out[0].v[i]);
+        to_elem(bits, &value[i]);
       } else {
-        __builtin_memcpy(&out[0].v[i], src + 4 * i, 4);
+        __builtin_memcpy(&value[i], src + 4 * i, 4);
       }
     }
+    out[0] = load(value);
   }
-  static Lanes mac(Lanes sum, const Lanes& a, const Lanes& b) {
-    for (int i = 0; i < kElems; ++i) sum.v[i] += a.v[i] * b.v[i];
-    return sum;
+  static Lanes mac(const Lanes& sum, const Lanes& a, const Lanes& b) {
+    return {{sum.v[0] + a.v[0] * b.v[0], sum.v[1] + a.v[1] * b.v[1]}};
   }
-  static Lanes flush(Lanes sum, const Lanes& part, float scale) {
-    for (int i = 0; i < kElems; ++i) sum.v[i] += part.v[i] * scale;
-    return sum;
+  static Lanes flush(const Lanes& sum, const Lanes& part, float scale) {
+    return {{sum.v[0] + part.v[0] * scale, sum.v[1] + part.v[1] * scale}};
   }
   static float reduce(const Lanes& a) {
-    return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
+    const Float4 four = a.v[0] + a.v[1];
+    return (four[0] + four[1]) + (four[2] + four[3]);
   }
   static bool any_nan(const Flag&) { return false; }
 };

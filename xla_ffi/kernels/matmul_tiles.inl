@@ -3,12 +3,15 @@
 // Included inside an anonymous namespace after matmul_common.inl; AMX supplies `Ops` in
 // matmul_amx.cc, a test supplies emulated tiles.
 //
-//   Ops::kWeightBytes, kScaled, column(i)   as in matmul_rows.inl; Elem is BF16 bits
-//   Ops::kBlockCols                         columns expanded at a time, a multiple of 128 (128 if
-//   kScaled) Ops::kAheadBytes                        prefetch distance along a row Ops::expand(src,
-//   dst0, dst1)            64 stored weights of one row to 2 x 32 BF16 Ops::flush(sum, part, scale)
-//   sum[16] += part[16] * scale, one FMA each Ops::transpose(src, stride, dst)        16x16 words,
-//   `stride` words between source rows Ops::Tiles::zero<T>, load<T>, store<T>, dot<C, A, B>
+// clang-format off
+//   kWeightBytes, kScaled, column(i)   as in matmul_rows.inl; Elem is BF16 bits
+//   kBlockCols                         columns expanded at a time: a multiple of 128 (128 if kScaled)
+//   kAheadBytes                        prefetch distance along a row
+//   expand(src, dst0, dst1)            64 stored weights of one row to 2 x 32 BF16
+//   flush(sum, part, scale)            sum[16] += part[16] * scale, one FMA each
+//   transpose(src, stride, dst)        16x16 words, `stride` words between source rows
+//   Tiles::zero<T>, load<T>, store<T>, dot<C, A, B>
+// clang-format on
 //
 // Order of additions of one output: blocks of 128 columns ascending, tile steps of 32 columns
 // ascending, the hardware's own order within a step. Row and column tiling never enters.
