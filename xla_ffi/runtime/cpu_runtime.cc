@@ -36,6 +36,7 @@ Status CpuRuntime::create(const RuntimeOptions& options, std::shared_ptr<CpuRunt
                          "\" is not supported by this CPU; the best it has is \"" +
                          isa_name(best_isa()) + "\"");
   }
+  result->table_ = kernel_table(result->isa_);
   result->pool_ = std::make_unique<Pool>(result->topology_,
                                          place_threads(result->topology_, threads), result->isa_);
   *runtime = std::move(result);
@@ -45,7 +46,7 @@ Status CpuRuntime::create(const RuntimeOptions& options, std::shared_ptr<CpuRunt
 const MatmulKernel& CpuRuntime::kernel(Family family, WeightFormat format,
                                        ActivationType type) const {
   if (type == ActivationType::kF32) family = Family::kVector;
-  return kernel_table(isa_).matmul[static_cast<int>(family)][static_cast<int>(format)];
+  return table_.matmul[static_cast<int>(family)][static_cast<int>(format)];
 }
 
 std::string CpuRuntime::describe() const {

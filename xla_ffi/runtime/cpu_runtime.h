@@ -47,6 +47,11 @@ class CpuRuntime {
 
   // The table's kernel. F32 activations always take the kVector form: kMatrix rounds them to BF16.
   const MatmulKernel& kernel(Family family, WeightFormat format, ActivationType type) const;
+  // For tests of what other instruction sets' kernels ask of their callers. Not while operations
+  // run.
+  void replace_kernel_for_tests(Family family, WeightFormat format, const MatmulKernel& kernel) {
+    table_.matmul[static_cast<int>(family)][static_cast<int>(format)] = kernel;
+  }
 
  private:
   CpuRuntime() = default;
@@ -54,6 +59,7 @@ class CpuRuntime {
   Topology topology_;
   Isa isa_ = Isa::kScalar;
   bool isa_forced_ = false;
+  KernelTable table_;
   RuntimeStats stats_;
   std::unique_ptr<Pool> pool_;
 };
