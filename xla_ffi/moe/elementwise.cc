@@ -6,9 +6,9 @@ namespace jaxmoe {
 namespace {
 
 // exp without branches, so that the loop vectorises: 2^round(x / ln 2) times a polynomial on the
-// rest (Cephes' expf); within 2 ulp for arguments between the clamps.
+// rest (Cephes' expf); within 2 ulp up to 88.3, infinity beyond, never below e^-87.
 inline float exp_clamped(float x) {
-  x = x < 88.0f ? x : 88.0f;
+  x = x < 89.0f ? x : 89.0f;
   x = x > -87.0f ? x : -87.0f;
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const float n = shifted - 12582912.0f;
