@@ -2,7 +2,8 @@
 
     with LLM() as llm:                                    # the embedded demo model
         print(llm.generate("In the beginning").text)
- It runs the engine in the calling thread. Calls from several threads share the engine: whoever
+
+It runs the engine in the calling thread. Calls from several threads share the engine: whoever
 waits for tokens drives the steps, and everybody's sequences are decoded together.
 """
 

@@ -1,6 +1,7 @@
 """What is asked (`Request`), how far it has come (`Sequence`) and what was answered
 (`RequestOutput`).
- A request is immutable. It becomes `n` sequences, which the scheduler and the engine move along;
+
+A request is immutable. It becomes `n` sequences, which the scheduler and the engine move along;
 nobody else changes one. What it does not do: hold text (that is text/detokenizer.py) or arrays.
 """
 

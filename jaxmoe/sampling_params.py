@@ -1,6 +1,7 @@
 """How the tokens of one request are chosen and when it ends. Every number has both bounds, checked
 here.
- Order of application: repetition, presence and frequency penalties and logit_bias, then
+
+Order of application: repetition, presence and frequency penalties and logit_bias, then
 temperature, top_k, top_p, min_p, then the draw. What it does not do: know a model (ids are checked
 against the vocabulary by the engine).
 """

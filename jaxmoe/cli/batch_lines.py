@@ -1,5 +1,6 @@
 """The lines of an offline batch: what a line asks, and the record that answers it.
- Two kinds of lines: OpenAI's batch format ({"custom_id", "method", "url", "body"}, answered in its
+
+Two kinds of lines: OpenAI's batch format ({"custom_id", "method", "url", "body"}, answered in its
 response format) and plain ones ({"prompt": ...} or {"messages": ...} with sampling parameters
 beside it). A line that is wrong gets a record with an `error`; other lines are not affected. What
 it does not do: files, engines.

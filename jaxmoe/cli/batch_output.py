@@ -1,5 +1,6 @@
 """The output file of an offline batch: appended line by line, and picked up again after a kill.
- Every record is one write of one whole line. What a killed run left half-written at the end is cut
+
+Every record is one write of one whole line. What a killed run left half-written at the end is cut
 off when the file is opened again; what it finished is not computed again.
 """
 

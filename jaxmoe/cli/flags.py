@@ -1,5 +1,6 @@
 """Command-line flags made from the dataclasses they fill, so that a default is stated once.
- Precedence: defaults < the TOML file of --config < environment (JAXMOE_<FLAG>) < flags. An engine
+
+Precedence: defaults < the TOML file of --config < environment (JAXMOE_<FLAG>) < flags. An engine
 option and a sampling parameter of one name (seed) are told apart by the prefix `engine_`. What it
 does not do: start anything.
 """

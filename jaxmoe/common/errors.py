@@ -1,6 +1,7 @@
 """The exceptions jaxmoe raises on purpose.
 
-Every message says what was given, what was wanted and what to change. Anything else that escapes is a bug.
+Every message says what was given, what was wanted and what to change. Anything else that escapes is
+a bug.
 """
 
 

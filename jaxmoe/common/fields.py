@@ -1,6 +1,7 @@
 """Dataclass fields that check themselves: type, both bounds, choices and the help text in one
 place.
- A field's rule lives in its metadata, so that the constructor's check, the command-line flag made
+
+A field's rule lives in its metadata, so that the constructor's check, the command-line flag made
 from the field and any table of options all read the same words. What it does not do: check how
 fields depend on each other.
 """

@@ -1,5 +1,6 @@
 """How the engine runs: every option with its default and its bounds, stated once.
- Command-line flags, the TOML file and the environment are made from these fields (cli/flags.py);
+
+Command-line flags, the TOML file and the environment are made from these fields (cli/flags.py);
 `LLM` takes them as keywords. What it does not do: describe the model (that is model_config.py).
 """
 

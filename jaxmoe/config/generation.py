@@ -1,5 +1,6 @@
 """What a checkpoint's generation_config.json recommends: sampling defaults and end-of-text ids.
- Used where a request says nothing. `do_sample` is ignored, as other servers do: temperature 0 is
+
+Used where a request says nothing. `do_sample` is ignored, as other servers do: temperature 0 is
 greedy.
 """
 

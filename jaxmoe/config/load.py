@@ -1,5 +1,6 @@
 """Options from a TOML file: the layer between the defaults and the command line.
- The file holds options by name, at the top level or in the tables [engine] and [sampling]. Unknown
+
+The file holds options by name, at the top level or in the tables [engine] and [sampling]. Unknown
 names are refused, so that a misspelt option is not silently the default.
 """
 

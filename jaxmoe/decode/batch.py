@@ -1,5 +1,6 @@
 """The host arrays of a packed step: which tokens of which rows, at which positions, written where.
- Shapes come from a short list of sizes, so that few programs are ever compiled: a decode has as
+
+Shapes come from a short list of sizes, so that few programs are ever compiled: a decode has as
 many tokens as rows, rounded up to a power of two; a prefill has one of a few token counts, and
 either one row or all.
 """

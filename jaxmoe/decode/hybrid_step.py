@@ -1,5 +1,6 @@
 """The compiled step: all layers, the head and the draw in one program, the caches donated.
- The same program text serves prompt chunks and decode; what differs is the number of packed tokens
+
+The same program text serves prompt chunks and decode; what differs is the number of packed tokens
 and the kernels the operations choose ("matrix" for prefill, "vector" for decode). The choice is
 fixed for a program, so a token's arithmetic never depends on what else is in the batch. The model
 is split into flat leaves once; a call hands them to a plain `jax.jit`, which costs about a
@@ -106,8 +107,9 @@ class HybridStep:
 
     def close(self) -> None:
         """Drops the weights, the caches and the compiled programs that name the native store."""
-        for jitted in (self._run, self._logits, self._clear_slot):
-            jitted.clear_cache()
+        programs: tuple[Any, ...] = (self._run, self._logits, self._clear_slot)
+        for program in programs:
+            program.clear_cache()
         self._leaves.clear()
         self._caches.clear()
         self._counts = None

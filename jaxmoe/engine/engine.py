@@ -1,5 +1,6 @@
 """The engine: requests in, steps, deltas out. One step at a time, driven by whoever calls `step`.
- Order of a step: the scheduler says who takes part, the compiled step computes and draws, each
+
+Order of a step: the scheduler says who takes part, the compiled step computes and draws, each
 drawn token goes to its completion, and finished sequences give their pages back before the next
 plan. A failing step leaves the caches undefined, so the engine is dead afterwards and says why.
 What it does not do: threads, weights (see start.py).

@@ -1,5 +1,6 @@
 """From options to a running engine: what is cheap to refuse is refused before a weight is read.
- Order: configuration, generation defaults, tokenizer and template, the size of the cache; then the
+
+Order: configuration, generation defaults, tokenizer and template, the size of the cache; then the
 native runtime, the weights, the cache, the compiled step; then the start-up report. What it does
 not do: compile (the first step of each shape does, from the cache on disk where there is one).
 """

@@ -1,5 +1,6 @@
 """How large the paged cache is: bytes of a token, pages that a budget buys, the context they allow.
- One rule: the cache takes `kv_cache_gb`, or less where `max_num_seqs` whole sequences need less.
+
+One rule: the cache takes `kv_cache_gb`, or less where `max_num_seqs` whole sequences need less.
 Left open, the budget is 1 GiB or one sequence of the `max_model_len` that was asked for, whichever
 is larger; `max_model_len` left open is the model's own limit or what the budget holds, whichever is
 smaller. Pure Python.

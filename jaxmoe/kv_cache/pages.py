@@ -1,5 +1,6 @@
 """Who holds which page of the KV cache: a pure Python allocator with exact accounting.
- A page is `page_size` consecutive positions of one sequence, in every layer at once. Pages are
+
+A page is `page_size` consecutive positions of one sequence, in every layer at once. Pages are
 handed out lowest free id first, so that a run is reproducible. What it does not do: touch memory,
 or share pages between sequences.
 """

@@ -1,6 +1,7 @@
 """What the sampler needs to know about each row of a step, packed into two small arrays on the
 host.
- Few and small arrays keep the dispatch of a step cheap. The columns are named once, here;
+
+Few and small arrays keep the dispatch of a step cheap. The columns are named once, here;
 `pack_rows` writes them with numpy and `RowInputs.unpack` reads them inside the compiled step.
 """
 

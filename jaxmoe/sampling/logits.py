@@ -1,5 +1,6 @@
 """Adjustments of logits that depend on the text so far: penalties, biases, bans.
- The counts of tokens live on the device, one row a running sequence, and are kept up to date with
+
+The counts of tokens live on the device, one row a running sequence, and are kept up to date with
 the tokens that a step is fed, so that nothing but the new tokens travels. Only steps with a row
 that asks for it carry them.
 """

@@ -1,5 +1,6 @@
 """The draw of one token a row, inside the compiled step.
- Rows are taken one after the other by the same code, so that a row's draw has the same bits
+
+Rows are taken one after the other by the same code, so that a row's draw has the same bits
 whatever else is in the batch, and a row pays only for what it asks: greedy is a maximum; a draw is
 Gumbel-max (argmax of logits + noise is a draw from their softmax), first among blocks of the
 vocabulary and then within one, so that noise is made for a few hundred entries and not for all;

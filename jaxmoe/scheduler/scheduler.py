@@ -1,10 +1,12 @@
 """Which sequences take part in the next step: continuous batching in pure Python, without arrays or
 clocks.
- A step is either a prefill (parts of prompts, packed up to `prefill_chunk_tokens`) or a decode (one
+
+A step is either a prefill (parts of prompts, packed up to `prefill_chunk_tokens`) or a decode (one
 token of every running sequence), never a mixture: the two use different kernels, and a token must
 be computed by the same one whatever else is in the batch. Where both kinds of work wait, they
 alternate, so neither starves the other.
- Admission is first come, first served: a sequence enters when a slot is free and its known tokens
+
+Admission is first come, first served: a sequence enters when a slot is free and its known tokens
 and one more fit the free pages. Pages for output are taken one by one. When none is left, the
 latest arrival gives all of its pages back and returns to the head of the queue; later its prompt is
 computed again and its output is fed again token by token, which repeats the same arithmetic, so

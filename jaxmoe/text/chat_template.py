@@ -1,6 +1,7 @@
 """Conversations to prompts through the checkpoint's own Jinja template, as Hugging Face tokenizers
 render it.
- The template comes with the checkpoint and is compiled once, in a sandbox in which it can neither
+
+The template comes with the checkpoint and is compiled once, in a sandbox in which it can neither
 reach attributes of Python objects nor change its arguments. Messages come from anybody, so they are
 checked first and the rendered text is capped; repetition and powers are capped too, for they make
 gigabytes of few characters. What it does not do: bound the time of nested loops (a template that

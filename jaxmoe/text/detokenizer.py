@@ -1,5 +1,6 @@
 """Text as it grows, token by token: never half a character, never part of a stop string.
- Bytes that do not yet make a character wait inside an incremental UTF-8 decoder; characters that
+
+Bytes that do not yet make a character wait inside an incremental UTF-8 decoder; characters that
 could be the beginning of a stop string wait until they are not. What was given out is never taken
 back.
 """

@@ -1,5 +1,6 @@
 """Text to token ids and back, for the tokenizers that checkpoints ship as tokenizer.json.
- Ids go back to text through bytes: every token has a fixed byte string, so a text can be put
+
+Ids go back to text through bytes: every token has a fixed byte string, so a text can be put
 together piece by piece and cut anywhere without ever decoding a character twice or in halves. Two
 families of decoders give tokens such bytes: byte-level BPE (DeepSeek, Qwen) and SentencePiece-like
 BPE with byte fallback. What it does not do: chat templates, tiktoken files.
