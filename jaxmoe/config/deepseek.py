@@ -67,7 +67,7 @@ def parse(fields: HfFields, architecture: str) -> ModelConfig:
         softmax_scale=_softmax_scale(nope + rope_dim, rope),
     )
     expert_intermediate = fields.integer("moe_intermediate_size")
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = shared_fields.parse_num_layers(fields)
     parsed = ModelConfig(
         architecture=architecture,
         model_type=model_type,

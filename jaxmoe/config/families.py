@@ -26,6 +26,6 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(architectures, (list, tuple)) or len(architectures) != 1:
         raise fields.fail("architectures", architectures, f"a list with exactly one of {supported}")
     architecture = architectures[0]
-    if architecture not in PARSERS:
+    if not isinstance(architecture, str) or architecture not in PARSERS:
         raise fields.fail("architectures", architecture, supported)
     return PARSERS[architecture](fields, architecture)

@@ -55,15 +55,23 @@ class HfFields:
             raise self.fail(self._present(names), value, f"an integer of at least {minimum}")
         return value
 
-    def number(self, *names: str, default: Any = _REQUIRED, minimum: float = 0.0) -> Any:
-        """A finite number above `minimum`."""
+    def number(
+        self,
+        *names: str,
+        default: Any = _REQUIRED,
+        above: float = 0.0,
+        at_least: float | None = None,
+    ) -> Any:
+        """A finite number; the bound `above` is not included, `at_least` replaces it and is."""
         value = self.raw(*names, default=default)
         if value is default and default is not _REQUIRED:
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.fail(self._present(names), value, "a number")
-        if not math.isfinite(value) or value <= minimum:
-            raise self.fail(self._present(names), value, f"a finite number above {minimum:g}")
+        is_low = value <= above if at_least is None else value < at_least
+        if not math.isfinite(value) or is_low:
+            bound = f"above {above:g}" if at_least is None else f"of at least {at_least:g}"
+            raise self.fail(self._present(names), value, f"a finite number {bound}")
         return float(value)
 
     def boolean(self, *names: str, default: Any = _REQUIRED) -> bool:

@@ -28,7 +28,7 @@ def parse(fields: HfFields, architecture: str) -> ModelConfig:
     head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
     max_position = fields.integer("max_position_embeddings")
     rope = shared_fields.parse_rope(fields, head_dim, max_position, interleaved=False)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = shared_fields.parse_num_layers(fields)
     num_experts = fields.integer("num_experts", "num_local_experts", "n_routed_experts")
     experts_per_token = fields.integer("num_experts_per_tok")
     if experts_per_token > num_experts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Literal
 
 from jaxmoe.common.errors import ConfigError
@@ -43,10 +42,13 @@ _WITHOUT_EFFECT = (
 )
 
 
+_MAX_LAYERS = 10_000  # far beyond any model; a damaged number must not be laid out in memory
+
+
 def parse_rope(fields: HfFields, dim: int, max_position: int, interleaved: bool) -> RopeConfig:
     """Both spellings: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5)."""
     table = fields.table("rope_parameters", "rope_scaling")
-    theta = fields.number("rope_theta", default=None)
+    theta = fields.number("rope_theta", default=None, above=1.0)
     fields.choice("partial_rotary_factor", of=(1.0, 1), default=1.0)
     if dim % 2:
         raise ConfigError(f"{fields.where}: rope needs an even number of dimensions, got {dim}")
@@ -54,7 +56,7 @@ def parse_rope(fields: HfFields, dim: int, max_position: int, interleaved: bool)
         return RopeConfig(
             dim=dim, theta=10000.0 if theta is None else theta, interleaved=interleaved
         )
-    theta = table.number("rope_theta", default=10000.0 if theta is None else theta)
+    theta = table.number("rope_theta", default=10000.0 if theta is None else theta, above=1.0)
     table.choice("partial_rotary_factor", of=(1.0, 1), default=1.0)
     kind = table.choice("rope_type", "type", of=("default", "yarn"), default="default")
     table.ignore("type")
@@ -68,17 +70,18 @@ def parse_rope(fields: HfFields, dim: int, max_position: int, interleaved: bool)
 
 def _parse_yarn(table: HfFields, max_position: int) -> YarnScaling:
     original = table.integer("original_max_position_embeddings", default=max_position)
-    mscale = table.number("mscale", default=None, minimum=-math.inf)
-    all_dim = table.number("mscale_all_dim", default=None, minimum=-math.inf)
+    mscale = table.number("mscale", default=None, at_least=0.0)
+    all_dim = table.number("mscale_all_dim", default=None, at_least=0.0)
     mscale, all_dim = mscale or None, all_dim or None  # 0 means unset
     if mscale not in (None, 1.0) and all_dim is None:
         # The published model code and transformers read this combination differently.
         raise table.fail("mscale", mscale, "1.0 where 'mscale_all_dim' is absent")
+    beta_slow = table.number("beta_slow", default=1.0)
     return YarnScaling(
-        factor=table.number("factor", default=max_position / original),
+        factor=table.number("factor", default=max_position / original, at_least=1.0),
         original_max_position=original,
-        beta_fast=table.number("beta_fast", default=32.0),
-        beta_slow=table.number("beta_slow", default=1.0),
+        beta_fast=table.number("beta_fast", default=32.0, at_least=beta_slow),
+        beta_slow=beta_slow,
         mscale=mscale,
         mscale_all_dim=all_dim,
         attention_factor=table.number("attention_factor", default=None),
@@ -106,7 +109,7 @@ def parse_quant(fields: HfFields) -> QuantConfig:
         raise table.fail("quant_method", method, supported)
     table.choice("fmt", of=("e4m3", "float8_e4m3fn"), default="e4m3")
     block = table.raw("weight_block_size", default=None)
-    if block is None or list(block) != [128, 128]:
+    if not isinstance(block, (list, tuple)) or list(block) != [128, 128]:
         raise table.fail("weight_block_size", block, "[128, 128]")
     # Activations stay in the compute dtype: rounding them to FP8 is a speed trick of other engines.
     table.choice("activation_scheme", of=("dynamic",), default="dynamic")
@@ -116,6 +119,13 @@ def parse_quant(fields: HfFields) -> QuantConfig:
     if left := table.unread():
         raise ConfigError(f"{table.where}: not supported: {', '.join(left)}")
     return QuantConfig("fp8_block", kept)
+
+
+def parse_num_layers(fields: HfFields) -> int:
+    count = fields.integer("num_hidden_layers")
+    if count > _MAX_LAYERS:
+        raise fields.fail("num_hidden_layers", count, f"at most {_MAX_LAYERS}")
+    return count
 
 
 def parse_weight_dtype(fields: HfFields) -> Literal["bfloat16", "float32"]:

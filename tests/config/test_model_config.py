@@ -218,6 +218,7 @@ REFUSED = [
     ("v3", {"hidden_size": "big"}, ["hidden_size", "big", "integer"]),
     ("v3", {"hidden_size": True}, ["hidden_size", "True"]),
     ("v3", {"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
+    ("v3", {"num_hidden_layers": 10**30}, ["num_hidden_layers", "at most"]),
     ("v3", {"rms_norm_eps": float("nan")}, ["rms_norm_eps", "finite"]),
     ("v3", {"moe_layer_freq": [1, 0]}, ["moe_layer_freq", "61"]),
     ("v3", {"qk_rope_head_dim": 63}, ["even", "63"]),
@@ -225,6 +226,13 @@ REFUSED = [
     ("v3", {"rope_scaling": {"type": "yarn", "factor": 2, "twist": 3}}, ["twist"]),
     ("v3", {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 0.7}}, ["mscale", "0.7"]),
     ("v3", {"rope_scaling": [1]}, ["rope_scaling", "object"]),
+    ("v3", {"rope_scaling": {"type": "yarn", "factor": 0.5}}, ["factor", "at least 1"]),
+    ("v3", {"rope_theta": 1}, ["rope_theta", "above 1"]),
+    (
+        "v3",
+        {"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}},
+        ["beta_fast", "at least 2"],
+    ),
     ("v3", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
     ("v3", {"torch_dtype": "float16"}, ["'torch_dtype'", "float16", "bfloat16"]),
     ("v3", {"eos_token_id": "</s>"}, ["eos_token_id"]),
@@ -264,6 +272,30 @@ def test_refused_by_name(base: str, changes: dict[str, Any], mentions: list[str]
         ModelConfig.from_hf(config)
     for words in mentions:
         assert words in str(error.value)
+
+
+ODD_VALUES = [None, True, -1, 0, 1.5, 10**30, float("nan"), "x", [], [1], [[]], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_odd_values_are_refused_or_harmless(base: str):
+    """No value of any key, nested ones included, ends in anything but a config or a ConfigError."""
+    paths = [(key,) for key in BASES[base]]
+    for table in ("rope_scaling", "quantization_config"):
+        paths += [(table, key) for key in BASES[base].get(table) or {}]
+    refused = 0
+    for path in paths:
+        for value in ODD_VALUES:
+            config = dict(BASES[base])
+            if len(path) == 2:
+                config[path[0]] = config[path[0]] | {path[1]: value}
+            else:
+                config[path[0]] = value
+            try:
+                ModelConfig.from_hf(config)
+            except ConfigError:
+                refused += 1
+    assert refused > 100
 
 
 def test_not_an_object():

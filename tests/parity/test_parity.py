@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,8 +69,21 @@ def test_float32(case: str, backend: str, folder: Path):
     np.testing.assert_array_equal(decoded.argmax(axis=-1), fixture.greedy_tokens)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", tiny_models.CASES)
+def bfloat16_runs() -> list[Any]:
+    """Every case on the kernels; on the reference, which is slow, one of each kind of model."""
+    ordinary = ("deepseek_v2", "deepseek_v3_fp8", "qwen3_moe_fp8")
+    return [
+        pytest.param(
+            case,
+            backend,
+            marks=[pytest.mark.slow] if backend == "reference" and case not in ordinary else [],
+        )
+        for case in tiny_models.CASES
+        for backend in BACKENDS
+    ]
+
+
+@pytest.mark.parametrize(("case", "backend"), bfloat16_runs())
 def test_bfloat16(case: str, backend: str, folder: Path):
     fixture = load_fixture(case)
     runner = make_runner(backend, case, "bfloat16", folder, "matrix")

@@ -10,6 +10,7 @@ Used by the parity tests and, with torch, by tools/make_parity_fixtures.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import zlib
@@ -105,7 +106,8 @@ class _Builder:
         self.matrix(f"{prefix}.down_proj", hidden, width)
 
 
-def make_tensors(case: str, seed: int = 0) -> dict[str, np.ndarray]:
+@functools.lru_cache(maxsize=2)
+def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     """All tensors of a case by their published names, with those a loader has to ignore."""
     config = hf_config(case)
     b = _Builder(config, seed)
@@ -211,7 +213,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             f.write(np.ascontiguousarray(array).tobytes())
 
 
-def write_checkpoint(directory: Path, case: str, seed: int = 0) -> dict[str, np.ndarray]:
+def write_checkpoint(directory: Path, case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     """Writes a case as a Hugging Face directory (no tokenizer) and returns its tensors."""
     tensors = make_tensors(case, seed)
     directory.mkdir(parents=True, exist_ok=True)

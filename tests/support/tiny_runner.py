@@ -8,7 +8,7 @@ kernels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8
 ConfigEdit = Callable[[ModelConfig], ModelConfig]
 
 
-def _stack_experts(tensors: dict[str, np.ndarray], names: Any, config: ModelConfig) -> list[Any]:
+def _stack_experts(tensors: Mapping[str, np.ndarray], names: Any, config: ModelConfig) -> list[Any]:
     """One mapping a MoE layer of `Weight`s with a leading expert axis."""
     layers = []
     for layer in config.moe_layers:
@@ -48,7 +48,7 @@ def _stack_experts(tensors: dict[str, np.ndarray], names: Any, config: ModelConf
     return layers
 
 
-def stored_formats(config: ModelConfig, tensors: dict[str, np.ndarray]) -> Formats:
+def stored_formats(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Formats:
     dtypes = {name: _SAFETENSORS_NAMES[array.dtype.name] for name, array in tensors.items()}
     return models.stored_formats(config, dtypes)
 
@@ -133,7 +133,7 @@ def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = No
         return model(step, caches, ReferenceOps(experts), jnp.arange(step.token_ids.shape[0]))
 
     # Compiling takes most of the time of these small models.
-    quickly = {"xla_backend_optimization_level": 0}
+    quickly = {"xla_backend_optimization_level": 1}
     return TinyRunner(config, compute_dtype, step_fn, weights, compiler_options=quickly)
 
 
@@ -141,7 +141,6 @@ def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> T
     """The same on the CPU kernels: the checkpoint written to `folder` and loaded as shipped."""
     from jaxmoe.ffi.cpu_runtime import CpuRuntime
     from jaxmoe.ffi.native_ops import NativeOps
-
     from jaxmoe.models import registry
     from jaxmoe.weights.loader import load_model
     from jaxmoe.weights.safetensors_reader import Checkpoint
@@ -149,7 +148,7 @@ def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> T
     if not (folder / "config.json").exists():
         tiny_models.write_checkpoint(folder, case)
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
-    runtime = CpuRuntime(num_threads=2)
+    runtime = CpuRuntime(num_threads=1)  # more would only wait for each other here
     loaded = load_model(
         Checkpoint.open(folder), config, registry, runtime, compute_dtype=compute_dtype
     )
