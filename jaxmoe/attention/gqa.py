@@ -48,7 +48,7 @@ class GqaAttention(nnx.Module):
         k = self.k(x, ops, jnp.float32).reshape(num_tokens, c.num_kv_heads, c.head_dim)
         v = self.v(x, ops).reshape(num_tokens, c.num_kv_heads, c.head_dim)
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, ops), self.k_norm(k, ops)
         interleaved = self.rope_config.interleaved
         attended, cache = ops.attend(
             rope.rotate(q, cos, sin, interleaved=interleaved).astype(x.dtype),

@@ -60,7 +60,8 @@ class MlaAttention(nnx.Module):
         if c.q_lora_rank is None:
             q = self.q(x, ops)
         else:
-            q = self.q_b(self.q_a_norm(self.q_a(x, ops, jnp.float32)).astype(x.dtype), ops)
+            q_latent = self.q_a_norm(self.q_a(x, ops, jnp.float32), ops)
+            q = self.q_b(q_latent.astype(x.dtype), ops)
         q = q.reshape(num_tokens, c.num_heads, -1)
         q_nope, q_rope = q[..., : c.nope_head_dim], q[..., c.nope_head_dim :]
         q_latent = self.w_uk(q_nope, ops, jnp.float32)  # [T, N, C]
@@ -69,7 +70,7 @@ class MlaAttention(nnx.Module):
         latent = self.kv_a(x, ops, jnp.float32)  # [T, C + rope]
         k_rope = latent[:, None, c.kv_lora_rank :]
         k_rope = rope.rotate(k_rope, cos, sin, interleaved=interleaved)
-        latent = self.kv_a_norm(latent[:, None, : c.kv_lora_rank])
+        latent = self.kv_a_norm(latent[:, None, : c.kv_lora_rank], ops)
 
         attended, cache = ops.attend(
             jnp.concatenate([q_latent, q_rope], axis=-1).astype(x.dtype),

@@ -7,6 +7,9 @@ how many others are in its step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -34,6 +37,10 @@ class NativeOps:
         self._runtime = runtime
         self._store = store
         self._family: Family = family
+
+    def map_rows(self, f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+        """One row after the other, by code for one row: the same bits in a step of any size."""
+        return jax.lax.map(f, x)
 
     def linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:
         return linear_op.linear(self._runtime, self._family, x, w, out_dtype)

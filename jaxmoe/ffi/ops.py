@@ -13,7 +13,8 @@ they cost no weight bytes and produce zeros.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,15 @@ class StepInputs:
 
 
 class Ops(Protocol):
+    def map_rows(self, f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+        """`f` of every row of `x [T, ...]`, stacked: for what reduces within a row.
+
+        XLA orders the sums of a reduction by the size of the whole array, so that a token's last
+        bits would depend on how many others are in its step. Native operations see to it that they
+        do not; where nothing hangs on it, rows are computed together.
+        """
+        ...
+
     def linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """`[T, K] -> [T, N]`: y = x Wᵀ, FP32 accumulation; result dtype defaults to x's."""
         ...

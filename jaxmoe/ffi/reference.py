@@ -11,7 +11,8 @@ Not here: tiling, paging tricks, or any choice of kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,9 @@ class ReferenceOps:
 
     def __init__(self, experts: Sequence[Mapping[str, Weight]] = ()):
         self._experts = experts
+
+    def map_rows(self, f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+        return jax.vmap(f)(x)
 
     def linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:
         y = jnp.einsum("tk,nk->tn", x.astype(jnp.float32), dequantize(w), precision=_HIGHEST)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.ffi.ops import Ops
 from jaxmoe.weights.param_spec import ParamSpec, new_param
 
 
@@ -16,8 +17,8 @@ class RMSNorm(nnx.Module):
         self.weight = new_param(ParamSpec((size,), "float32", "norm"))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D] -> [..., D]` float32."""
+    def __call__(self, x: jax.Array, ops: Ops) -> jax.Array:
+        """`[T, ..., D] -> [T, ..., D]` float32."""
         x = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return x * inverse_rms * self.weight[...]
+        mean = ops.map_rows(lambda row: jnp.mean(row * row, axis=-1, keepdims=True), x)
+        return x * jax.lax.rsqrt(mean + self.eps) * self.weight[...]

@@ -100,14 +100,14 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """The first half of layer i: float32 `h [T, D]` and the layer's cache, both updated."""
         layer = self.layers[i]
-        x = layer.attention_norm(h).astype(self.compute_dtype)
+        x = layer.attention_norm(h, ops).astype(self.compute_dtype)
         y, cache = layer.attention(x, cache, step, ops)
         return h + y, cache
 
     def mlp(self, i: int, h: jax.Array, step: StepInputs, ops: Ops) -> jax.Array:
         """The second half of layer i: float32 `[T, D] -> [T, D]`."""
         layer = self.layers[i]
-        x = layer.mlp_norm(h)
+        x = layer.mlp_norm(h, ops)
         if isinstance(layer.mlp, MoeBlock):
             return h + layer.mlp(x, step.token_rows >= 0, ops, self.compute_dtype)
         return h + layer.mlp(x.astype(self.compute_dtype), ops)
@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
 
     def head(self, h: jax.Array, ops: Ops) -> jax.Array:
         """`[*, D]` of the residual stream to float32 logits `[*, V]`."""
-        x = self.final_norm(h).astype(self.compute_dtype)
+        x = self.final_norm(h, ops).astype(self.compute_dtype)
         if self.lm_head is None:
             return ops.linear(x, self.embedding.weight, jnp.float32)
         return self.lm_head(x, ops, jnp.float32)

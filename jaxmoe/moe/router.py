@@ -33,7 +33,12 @@ class Router(nnx.Module):
         """
         router_logits = self.logits(x.astype(jnp.float32), ops, jnp.float32)
         bias = None if self.correction_bias is None else self.correction_bias[...]
-        expert_ids, combine_weights = route(router_logits, bias, self.config)
+
+        def route_one(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            expert_ids, combine_weights = route(row[None], bias, self.config)
+            return expert_ids[0], combine_weights[0]
+
+        expert_ids, combine_weights = ops.map_rows(route_one, router_logits)
         return jnp.where(valid[:, None], expert_ids, -1), combine_weights
 
 

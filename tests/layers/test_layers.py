@@ -55,7 +55,7 @@ def test_norm_is_float32_to_the_end():
     layer = RMSNorm(8, 1e-2)
     layer.weight.set_value(normal(8))
     x = normal(2, 3, 8).astype(jnp.bfloat16)
-    y = layer(x)
+    y = layer(x, OPS)
     exact = np.asarray(x, np.float64)
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-2)
     assert y.dtype == jnp.float32

@@ -148,7 +148,7 @@ def test_tied_embeddings():
     assert not any(path.startswith("lm_head") for path in paths)
     decoder = nnx.merge(graphdef, state)
     x = jnp.ones((1, 32))
-    expected = decoder.final_norm(x) @ decoder.embedding.data[...].T
+    expected = decoder.final_norm(x, ReferenceOps()) @ decoder.embedding.data[...].T
     np.testing.assert_allclose(decoder.head(x, ReferenceOps(experts)), expected, rtol=1e-5)
 
 

@@ -1,0 +1,155 @@
+"""The whole engine on the CPU kernels: a request's tokens and log probabilities have the
+same bits alone and in any mix, after preemption and in any chunking, and a step is compiled
+once a shape.
+"""
+
+import json
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import tiny_models, tiny_tokenizer
+
+from jaxmoe import LLM, SamplingParams
+from jaxmoe.common.errors import CheckpointError, ConfigError
+
+# Kept between runs: compiling takes most of the time of these tests.
+PROGRAMS = Path(__file__).parents[2] / "build" / "test_programs"
+TEXT = "In the beginning God created the heaven and the earth. 你好世界 And the earth was void."
+
+
+def write(path: Path, case: str) -> Path:
+    tiny_models.write_checkpoint(path, case)
+    tiny_tokenizer.write(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return path
+
+
+@pytest.fixture(scope="module", params=["deepseek_v3_fp8", "qwen3_moe"])
+def directory(request, tmp_path_factory):
+    return write(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def load(directory, **changes):
+    options = dict(
+        max_num_seqs=4,
+        prefill_chunk_tokens=16,
+        max_model_len=128,
+        page_size=8,
+        cache_dir=str(PROGRAMS),
+        show_progress=False,
+    )
+    return LLM(directory, **(options | changes))
+
+
+def results(outputs):
+    return [(c.token_ids, [e.logprob for e in c.logprobs]) for o in outputs for c in o.outputs]
+
+
+def test_same_bits_alone_and_in_any_mix_and_after_preemption(directory):
+    rng = random.Random(0)
+    prompts = [TEXT[: rng.randrange(1, len(TEXT))] for _ in range(8)]
+    params = [
+        SamplingParams(
+            temperature=i % 2 * 0.8,
+            seed=i,
+            top_p=0.9,
+            repetition_penalty=1.2 if i == 3 else 1.0,
+            max_tokens=14,
+            ignore_eos=True,
+            logprobs=0,
+        )
+        for i in range(len(prompts))
+    ]
+    with load(directory) as llm:
+        alone = [results(llm.generate(p, q))[0] for p, q in zip(prompts, params, strict=True)]
+        orders = [list(range(8)), list(range(8))[::-1], rng.sample(range(8), 8)]
+        for order in orders:
+            mixed = llm.generate([prompts[i] for i in order], [params[i] for i in order])
+            assert results(mixed) == [alone[i] for i in order]
+        # Every shape was compiled once: prefill of one row or four, decode of 1, 2 and 4 rows,
+        # each with and without adjusted logits.
+        assert llm._started.step._run._cache_size() <= 10
+        want = llm.logits(llm.prompt_ids(prompts[0]))
+    # Hardly more pages than one sequence needs: the others are preempted and replayed.
+    small = 20 * 8 * 1.0
+    with load(directory) as llm:
+        llm.engine.pages.allocate(llm.engine.pages.num_free - int(small) // 8)
+        mixed = llm.generate(prompts, params)
+        assert results(mixed) == alone
+        np.testing.assert_array_equal(llm.logits(llm.prompt_ids(prompts[0])), want)
+
+
+def test_the_start_up_report_says_what_runs_where(directory, caplog):
+    with caplog.at_level(logging.INFO, "jaxmoe"):
+        with load(directory, num_threads=1, isa="scalar") as llm:
+            report = llm.report
+    for words in (
+        llm.model_config.architecture,
+        "experts",
+        "ISA scalar",
+        "KV cache: 512 tokens in 64 pages",
+        "end of text",
+        "note: instruction set forced to scalar",
+        str(PROGRAMS),
+    ):
+        assert words in report, words
+    logged = "\n".join(r.message for r in caplog.records)
+    assert report in logged and "num_threads=1" in logged
+
+
+def test_float32_and_bfloat16_agree_roughly_and_dummy_weights_run(directory):
+    ids = [5, 6, 7]
+    with load(directory) as llm, load(directory, compute_dtype="float32") as exact:
+        a, b = llm.logits(ids), exact.logits(ids)
+        assert a.dtype == b.dtype == np.float32 and not np.array_equal(a, b)
+        assert np.abs(a - b).max() < 0.1 * np.ptp(b)
+    with load(directory / "config.json", load_format="dummy") as llm:
+        assert "random" in llm.report or "made in" in llm.report
+        assert len(llm.generate("abc", SamplingParams(max_tokens=3, ignore_eos=True))[0].text) >= 0
+
+
+def test_a_directory_without_a_tokenizer_takes_ids_only(tmp_path):
+    write(tmp_path, "qwen3_moe")
+    (tmp_path / "tokenizer.json").unlink()
+    with load(tmp_path) as llm:
+        assert "note: no tokenizer.json" in llm.report
+        out = llm.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))[0]
+        assert out.text == "" and len(out.outputs[0].token_ids) == 2
+
+
+@pytest.mark.parametrize(
+    "options,error,words",
+    [
+        (dict(max_model_len=4096), ConfigError, "max_model_len: got 4096.*end at 512"),
+        (dict(max_model_len=500, kv_cache_gb=1e-6), ConfigError, "kv_cache_gb"),
+        (dict(isa="amx", num_threads=1), ConfigError, "amx"),
+    ],
+)
+def test_refusals_before_weights_are_read(tmp_path, options, error, words):
+    write(tmp_path, "qwen3_moe")
+    (tmp_path / "model.safetensors").unlink()
+    if "isa" in options and "amx" in _isas():
+        pytest.skip("this machine has AMX")
+    with pytest.raises(error, match=words):
+        load(tmp_path, **options)
+
+
+def _isas():
+    from jaxmoe.ffi.cpu_runtime import supported_isas
+
+    return supported_isas()
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no such directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no config.json"):
+        load(tmp_path)
+    write(tmp_path, "qwen3_moe")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json: not valid JSON"):
+        load(tmp_path)
