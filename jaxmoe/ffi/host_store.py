@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 
@@ -20,5 +21,11 @@ def native_host_store(
         runtime: whose topology counts.
         layers: num_experts, intermediate, hidden and weight format of each.
         backing: "arena" or "mmap".
+
+    Raises:
+        ConfigError: for impossible sizes, formats or backings, and where a node has no memory.
     """
-    return _native.HostStore(runtime.native, list(layers), backing)
+    try:
+        return _native.HostStore(runtime.native, list(layers), backing)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

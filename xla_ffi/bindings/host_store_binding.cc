@@ -98,6 +98,10 @@ class StoreBinding {
 
   int map_file(const std::string& path) const {
     std::shared_ptr<HostStore> store = get();
+    if (store->backing() != Backing::kMmap) {
+      throw py::value_error(
+          "map_file is for mmap backing; this store has an arena: use read_matrix");
+    }
     int index = -1;
     Status status;
     {

@@ -12,6 +12,8 @@ namespace {
 // Segments start on cache lines: kernels may then use aligned loads, and no two threads share a
 // line.
 constexpr size_t kSegmentAlign = 64;
+// A petabyte: beyond, dimensions are wrong, and sums of sizes would overflow some factors later.
+constexpr int64_t kMostBytes = int64_t{1} << 50;
 // One pread never returns more than 2 GiB minus a page; asking for less keeps the loop ordinary.
 constexpr int64_t kReadAtMost = int64_t{1} << 30;
 
@@ -79,18 +81,20 @@ Status HostStore::create(const Topology& topology, std::vector<ExpertLayerSpec> 
   size_t entries = 0, scale_floats = 0;
   for (size_t l = 0; l < result->layers_.size(); ++l) {
     const ExpertLayerSpec& spec = result->layers_[l];
-    constexpr int64_t kMost = int64_t{1} << 31;
-    if (spec.num_experts < 1 || spec.intermediate < 1 || spec.hidden < 1 ||
-        spec.num_experts >= kMost || spec.intermediate >= kMost || spec.hidden >= kMost) {
-      return Status::error("layer " + std::to_string(l) + " has num_experts " +
-                           std::to_string(spec.num_experts) + ", intermediate " +
-                           std::to_string(spec.intermediate) + ", hidden " +
-                           std::to_string(spec.hidden) + ": wanted positive numbers below 2^31");
+    // Bounds far beyond any model, within which no size below overflows.
+    constexpr int64_t kMostExperts = int64_t{1} << 16, kMostRows = int64_t{1} << 20;
+    auto within = [](int64_t value, int64_t most) { return value >= 1 && value <= most; };
+    if (!within(spec.num_experts, kMostExperts) || !within(spec.intermediate, kMostRows) ||
+        !within(spec.hidden, kMostRows)) {
+      return Status::error(
+          "layer " + std::to_string(l) + " has num_experts " + std::to_string(spec.num_experts) +
+          ", intermediate " + std::to_string(spec.intermediate) + ", hidden " +
+          std::to_string(spec.hidden) + ": wanted 1 to 65536, 1 to 1048576 and 1 to 1048576");
     }
     result->first_entry_.push_back(entries);
     result->scale_offset_.push_back(scale_floats);
     entries += static_cast<size_t>(spec.num_experts) * kNumMatrices;
-    for (int m = 0; m < kNumMatrices; ++m) {
+    for (int m = 0; m < kNumMatrices && result->total_bytes_ <= kMostBytes; ++m) {
       int layer = static_cast<int>(l);
       result->total_bytes_ += spec.num_experts * result->matrix_bytes(layer, matrix_at(m));
       auto [rows, cols] = result->scale_shape(layer, matrix_at(m));
@@ -98,6 +102,10 @@ Status HostStore::create(const Topology& topology, std::vector<ExpertLayerSpec> 
         scale_floats += static_cast<size_t>(spec.num_experts * rows * cols);
       }
     }
+  }
+  if (result->total_bytes_ > kMostBytes) {
+    return Status::error("the experts of " + std::to_string(result->num_layers()) +
+                         " layers are more than a petabyte: check the model's dimensions");
   }
   result->entries_.reset(new Entry[entries]);
   Status status = Arena::create(scale_floats * sizeof(float), -1, &result->scales_);
