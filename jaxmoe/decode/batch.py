@@ -1,8 +1,8 @@
 """The host arrays of a packed step: which tokens of which rows, at which positions, written where.
 
 Shapes come from a short list of sizes, so that few programs are ever compiled: a decode has as
-many tokens as rows, rounded up to a power of two; a prefill has one of a few token counts, and
-either one row or all.
+many tokens as rows, rounded up to a power of two; a prefill has one of a few
+counts of tokens and of rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from jaxmoe.ffi.ops import StepInputs
 from jaxmoe.sampling.inputs import RowSettings
 
+PREFILL_ROWS = (1, 8, 64)  # and max_num_seqs
 PREFILL_SIZES = (16, 64, 256)  # and prefill_chunk_tokens; four times more is four times the work
 
 
@@ -44,7 +45,8 @@ def prefill_size(num_tokens: int, num_rows: int, *, chunk: int, max_rows: int) -
     """Tokens and rows of a prefill."""
     sizes = [s for s in PREFILL_SIZES if s < chunk] + [chunk]
     tokens = next(s for s in sizes if s >= num_tokens)
-    return tokens, 1 if num_rows == 1 else decode_size(max_rows)
+    rows = next((r for r in PREFILL_ROWS if r >= num_rows), max_rows)
+    return tokens, min(rows, decode_size(max_rows))
 
 
 class BlockTables:

@@ -136,7 +136,7 @@ class HybridStep:
             if self._counts is None:
                 counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
                 # Committed like the caches, so that the first call is no program of its own.
-                self._counts = jax.device_put(counts, jax.local_devices()[0])
+                self._counts = jax.device_put(counts, jax.local_devices(backend="cpu")[0])
             counts = self._counts
             biases = pack_biases([row.biases or {} for row in rows], num_rows)
         drawn, self._caches, counts = self._run(

@@ -31,10 +31,10 @@ def token_bytes(layers: Sequence[Sequence[PageArray]]) -> int:
 def allocate(
     layers: Sequence[Sequence[PageArray]], num_pages: int, page_size: int
 ) -> list[tuple[jax.Array, ...]]:
-    """Zeros `[P, Z, K, H]` for every page array of every layer, committed to the first device: what
+    """Zeros `[P, Z, K, H]` for every page array of every layer, committed to the CPU device: what
     a step returns is committed, and a first call with anything else would be compiled twice.
     """
-    device = jax.local_devices()[0]
+    device = jax.local_devices(backend="cpu")[0]
     return [
         tuple(
             jax.device_put(

@@ -40,6 +40,9 @@ def test_sizes():
     sized = [prefill_size(n, r, chunk=512, max_rows=8) for n, r in ((1, 1), (17, 2), (300, 1))]
     assert sized == [(16, 1), (64, 8), (512, 1)]
     assert prefill_size(100, 1, chunk=100, max_rows=3) == (100, 1)
+    assert prefill_size(9, 2, chunk=16, max_rows=3) == (16, 4)
+    rows = [prefill_size(400, r, chunk=512, max_rows=300)[1] for r in (1, 2, 9, 65, 300)]
+    assert rows == [1, 8, 64, 300, 300]
 
 
 def test_packed_prefill_and_decode_draw_what_the_whole_text_says(step):

@@ -74,13 +74,13 @@ def test_same_bits_alone_and_in_any_mix_and_after_preemption(directory):
         # each with and without adjusted logits.
         assert llm._started.step._run._cache_size() <= 10
         want = llm.logits(llm.prompt_ids(prompts[0]))
-    # Hardly more pages than one sequence needs: the others are preempted and replayed.
-    small = 20 * 8 * 1.0
-    with load(directory) as llm:
-        llm.engine.pages.allocate(llm.engine.pages.num_free - int(small) // 8)
-        mixed = llm.generate(prompts, params)
-        assert results(mixed) == alone
+        # Hardly more pages than one sequence needs: the others are preempted and replayed.
+        pages = llm.engine.pages
+        held = pages.allocate(pages.num_free - 20)
+        assert results(llm.generate(prompts, params)) == alone
         np.testing.assert_array_equal(llm.logits(llm.prompt_ids(prompts[0])), want)
+        pages.free(held)
+        assert pages.num_free == pages.num_pages
 
 
 def test_the_start_up_report_says_what_runs_where(directory, caplog):
