@@ -144,6 +144,9 @@ def _v2_router(fields: HfFields) -> RouterConfig:
 
 
 def _v3_router(fields: HfFields) -> RouterConfig:
+    # Groups and factor have no default here: Hugging Face's are those of DeepSeek-V3 itself, which
+    # a smaller relative that leaves them out can hardly mean.
+    fields.number("routed_scaling_factor")
     fields.choice("scoring_func", of=("sigmoid",), default="sigmoid")
     fields.choice("topk_method", of=("noaux_tc",), default="noaux_tc")
     return checked_router(
@@ -154,8 +157,8 @@ def _v3_router(fields: HfFields) -> RouterConfig:
             correction_bias=True,
             renormalize=fields.boolean("norm_topk_prob", default=True),
             renormalize_eps=1e-20,
-            num_groups=fields.integer("n_group", default=1),
-            groups_per_token=fields.integer("topk_group", default=1),
+            num_groups=fields.integer("n_group"),
+            groups_per_token=fields.integer("topk_group"),
             group_score="top2_sum",
         ),
     )

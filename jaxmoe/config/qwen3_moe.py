@@ -14,6 +14,10 @@ def parse(fields: HfFields, architecture: str) -> ModelConfig:
     model_type = fields.choice("model_type", of=("qwen3_moe",))
     fields.choice("hidden_act", of=("silu",), default="silu")
     fields.choice("attention_bias", of=(False,), default=False)
+    # Qwen3-Coder's configs spell these out; the architecture has one value for each.
+    fields.choice("qkv_bias", of=(False,), default=False)
+    fields.choice("use_qk_norm", of=(True,), default=True)
+    fields.choice("shared_expert_intermediate_size", of=(0,), default=0)
     if fields.boolean("use_sliding_window", default=False):
         raise fields.fail("use_sliding_window", True, "false")
     fields.ignore("sliding_window")  # without effect unless the key above is true

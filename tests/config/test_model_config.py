@@ -142,6 +142,13 @@ def test_qwen3_as_published(caplog: pytest.LogCaptureFixture):
     assert config.quant.format == "none"
 
 
+def test_qwen3_coder_spells_out_what_the_architecture_implies(caplog: pytest.LogCaptureFixture):
+    coder = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    with caplog.at_level(logging.WARNING):
+        assert ModelConfig.from_hf(QWEN3_30B | coder) == ModelConfig.from_hf(QWEN3_30B)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("case", tiny_models.CASES)
 def test_tiny_cases_parse(case: str, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
@@ -213,6 +220,9 @@ REFUSED = [
     ("v3", {"topk_group": 9}, ["topk_group", "9"]),
     ("v3", {"topk_group": 1, "num_experts_per_tok": 33}, ["num_experts_per_tok", "32"]),
     ("v3", {"n_group": 256}, ["n_group", "at least 2"]),
+    ("v3", {"n_group": None}, ["lacks 'n_group'"]),
+    ("v3", {"topk_group": None}, ["lacks 'topk_group'"]),
+    ("v3", {"routed_scaling_factor": None}, ["lacks 'routed_scaling_factor'"]),
     ("v3", {"num_key_value_heads": 8}, ["num_key_value_heads", "128"]),
     ("v3", {"kv_lora_rank": None}, ["lacks 'kv_lora_rank'"]),
     ("v3", {"hidden_size": "big"}, ["hidden_size", "big", "integer"]),
@@ -257,6 +267,9 @@ REFUSED = [
     ("qwen3", {"use_sliding_window": True, "sliding_window": 4096}, ["use_sliding_window"]),
     ("qwen3", {"layer_types": ["sliding_attention"]}, ["layer_types", "sliding_attention"]),
     ("qwen3", {"attention_bias": True}, ["attention_bias"]),
+    ("qwen3", {"qkv_bias": True}, ["qkv_bias", "True"]),
+    ("qwen3", {"use_qk_norm": False}, ["use_qk_norm", "False"]),
+    ("qwen3", {"shared_expert_intermediate_size": 64}, ["shared_expert_intermediate_size", "64"]),
     ("qwen3", {"num_key_value_heads": 5}, ["num_key_value_heads", "5"]),
     ("qwen3", {"num_experts_per_tok": 129}, ["num_experts_per_tok", "129"]),
     ("qwen3", {"mlp_only_layers": [48]}, ["mlp_only_layers", "48"]),
