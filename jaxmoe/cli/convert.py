@@ -39,8 +39,6 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_boolean("verbose", False, "log what is done", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    for name in ("model", "output"):
-        flags.mark_flag_as_required(name, values)
     return values
 
 
@@ -55,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = values(list(argv))[1:]
         if rest:
             raise flags.Error(f"unexpected argument {rest[0]!r}; wanted --model=DIR --output=DIR")
+        if missing := [f"--{name}" for name in ("model", "output") if not values[name].value]:
+            raise flags.Error(f"{' and '.join(missing)} missing; wanted --model=DIR --output=DIR")
         logging.basicConfig(level=logging.INFO if values.verbose else logging.WARNING)
         output = Path(values.output)
         with Checkpoint.open(values.model) as source:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"jaxmoe_convert: {message}", file=sys.stderr)
+    print(f"jaxmoe_convert: error: {' '.join(message.split())}", file=sys.stderr)
     return 1
 
 

@@ -35,8 +35,9 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--model"),
-        (["--model=a"], "--output"),
+        ([], "--model and --output missing"),
+        (["--model=a"], "--output missing"),
+        (["--model=", "--output=b"], "--model missing"),
         (["--model=/none/such", "--output=b"], "/none/such: does not exist"),
         (["--model=a", "--output=b", "--modle=c"], "modle"),
         (["--model=a", "--output=b", "--piece_mb=0"], "piece_mb"),
@@ -54,8 +55,8 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     assert main(["jaxmoe_convert", *arguments]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and message in err and err.startswith("jaxmoe_convert: ")
-    assert "Traceback" not in err and err.count("\n") <= 2
+    assert out == "" and message in err and err.startswith("jaxmoe_convert: error: ")
+    assert "Traceback" not in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
