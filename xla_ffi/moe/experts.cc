@@ -19,19 +19,6 @@ constexpr int64_t kComputeAlone = 128 << 10;
 constexpr int64_t kManyTokensStep = 16;
 constexpr int64_t kFewTokens = 4;
 
-// Asks for the first bytes of the rows a kernel call will begin with, while another call runs.
-// Kernels fetch ahead within their own range only, and a stage-2 unit is made of many short ranges,
-// one an expert: without this each would begin with a DRAM latency.
-void prefetch_start(const WeightView& w, int64_t row, int64_t end) {
-  constexpr int64_t kRows = 4, kBytes = 1024;  // rows that a kernel reads side by side; of each
-  const int64_t bytes = std::min(kBytes, w.row_stride_bytes);
-  for (int64_t r = row; r < std::min(row + kRows, end); ++r) {
-    for (int64_t b = 0; b < bytes; b += 64) {
-      __builtin_prefetch(w.data + r * w.row_stride_bytes + b, 0, 2);
-    }
-  }
-}
-
 }  // namespace
 
 Status ExpertsJob::plan(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call,
@@ -271,7 +258,6 @@ void ExpertsJob::stage1_unit(int node, uint32_t unit, int participant) {
   }
   float* gate = at<float>(tiles_) + tile_floats_ * static_cast<size_t>(participant);
   float* up = gate + m * f;
-  prefetch_start(view(g, Matrix::kUp, node), f_begin, f_end);
   kernel_->matmul(view(g, Matrix::kGate, node), f_begin, f_end, x, rows, m, gate, f);
   kernel_->matmul(view(g, Matrix::kUp, node), f_begin, f_end, x, rows, m, up, f);
   float* h = at<float>(h_) + group.begin * intermediate_ + f_begin;
@@ -307,7 +293,6 @@ void ExpertsJob::stage2_unit(int node, uint32_t unit, int participant) {
     Group& group = at<Group>(groups_)[g];
     const int64_t m = group.end - group.begin;
     wait_for_peer([&group] { return group.stage2_ready.load(std::memory_order_acquire) != 0; });
-    if (g + 1 < num_groups_) prefetch_start(view(g + 1, Matrix::kDown, node), d_begin, d_end);
     const void* x = kernel_->panel_bytes != nullptr
                         ? base_ + group.panel2
                         : base_ + h_prepared_ + h_row_bytes_ * static_cast<size_t>(group.begin);
