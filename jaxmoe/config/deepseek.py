@@ -91,6 +91,7 @@ def parse(fields: HfFields, architecture: str) -> ModelConfig:
         weight_dtype=shared_fields.parse_weight_dtype(fields),
         bos_token_id=shared_fields.parse_bos(fields),
         eos_token_ids=shared_fields.parse_eos(fields),
+        num_draft_layers=shared_fields.parse_num_draft_layers(fields),
     )
     shared_fields.report_unread(fields)
     return parsed

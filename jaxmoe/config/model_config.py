@@ -111,6 +111,7 @@ class ModelConfig:
     weight_dtype: Literal["bfloat16", "float32"]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

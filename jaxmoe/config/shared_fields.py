@@ -33,8 +33,6 @@ _WITHOUT_EFFECT = (
     *(
         "return_dict",
         "pad_token_id",
-        "num_nextn_predict_layers",
-        "num_mtp_layers",
         "max_window_layers",
     ),
     *("head_dim", "qk_head_dim", "id2label", "label2id", "problem_type", "is_encoder_decoder"),
@@ -126,6 +124,10 @@ def parse_num_layers(fields: HfFields) -> int:
     if count > _MAX_LAYERS:
         raise fields.fail("num_hidden_layers", count, f"at most {_MAX_LAYERS}")
     return count
+
+
+def parse_num_draft_layers(fields: HfFields) -> int:
+    return fields.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, minimum=0)
 
 
 def parse_weight_dtype(fields: HfFields) -> Literal["bfloat16", "float32"]:

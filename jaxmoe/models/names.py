@@ -78,13 +78,17 @@ class HfNames:
         return weight + "_scale_inv"
 
     def ignored(self, name: str) -> bool:
-        """Layers after the last are training's multi-token-prediction heads."""
+        """As many layers after the last as config.json says are multi-token-prediction heads.
+
+        Others are not: a config that names too few layers would run, and write nonsense.
+        """
+        config = self._config
         match = _LAYER_TENSOR.match(name)
-        if match and int(match[1]) >= self._config.num_layers:
+        if match and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers:
             return True
         if name.endswith("rotary_emb.inv_freq"):
             return True
-        return self._config.tie_embeddings and name == "lm_head.weight"
+        return config.tie_embeddings and name == "lm_head.weight"
 
 
 def _as_stored(array: np.ndarray) -> np.ndarray:

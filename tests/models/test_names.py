@@ -53,6 +53,11 @@ def test_strangers_are_not_ignored():
     names = models.name_map(config, {})
     for name in ("model.layers.3.self_attn.sinks", "visual.patch_embed", "lm_head.weight"):
         assert not names.ignored(name)
+    assert not names.ignored("model.layers.4.input_layernorm.weight")  # 4 layers, no draft head
+    v3 = ModelConfig.from_hf(tiny_models.hf_config("deepseek_v3"))  # 4 layers and one
+    for layers, ignored in ((4, True), (5, False), (3, False)):
+        names = models.name_map(dataclasses.replace(v3, num_layers=layers), {})
+        assert names.ignored("model.layers.4.eh_proj.weight") == ignored
     tied = models.name_map(dataclasses.replace(config, tie_embeddings=True), {})
     assert tied.ignored("lm_head.weight")
 
