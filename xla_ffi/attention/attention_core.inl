@@ -59,6 +59,12 @@ inline void decode_row(const CacheHead& head, int64_t slot, int64_t dim, float* 
   for (; i % kWidth != 0; ++i) out[i] = 0.0f;
 }
 
+inline void prefetch_row(const CacheHead& head, int64_t slot, int64_t dim) {
+  const int64_t element = head.type == ActivationType::kBf16 ? 2 : 4;
+  const char* row = static_cast<const char*>(head.data) + slot * head.slot_stride * element;
+  for (int64_t byte = 0; byte < dim * element; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+}
+
 // scores[i, s] of Q queries and S keys.
 template <int Q, int S>
 inline void score_tile(const float* q, const float* keys, int64_t ld, float* scores) {
@@ -156,17 +162,25 @@ void attend_chunk(const ChunkCall& call, const SoftmaxState& state) {
     state.sum[i] = 0.0f;
   }
   __builtin_memset(state.acc, 0, static_cast<size_t>(call.m * call.v_ld) * sizeof(float));
+  auto slot_of = [&call](int64_t position) {
+    return static_cast<int64_t>(call.pages[position / call.page_size]) * call.page_size +
+           position % call.page_size;
+  };
   for (int64_t begin = call.begin; begin < call.end; begin += kKeyBlock) {
     const int64_t block = call.end - begin < kKeyBlock ? call.end - begin : kKeyBlock;
     for (int64_t s = 0; s < block; ++s) {
-      const int64_t position = begin + s;
-      const int64_t slot =
-          static_cast<int64_t>(call.pages[position / call.page_size]) * call.page_size +
-          position % call.page_size;
+      const int64_t slot = slot_of(begin + s);
       decode_row(call.keys, slot, call.head_dim, call.key_block + s * call.q_ld);
       if (call.values.data != nullptr) {
         decode_row(call.values, slot, call.v_dim, call.value_block + s * call.v_ld);
       }
+    }
+    // One head's rows lie a stride of all heads apart, on scattered pages: no hardware prefetcher
+    // follows. The next block arrives while this one is computed.
+    for (int64_t s = begin + block; s < begin + block + kKeyBlock && s < call.end; ++s) {
+      const int64_t slot = slot_of(s);
+      prefetch_row(call.keys, slot, call.head_dim);
+      if (call.values.data != nullptr) prefetch_row(call.values, slot, call.v_dim);
     }
     const float* values = call.values.data != nullptr ? call.value_block : call.key_block;
     const int64_t value_ld = call.values.data != nullptr ? call.v_ld : call.q_ld;
