@@ -62,13 +62,14 @@ def plan_cache(
         budget_pages = DEFAULT_BUDGET_BYTES // page_bytes
         if max_model_len is not None:
             budget_pages = max(budget_pages, -(-max_model_len // page_size))
-    length = max_model_len or min(model_limit, budget_pages * page_size)
+    # A prompt of one token and one more is the least there can be.
+    length = max_model_len or max(2, min(model_limit, budget_pages * page_size))
     pages = -(-length // page_size)
-    if pages > budget_pages or length < 2:
-        need_gb = max(pages, 1) * page_bytes / 2**30
+    if pages > budget_pages:
+        need_gb = pages * page_bytes / 2**30
         raise ConfigError(
             f"kv_cache_gb: {kv_cache_gb} holds {budget_pages * page_size} tokens "
             f"({token_bytes} bytes each), but one sequence of max_model_len {length} needs "
-            f"{need_gb:.3f}; raise kv_cache_gb or lower max_model_len"
+            f"{need_gb:.3g}; raise kv_cache_gb or lower max_model_len"
         )
     return CacheLayout(page_size, min(budget_pages, max_num_seqs * pages), length, token_bytes)

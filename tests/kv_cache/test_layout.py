@@ -41,7 +41,7 @@ def test_a_longer_context_grows_the_open_budget():
     [
         (dict(max_model_len=100_001), "max_model_len: got 100001.*100000"),
         (dict(max_model_len=50_000, kv_cache_gb=1.0), "holds 16384 tokens.*needs 3.05"),
-        (dict(kv_cache_gb=0.0001), "kv_cache_gb"),
+        (dict(kv_cache_gb=0.0001), "holds 0 tokens.*max_model_len 2 needs 0.00"),
     ],
 )
 def test_refusals_name_the_field_and_the_numbers(changes, words):
