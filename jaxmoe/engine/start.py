@@ -28,6 +28,7 @@ from jaxmoe.models import registry
 from jaxmoe.models.decoder import cache_spec
 from jaxmoe.text.chat_template import ChatTemplate
 from jaxmoe.text.tokenizer import ByteTokenizer, Tokenizer
+from jaxmoe.weights import memory
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model
 from jaxmoe.weights.random_init import random_model
@@ -94,11 +95,13 @@ def start(config: EngineConfig) -> Started:
         max_model_len=config.max_model_len,
         kv_cache_gb=config.kv_cache_gb,
     )
+    _require_cache_memory(layout)
     programs = compile_cache.enable(config.cache_path)
     runtime = CpuRuntime(num_threads=config.num_threads, isa=config.isa)
     loaded = None
     try:
         loaded = _load(config, directory, runtime)
+        _require_cache_memory(layout)  # again: now the weights have taken theirs
         step = HybridStep(
             loaded.graphdef,
             loaded.state,
@@ -188,6 +191,14 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
         notes.append("no chat template: plain prompts only")
     defaults = GenerationDefaults.from_dir(path)
     return Directory(path, model_config, defaults, tokenizer, template, tuple(notes))
+
+
+def _require_cache_memory(layout: CacheLayout) -> None:
+    memory.require(
+        layout.total_bytes,
+        f"a KV cache of {layout.total_tokens} tokens",
+        "lower kv_cache_gb or max_model_len",
+    )
 
 
 def _load(config: EngineConfig, directory: Directory, runtime: CpuRuntime) -> LoadedModel:

@@ -33,12 +33,19 @@ def available_bytes(cgroup_root: Path = _CGROUP) -> int:
     return max(room, 0)
 
 
-def require(planned: int, what: str) -> int:
+_SMALLER = (
+    "use a smaller or more strongly quantized checkpoint (backing='mmap' pages experts from disk "
+    "instead)"
+)
+
+
+def require(planned: int, what: str, change: str = _SMALLER) -> int:
     """Refuses to begin something that will not fit.
 
     Args:
       planned: bytes about to be taken.
       what: what for, as the message names it.
+      change: what else than more memory would help.
 
     Returns:
       The bytes available.
@@ -50,8 +57,7 @@ def require(planned: int, what: str) -> int:
     if planned > room:
         raise CapacityError(
             f"{what} needs {gib(planned)} ({planned} bytes) of memory, and {gib(room)} ({room} "
-            "bytes) are available; free some, raise the container's limit, or use a smaller or "
-            "more strongly quantized checkpoint (backing='mmap' pages experts from disk instead)"
+            f"bytes) are available; free some, raise the container's limit, or {change}"
         )
     return room
 

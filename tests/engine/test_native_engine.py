@@ -13,7 +13,8 @@ import pytest
 from support import tiny_models, tiny_tokenizer
 
 from jaxmoe import LLM, SamplingParams
-from jaxmoe.common.errors import CheckpointError, ConfigError
+from jaxmoe.common.errors import CapacityError, CheckpointError, ConfigError
+from jaxmoe.weights import memory
 
 # Kept between runs: compiling takes most of the time of these tests.
 PROGRAMS = Path(__file__).parents[2] / "build" / "test_programs"
@@ -127,9 +128,16 @@ def test_a_directory_without_a_tokenizer_takes_ids_only(tmp_path):
         (dict(max_model_len=4096), ConfigError, "max_model_len: got 4096.*end at 512"),
         (dict(max_model_len=500, kv_cache_gb=1e-6), ConfigError, "kv_cache_gb"),
         (dict(isa="amx", num_threads=1), ConfigError, "amx"),
+        (
+            dict(max_num_seqs=1024, page_size=1, max_model_len=512, kv_cache_gb=1024.0),
+            CapacityError,
+            "KV cache of 524288 tokens needs .*lower kv_cache_gb",
+        ),
     ],
 )
-def test_refusals_before_weights_are_read(tmp_path, options, error, words):
+def test_refusals_before_weights_are_read(tmp_path, monkeypatch, options, error, words):
+    if error is CapacityError:
+        monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 30)
     write(tmp_path, "qwen3_moe")
     (tmp_path / "model.safetensors").unlink()
     if "isa" in options and "amx" in _isas():
