@@ -123,9 +123,8 @@ class ModelConfig:
         """Parses and validates the contents of a Hugging Face config.json.
 
         Raises:
-            ConfigError: naming the key, what it says and what is supported. A key that would change
-            results
-                and is not implemented is refused, never ignored.
+            ConfigError: naming the key, what it says and what is supported. A key known to change
+                results that is not implemented is refused; keys nobody knows are logged.
         """
         from jaxmoe.config.families import parse  # the families import the classes above
 

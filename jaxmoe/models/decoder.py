@@ -135,8 +135,7 @@ class Decoder(nnx.Module):
             caches: the page arrays of every layer, see `cache_spec`.
             ops: the operations of the platform.
             logit_indices: `[R]` int32 positions in the step whose logits are wanted; padding may
-            hold
-                anything.
+                hold anything.
 
         Returns:
             Float32 logits `[R, V]` and the updated caches.

@@ -2,9 +2,9 @@
 
 What `jaxmoe_convert` writes (convert.py) and `Checkpoint.open` recognises:
 
-    jaxmoe_prepared.json      the manifest: every piece and its tensors, and the source's
-    fingerprint config.json, tokenizer…   copied from the source weights/<piece>/          an Orbax
-    checkpoint: some leaves, or some experts of one layer, stacked
+    jaxmoe_prepared.json      the manifest: every piece, its tensors, the source's fingerprint
+    config.json, tokenizer…   copied from the source
+    weights/<piece>/          an Orbax checkpoint: some leaves, or some stacked experts of one layer
 
 Orbax is told to write uncompressed Zarr arrays of one chunk each, so an array's file is its bytes
 and nothing else. They are therefore read here as any checkpoint's are, by pread into place or by

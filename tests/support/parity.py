@@ -19,8 +19,7 @@ class ParityFixture:
     logits: float32 `[T, V]`, all positions of all prompts in order.
     logits_bf16: the same from transformers' bfloat16 run.
     greedy_tokens `[P, 16]`, greedy_logits `[P, 16, V]`: the continuation of every prompt and the
-    logits each
-        token was chosen from.
+        logits each token was chosen from.
     """
 
     prompts: list[list[int]]
