@@ -25,7 +25,9 @@ inline int& failures() {
 }
 
 struct Register {
-  Register(const char* name, std::function<void()> body) { cases().push_back({name, std::move(body)}); }
+  Register(const char* name, std::function<void()> body) {
+    cases().push_back({name, std::move(body)});
+  }
 };
 
 inline int run_all() {
@@ -44,19 +46,19 @@ inline int run_all() {
 
 }  // namespace jaxmoe_test
 
-#define JAXMOE_TEST(name)                                                  \
-  static void name();                                                      \
-  static const ::jaxmoe_test::Register register_##name(#name, name);       \
+#define JAXMOE_TEST(name)                                            \
+  static void name();                                                \
+  static const ::jaxmoe_test::Register register_##name(#name, name); \
   static void name()
 
-#define JAXMOE_CHECK(condition, ...)                                       \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      ++::jaxmoe_test::failures();                                         \
+#define JAXMOE_CHECK(condition, ...)                                           \
+  do {                                                                         \
+    if (!(condition)) {                                                        \
+      ++::jaxmoe_test::failures();                                             \
       std::printf("%s:%d: CHECK failed: %s ", __FILE__, __LINE__, #condition); \
-      __VA_OPT__(std::printf(__VA_ARGS__);)                                \
-      std::printf("\n");                                                   \
-    }                                                                      \
+      __VA_OPT__(std::printf(__VA_ARGS__);)                                    \
+      std::printf("\n");                                                       \
+    }                                                                          \
   } while (0)
 
 #define JAXMOE_TEST_MAIN \
