@@ -51,8 +51,8 @@ class EngineConfig:
     max_model_len: int | None = checked(
         None,
         "int",
-        "longest prompt + output in tokens; default: the model's limit, or what 1 GiB of KV cache "
-        "holds",
+        "longest prompt + output in tokens; default: the model's limit, or what 512 MiB of KV "
+        "cache holds",
         low=2,
         high=2**24,
         optional=True,
@@ -61,7 +61,7 @@ class EngineConfig:
     kv_cache_gb: float | None = checked(
         None,
         "float",
-        "memory for the KV cache in GiB; default: 1, or what one sequence of max_model_len needs",
+        "memory for the KV cache in GiB; default: 0.5, or what one sequence of max_model_len needs",
         low=0.0,
         high=65536.0,
         low_open=True,
@@ -76,7 +76,7 @@ class EngineConfig:
         "int",
         "threads of the CPU kernels; default: the physical cores this process may use",
         low=1,
-        high=4096,
+        high=1024,
         optional=True,
     )
     isa: str | None = checked(

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import logging
+import platform
 from pathlib import Path
 
 import jax
 
 _log = logging.getLogger(__name__)
+
+
+def machine_fingerprint() -> str:
+    """Names the instruction sets and jaxlib that programs are compiled for.
+
+    XLA's CPU programs are machine code: one compiled with AVX-512 must not be met by a machine
+    without it that shares the home directory.
+    """
+    features = platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            features = next((line for line in cpuinfo if line.startswith("flags")), features)
+    except OSError as e:
+        _log.warning("compiled programs are kept without the CPU's name: /proc/cpuinfo: %s", e)
+    named = " ".join(sorted(features.split())) + importlib.metadata.version("jaxlib")
+    return hashlib.sha256(named.encode()).hexdigest()[:12]
 
 
 def enable(path: Path | None) -> str:
@@ -20,7 +39,7 @@ def enable(path: Path | None) -> str:
         return str(chosen)
     if path is None:
         return ""
-    path = path / "programs"
+    path = path / "programs" / machine_fingerprint()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -1,9 +1,9 @@
 """How large the paged cache is: bytes of a token, pages that a budget buys, the context they allow.
 
 One rule: the cache takes `kv_cache_gb`, or less where `max_num_seqs` whole sequences need less.
-Left open, the budget is 1 GiB or one sequence of the `max_model_len` that was asked for, whichever
-is larger; `max_model_len` left open is the model's own limit or what the budget holds, whichever is
-smaller. Pure Python.
+Left open, the budget is 512 MiB or one sequence of the `max_model_len` that was asked for,
+whichever is larger; `max_model_len` left open is the model's own limit or what the budget holds,
+whichever is smaller. Pure Python.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 
 from jaxmoe.common.errors import ConfigError
 
-DEFAULT_BUDGET_BYTES = 1 << 30
+DEFAULT_BUDGET_BYTES = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ def plan(**changes):
     return plan_cache(**(given | changes))
 
 
-def test_open_ends_take_a_gibibyte():
+def test_open_ends_take_half_a_gibibyte():
     layout = plan()
-    assert layout.max_model_len == GIB // (1 << 16) == layout.total_tokens
-    assert layout.total_bytes == GIB
+    assert layout.max_model_len == GIB // 2 // (1 << 16) == layout.total_tokens
+    assert layout.total_bytes == GIB // 2
     assert layout.pages_per_sequence == layout.num_pages
 
 
