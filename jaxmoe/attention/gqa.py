@@ -43,16 +43,14 @@ class GqaAttention(nnx.Module):
         """`x [T, D]` to float32 `[T, D]` and the cache `(k, v)`, each `[P, Z, K, H]`, extended."""
         c = self.config
         num_tokens = x.shape[0]
-        cos, sin = rope.cos_sin(step.positions, self.rope_config)
         q = self.q(x, ops, jnp.float32).reshape(num_tokens, c.num_heads, c.head_dim)
         k = self.k(x, ops, jnp.float32).reshape(num_tokens, c.num_kv_heads, c.head_dim)
         v = self.v(x, ops).reshape(num_tokens, c.num_kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = self.q_norm(q, ops), self.k_norm(k, ops)
-        interleaved = self.rope_config.interleaved
         attended, cache = ops.attend(
-            rope.rotate(q, cos, sin, interleaved=interleaved).astype(x.dtype),
-            rope.rotate(k, cos, sin, interleaved=interleaved).astype(x.dtype),
+            rope.apply(q, step.positions, self.rope_config, ops).astype(x.dtype),
+            rope.apply(k, step.positions, self.rope_config, ops).astype(x.dtype),
             v,
             cache,
             step,

@@ -54,8 +54,6 @@ class MlaAttention(nnx.Module):
         """`x [T, D]` to float32 `[T, D]`, and the cache, `([P, Z, 1, C + rope],)`, extended."""
         c = self.config
         num_tokens = x.shape[0]
-        cos, sin = rope.cos_sin(step.positions, self.rope_config)
-        interleaved = self.rope_config.interleaved
 
         if c.q_lora_rank is None:
             q = self.q(x, ops)
@@ -65,11 +63,11 @@ class MlaAttention(nnx.Module):
         q = q.reshape(num_tokens, c.num_heads, -1)
         q_nope, q_rope = q[..., : c.nope_head_dim], q[..., c.nope_head_dim :]
         q_latent = self.w_uk(q_nope, ops, jnp.float32)  # [T, N, C]
-        q_rope = rope.rotate(q_rope, cos, sin, interleaved=interleaved)
+        q_rope = rope.apply(q_rope, step.positions, self.rope_config, ops)
 
         latent = self.kv_a(x, ops, jnp.float32)  # [T, C + rope]
         k_rope = latent[:, None, c.kv_lora_rank :]
-        k_rope = rope.rotate(k_rope, cos, sin, interleaved=interleaved)
+        k_rope = rope.apply(k_rope, step.positions, self.rope_config, ops)
         latent = self.kv_a_norm(latent[:, None, : c.kv_lora_rank], ops)
 
         attended, cache = ops.attend(

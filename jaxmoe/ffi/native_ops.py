@@ -38,7 +38,7 @@ class NativeOps:
         self._store = store
         self._family: Family = family
 
-    def map_rows(self, f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         """One row after the other, by code for one row: the same bits in a step of any size."""
         return jax.lax.map(f, x)
 

@@ -52,12 +52,13 @@ class StepInputs:
 
 
 class Ops(Protocol):
-    def map_rows(self, f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-        """`f` of every row of `x [T, ...]`, stacked: for what reduces within a row.
+    def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
+        """`f` of every row of the arrays `[T, ...]` in `x`, stacked: for all but single operations.
 
-        XLA orders the sums of a reduction by the size of the whole array, so that a token's last
-        bits would depend on how many others are in its step. Native operations see to it that they
-        do not; where nothing hangs on it, rows are computed together.
+        XLA orders the sums of a reduction, and may choose how it computes functions such as rsqrt
+        or exp, by the size of the whole array, so that a token's last bits would depend on how many
+        others are in its step. Native operations see to it that they do not; where nothing hangs on
+        it, rows are computed together.
         """
         ...
 

@@ -52,7 +52,7 @@ class ReferenceOps:
     def __init__(self, experts: Sequence[Mapping[str, Weight]] = ()):
         self._experts = experts
 
-    def map_rows(self, f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         return jax.vmap(f)(x)
 
     def linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:

@@ -23,4 +23,5 @@ class Mlp(nnx.Module):
         """`[T, D] -> [T, D]` float32; activations are rounded to x's dtype once, before `down`."""
         gate = self.gate(x, ops, jnp.float32)
         up = self.up(x, ops, jnp.float32)
-        return self.down((jax.nn.silu(gate) * up).astype(x.dtype), ops, jnp.float32)
+        hidden = ops.map_rows(lambda row: jax.nn.silu(row[0]) * row[1], (gate, up))
+        return self.down(hidden.astype(x.dtype), ops, jnp.float32)

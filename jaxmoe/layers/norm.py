@@ -20,5 +20,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array, ops: Ops) -> jax.Array:
         """`[T, ..., D] -> [T, ..., D]` float32."""
         x = x.astype(jnp.float32)
-        mean = ops.map_rows(lambda row: jnp.mean(row * row, axis=-1, keepdims=True), x)
-        return x * jax.lax.rsqrt(mean + self.eps) * self.weight[...]
+
+        def normalized(row: jax.Array) -> jax.Array:
+            mean = jnp.mean(row * row, axis=-1, keepdims=True)
+            return row * jax.lax.rsqrt(mean + self.eps)
+
+        return ops.map_rows(normalized, x) * self.weight[...]

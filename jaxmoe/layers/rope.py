@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config.model_config import RopeConfig, YarnScaling
+from jaxmoe.ffi.ops import Ops
 
 
 def inverse_frequencies(rope: RopeConfig) -> np.ndarray:
@@ -63,6 +64,16 @@ def cos_sin(positions: jax.Array, rope: RopeConfig) -> tuple[jax.Array, jax.Arra
     angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rope)
     factor = attention_factor(rope)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply(x: jax.Array, positions: jax.Array, rope: RopeConfig, ops: Ops) -> jax.Array:
+    """`x [T, N, dim]` rotated to `positions [T]`, as `rotate` does; float32."""
+
+    def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        cos, sin = cos_sin(row[1][None], rope)
+        return rotate(row[0][None], cos, sin, interleaved=rope.interleaved)[0]
+
+    return ops.map_rows(one, (x, positions))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
