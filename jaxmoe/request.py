@@ -14,7 +14,7 @@ from typing import Literal
 from jaxmoe.common.timing import Timings
 from jaxmoe.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "abort"]
 
 
 @dataclasses.dataclass(frozen=True)
