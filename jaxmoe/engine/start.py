@@ -32,6 +32,7 @@ from jaxmoe.text.tokenizer import ByteTokenizer, Tokenizer
 from jaxmoe.weights import memory
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model
+from jaxmoe.weights.prepared import refuse_unfinished
 from jaxmoe.weights.random_init import random_model
 from jaxmoe.weights.safetensors_reader import Checkpoint
 
@@ -184,6 +185,7 @@ def model_path(config: EngineConfig) -> Path:
 
 def read_directory(path: Path, *, dummy: bool = False) -> Directory:
     """Everything of a checkpoint but its weights. dummy: `path` may be a config.json."""
+    refuse_unfinished(path)
     config_file = path if dummy and path.suffix == ".json" else path / "config.json"
     if not config_file.is_file():
         what = "no such directory" if not path.exists() else "no config.json in it"

@@ -26,3 +26,9 @@ def test_end_of_text_ids_beyond_the_vocabulary_are_left_out_and_noted(tmp_path):
 def test_more_end_of_text_ids_than_a_step_can_ban_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="eos_token_id has 129 ids, wanted at most 128"):
         read_directory(write(tmp_path, eos_token_id=list(range(129))))
+
+
+def test_an_unfinished_conversion_is_told_from_a_missing_config(tmp_path):
+    (tmp_path / "jaxmoe_unfinished.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="was not finished; run jaxmoe_convert"):
+        read_directory(tmp_path)
