@@ -45,11 +45,6 @@ class BatchOutput:
             os.close(self._fd)
             raise
 
-    @property
-    def num_found(self) -> int:
-        """Records that were there when the file was opened."""
-        return len(self._ids) + len(self._lines) + len(self._duplicate_lines)
-
     def is_done(self, line: int, custom_id: str | None) -> bool:
         return line in self._lines if custom_id is None else custom_id in self._ids
 

@@ -188,8 +188,13 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
     refuse_unfinished(path)
     config_file = path if dummy and path.suffix == ".json" else path / "config.json"
     if not config_file.is_file():
-        what = "no such directory" if not path.exists() else "no config.json in it"
-        raise CheckpointError(f"{path}: {what}; wanted a checkpoint in Hugging Face layout")
+        wanted = "wanted a checkpoint in Hugging Face layout"
+        if path.is_file():
+            what = "is a file"
+            wanted += " (a config.json alone runs with load_format=dummy)"
+        else:
+            what = "no config.json in it" if path.exists() else "no such directory"
+        raise CheckpointError(f"{path}: {what}; {wanted}")
     path = config_file.parent
     try:
         values = json.loads(config_file.read_text(encoding="utf-8"))

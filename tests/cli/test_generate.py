@@ -90,6 +90,7 @@ def test_more_prompts_choices_and_chat(run):
             ["--prompt=x", "--temprature=1"],
             "unknown flag --temprature (did you mean 'temperature'?)",
         ),
+        (["--prompt=x", "--chat=maybe"], "--chat=maybe: got 'maybe', wanted true or false"),
         (["--prompt=x", "--temperature=nan"], "temperature: got nan"),
         (["--prompt=x", "--top_p=0"], "top_p: got 0.0, wanted a finite number above 0.0 to 1.0"),
         (["--prompt=x", "--max_num_seqs=0"], "max_num_seqs: got 0"),
