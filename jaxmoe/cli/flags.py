@@ -8,6 +8,7 @@ does not do: start anything.
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -148,7 +149,9 @@ def parse_args(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         hint = nearest(e.flagname, list(values))
         raise ConfigError(f"unknown flag --{e.flagname}{hint}; see --help") from None
     except flags.Error as e:
-        raise ConfigError(f"{' '.join(str(e).split())}; see --help") from None
+        words = " ".join(str(e).split())
+        words = re.sub(r"\('Non-boolean .*', (.*)\)", r"got \1, wanted true or false", words)
+        raise ConfigError(f"{words}; see --help") from None
 
 
 def usage(values: flags.FlagValues, doc: str) -> str:

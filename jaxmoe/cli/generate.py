@@ -11,6 +11,7 @@ it); run the same command again after an interruption and it goes on where it st
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -52,6 +53,10 @@ def define_flags() -> flags.FlagValues:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code is 0, or 1 after one line on stderr."""
     argv = list(sys.argv if argv is None else argv)
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a terminal that is not UTF-8 gets "?" for the rest
+        sys.stdout.reconfigure(errors="replace")
     values = define_flags()
     if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
         argv = [argv[0], "--help"]

@@ -84,6 +84,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
         **kwargs: Any,
@@ -91,6 +92,10 @@ class ChatTemplate:
         """The prompt of a conversation. `kwargs` are the template's own switches (such as
         enable_thinking).
         """
+        if not isinstance(add_generation_prompt, bool):
+            raise RequestError(
+                f"add_generation_prompt: got {shown(add_generation_prompt)}, wanted true or false"
+            )
         for name, value in kwargs.items():
             if name in _RESERVED or not isinstance(value, (bool, int, float, str, type(None))):
                 raise RequestError(
@@ -116,11 +121,11 @@ class ChatTemplate:
                 pieces.append(piece)
         except (
             jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
             TypeError,
             ValueError,
-            KeyError,
-            OverflowError,
-            ZeroDivisionError,
         ) as e:
             raise RequestError(f"the chat template refused the messages: {_words(e)}") from None
         except (RecursionError, MemoryError):
