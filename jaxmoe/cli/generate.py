@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from jaxmoe.cli import flags as option_flags
+from jaxmoe.cli import interrupt
 from jaxmoe.common.errors import ConfigError, JaxMoeError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.sampling_params import SamplingParams
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
         argv = [argv[0], "--help"]
     try:
-        code = _run(values, argv)
+        with interrupt.kept():
+            code = _run(values, argv)
         sys.stdout.flush()
         return code
     except JaxMoeError as e:
