@@ -46,6 +46,11 @@ def count_lines(path: Path) -> int:
     """Lines of the input that are not blank."""
     try:
         with path.open("rb") as f:
+            if not f.seekable():  # it would be empty when it is read for its requests
+                raise ConfigError(
+                    f"input {path}: is a pipe or a terminal, wanted a file: it is read twice, and "
+                    "again to go on after an interruption"
+                )
             return sum(1 for line in f if line.strip())
     except OSError as e:
         raise ConfigError(f"input {path}: {e.strerror}") from None

@@ -95,6 +95,10 @@ def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
     if prompts is not None and "" in prompts:
         raise ConfigError("--prompt: got an empty text, wanted at least one character")
     given = option_flags.collect(values, os.environ)
+    if prompts is not None and given.sampling.get("logprobs") is not None:
+        raise ConfigError(
+            "logprobs: the text of a --prompt has no place for them; use --input and --output"
+        )
     quiet, verbose = _value(values, "quiet"), _value(values, "verbose")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING,

@@ -164,8 +164,13 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
     """Everything of a checkpoint but its weights. dummy: `path` may be a config.json."""
     config_file = path if dummy and path.suffix == ".json" else path / "config.json"
     if not config_file.is_file():
-        what = "no such directory" if not path.exists() else "no config.json in it"
-        raise CheckpointError(f"{path}: {what}; wanted a checkpoint in Hugging Face layout")
+        if not path.exists():
+            what = "no such directory (nothing is downloaded)"
+        else:
+            what = "no config.json in it" if path.is_dir() else "is not a directory"
+        raise CheckpointError(
+            f"{path}: {what}; wanted a checkpoint directory in Hugging Face layout"
+        )
     path = config_file.parent
     try:
         values = json.loads(config_file.read_text(encoding="utf-8"))
