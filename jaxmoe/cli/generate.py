@@ -6,7 +6,8 @@
 
 The text goes to stdout, everything else to stderr. An offline batch takes one request a line, in
 OpenAI's batch format or plain ({"prompt": ...} or {"messages": ...} with sampling parameters beside
-it); run the same command again after an interruption and it goes on where it stopped.
+it). A line that cannot be served gets a record that says why, and the exit code is 0 all the same;
+run the same command again after an interruption and it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -101,10 +102,12 @@ def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
         )
     quiet, verbose = _value(values, "quiet"), _value(values, "verbose")
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING,
+        level=logging.ERROR if quiet else logging.WARNING,
         format="%(levelname).1s %(asctime)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    if verbose:  # our own steps; jax's tell of TPUs that were looked for
+        logging.getLogger("jaxmoe").setLevel(logging.INFO)
     engine = dict(given.engine)
     if quiet:
         engine.setdefault("show_progress", False)
