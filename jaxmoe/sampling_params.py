@@ -60,7 +60,8 @@ class SamplingParams:
     max_tokens: int | None = checked(
         None,
         "int",
-        "longest completion; default: the room that the context has left",
+        "longest completion; default: the checkpoint's max_new_tokens, or the room that the "
+        "context has left",
         low=1,
         high=2**31 - 1,
         optional=True,

@@ -188,12 +188,14 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
     refuse_unfinished(path)
     config_file = path if dummy and path.suffix == ".json" else path / "config.json"
     if not config_file.is_file():
-        wanted = "wanted a checkpoint in Hugging Face layout"
+        wanted = "wanted a checkpoint directory in Hugging Face layout"
         if path.is_file():
-            what = "is a file"
+            what = "is not a directory"
             wanted += " (a config.json alone runs with load_format=dummy)"
+        elif path.exists():
+            what = "no config.json in it"
         else:
-            what = "no config.json in it" if path.exists() else "no such directory"
+            what = "no such directory (nothing is downloaded)"
         raise CheckpointError(f"{path}: {what}; {wanted}")
     path = config_file.parent
     try:

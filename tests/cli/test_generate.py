@@ -100,10 +100,11 @@ def test_more_prompts_choices_and_chat(run):
         (["--prompt=x\ud800"], "lone surrogate"),
         (["--prompt=x", "--config=/no/such.toml"], "config file /no/such.toml: No such file"),
         (["--input=/no/such", "--output=/tmp/x"], "input /no/such: No such file"),
-        (["--input=/dev/null", "--output=/tmp/x"], "input /dev/null: not a regular file"),
+        (["--input=/dev/null", "--output=/tmp/x"], "input /dev/null: is a pipe or a terminal, not a regular file"),
         ([f"--input={__file__}", "--output=/no/such/x"], "output /no/such/x: No such file"),
         ([f"--input={__file__}", "--output=/dev/full"], "output /dev/full: not a regular file"),
         (["--prompt=x", "--logit_bias=300:1"], "logit_bias: entry 0 is 300"),
+        (["--prompt=x", "--logprobs=2"], "logprobs: the text of a --prompt has no place for them"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(run, argv, words):
@@ -111,6 +112,17 @@ def test_bad_input_is_one_line_and_exit_code_1(run, argv, words):
     assert code == 1 and out == ""
     assert err.startswith("jaxmoe_generate: error: ") and words in err
     assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_pipe_is_refused_since_the_input_is_read_twice(run, tmp_path):
+    source = tmp_path / "pipe"
+    os.mkfifo(source)
+    keep = os.open(source, os.O_RDWR)  # a writer, or opening it for reading would wait
+    os.write(keep, b'{"prompt": "a"}\n')
+    code, out, err = run(f"--input={source}", f"--output={tmp_path / 'out'}", "--quiet")
+    os.close(keep)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "is a pipe or a terminal, not a regular file" in err and not (tmp_path / "out").exists()
 
 
 def test_a_missing_model_is_one_line(capsys):

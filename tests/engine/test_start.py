@@ -37,5 +37,5 @@ def test_an_unfinished_conversion_is_told_from_a_missing_config(tmp_path):
 def test_a_config_file_alone_is_for_random_weights(tmp_path):
     file = write(tmp_path, eos_token_id=[3]) / "config.json"
     assert read_directory(file, dummy=True).eos_token_ids == (3,)
-    with pytest.raises(CheckpointError, match="is a file; .*load_format=dummy"):
+    with pytest.raises(CheckpointError, match="is not a directory; .*load_format=dummy"):
         read_directory(file)
