@@ -46,8 +46,8 @@ def count_lines(path: Path) -> int:
     """Lines of the input that are not blank."""
     if path.exists() and not path.is_file():
         raise ConfigError(
-            f"input {path}: is a pipe or a terminal, not a regular file, and would be empty when it "
-            "is read for its requests; write them to a file first"
+            f"input {path}: is a pipe or a terminal, not a regular file, and would be empty when "
+            "it is read for its requests; write them to a file first"
         )
     try:
         with path.open("rb") as f:

@@ -100,7 +100,10 @@ def test_more_prompts_choices_and_chat(run):
         (["--prompt=x\ud800"], "lone surrogate"),
         (["--prompt=x", "--config=/no/such.toml"], "config file /no/such.toml: No such file"),
         (["--input=/no/such", "--output=/tmp/x"], "input /no/such: No such file"),
-        (["--input=/dev/null", "--output=/tmp/x"], "input /dev/null: is a pipe or a terminal, not a regular file"),
+        (
+            ["--input=/dev/null", "--output=/tmp/x"],
+            "input /dev/null: is a pipe or a terminal, not a regular file",
+        ),
         ([f"--input={__file__}", "--output=/no/such/x"], "output /no/such/x: No such file"),
         ([f"--input={__file__}", "--output=/dev/full"], "output /dev/full: not a regular file"),
         (["--prompt=x", "--logit_bias=300:1"], "logit_bias: entry 0 is 300"),
