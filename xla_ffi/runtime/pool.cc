@@ -17,10 +17,11 @@ namespace {
 static_assert(kMaxOpenJobs == 32, "slot masks are 32 bits wide");
 
 // How long an idle worker spins before it sleeps. Between two operations of a decode step lie some
-// 10 to 100 us of XLA's own work, while waking a sleeper costs 5 to 50 us a thread and a system
-// call: workers should stay awake within a step. Between steps and when the server idles they may
-// sleep.
-constexpr std::chrono::microseconds kIdlePatience{200};
+// 10 to 100 us of XLA's own work, between two steps about a millisecond of Python, and waking a
+// sleeper costs 5 to 50 us and a system call, on virtual machines up to a millisecond (with 200 us
+// of patience a second thread did a quarter of its share there). So workers stay awake while a
+// sequence is decoded, and sleep when the engine idles.
+constexpr std::chrono::microseconds kIdlePatience{2000};
 // How long a caller spins for the last units of its job, which are already running.
 constexpr std::chrono::microseconds kFinishPatience{100};
 
