@@ -29,9 +29,11 @@ def plot(
     )
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    has_goodput = len(summaries) > 1 and summaries[0]["goodput_requests_per_s"] is not None
+    panels = 4 if has_goodput else 3
+    figure = Figure(figsize=(3.6 * panels, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, panels)
     if len(summaries) > 1:
         _curves(axes, summaries)
     else:
@@ -58,18 +60,15 @@ def _curves(axes: Any, summaries: Sequence[dict[str, Any]]) -> None:
         for mark in ("p50", "p99"):
             y = [s[name][mark] * 1e3 if s[name] else float("nan") for s in shown]
             ax.plot(x, y, marker="o", label=mark)
-        ax.set(title=title, xlabel=label, ylim=(0, None))
+        ax.set(title=title, xlabel=label)
         ax.legend(frameon=False)
-    axes[2].plot(x, [s["output_tokens_per_s"] for s in shown], marker="o", label="tokens/s")
-    axes[2].set(title="output tokens/s", xlabel=label, ylim=(0, None))
-    if all(s["goodput_requests_per_s"] is not None for s in shown):
-        right = axes[2].twinx()
-        right.plot(
-            x, [s["goodput_requests_per_s"] for s in shown], marker="s", color="C2", label="goodput"
-        )
-        right.set_ylabel("good requests/s")
-        right.set_ylim(0, None)
-        axes[2].figure.legend(loc="outside lower right", frameon=False)
+    axes[2].plot(x, [s["output_tokens_per_s"] for s in shown], marker="o")
+    axes[2].set(title="output tokens/s", xlabel=label)
+    if len(axes) > 3:
+        axes[3].plot(x, [s["goodput_requests_per_s"] for s in shown], marker="o")
+        axes[3].set(title="goodput, requests/s", xlabel=label)
+    for ax in axes:
+        ax.set_ylim(0, ax.get_ylim()[1] * 1.1)
 
 
 def _distributions(axes: Any, requests: Sequence[dict[str, Any]]) -> None:

@@ -1,0 +1,179 @@
+"""The memory a start would take, before it takes it: config.json, safetensors headers and options.
+
+No weight is read and no program compiled. Weights and KV cache are exact. What the process itself
+takes (Python, jax, the tokenizer) is measured in the process that plans, which has loaded the same.
+What compiled programs and steps take is estimated from the constants below, which
+tests/engine/test_plan.py holds against real processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from jaxmoe.common.errors import ConfigError
+from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.decode.batch import step_shapes
+from jaxmoe.engine.memory_plan import Change, Item, MemoryPlan, peak_bytes
+from jaxmoe.engine.start import Directory, cache_layout, model_path, read_directory
+from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.models import registry
+from jaxmoe.weights import memory
+from jaxmoe.weights.loader import leaf_bytes, plan_load
+from jaxmoe.weights.read_pool import default_threads
+from jaxmoe.weights.safetensors_reader import Checkpoint
+from jaxmoe.weights.tensor_table import expert_layouts
+
+# Growth of resident memory over a start without compiled programs on disk, measured on models of 3
+# to 16 layers with 6 and 12 programs (jax 0.10). Starts that find their programs on disk take less.
+START_BYTES = 180 << 20  # pages of jaxlib and LLVM that compiling touches, threads, jax's caches
+PROGRAM_BYTES = 11 << 20
+GQA_LAYER_BYTES = 1_800_000  # of every program
+MLA_LAYER_BYTES = 3_000_000  # its text is longer
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of a checkpoint in memory. mapped: the part of `experts` that backing="mmap" leaves in
+    the files. transient: see `LoadPlan`.
+    """
+
+    experts: int
+    mapped: int
+    others: int
+    transient: int
+
+
+def make_plan(config: EngineConfig) -> MemoryPlan:
+    """What `start(config)` would take. Raises what it would: ConfigError, CheckpointError."""
+    jax.local_devices(backend="cpu")  # so that what is measured below is there
+    directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
+    sizes = weight_sizes(config, directory)
+    own = memory.anonymous_bytes()
+    process = memory.peak_rss_bytes() + START_BYTES
+    layout = cache_layout(config, directory.model_config)
+    items = _items(config, directory.model_config, sizes, layout, process)
+    # This process ends before the real one starts, so its own memory is free by then.
+    rooms = tuple(room._replace(free_bytes=room.free_bytes + own) for room in memory.rooms())
+    mapped = sizes.mapped if _is_mapped(config) else 0
+    return MemoryPlan(
+        model=_describe(directory),
+        items=items,
+        rooms=rooms,
+        changes=_changes(config, directory.model_config, sizes, layout, process),
+        reclaimable_bytes=mapped,
+        notes=directory.notes,
+    )
+
+
+def weight_sizes(config: EngineConfig, directory: Directory) -> WeightSizes:
+    """From the headers of the checkpoint, which must be the model's; of random weights from
+    config.json.
+    """
+    model = directory.model_config
+    if config.load_format == "dummy":
+        formats = registry.configured_formats(model)
+        specs = registry.describe_model(model, config.compute_dtype, formats).specs
+        experts = sum(layout.total_bytes for layout in expert_layouts(model, formats))
+        return WeightSizes(experts, 0, sum(map(leaf_bytes, specs.values())), 0)
+    with Checkpoint.open(directory.path) as checkpoint:
+        load = plan_load(checkpoint, model, registry, config.compute_dtype, default_threads())
+    mapped = sum(matrix.weight.nbytes for matrix in load.table.matrices)
+    return WeightSizes(load.expert_bytes, mapped, load.leaf_bytes, load.transient_bytes)
+
+
+def _is_mapped(config: EngineConfig) -> bool:
+    return config.backing == "mmap" and config.load_format != "dummy"
+
+
+def _items(
+    config: EngineConfig,
+    model: ModelConfig,
+    sizes: WeightSizes,
+    layout: CacheLayout,
+    process_bytes: int,
+) -> tuple[Item, ...]:
+    experts = sizes.experts - (sizes.mapped if _is_mapped(config) else 0)
+    shapes = step_shapes(config.max_num_seqs, config.prefill_chunk_tokens)
+    layer_bytes = MLA_LAYER_BYTES if isinstance(model.attention, MlaConfig) else GQA_LAYER_BYTES
+    programs = len(shapes) * (PROGRAM_BYTES + layer_bytes * model.num_layers)
+    kv = (
+        f"{layout.total_tokens} tokens, {config.max_num_seqs} sequences of up to "
+        f"{layout.max_model_len}"
+    )
+    return (
+        Item("routed experts", experts, f"{config.load_format}, {config.backing}"),
+        Item("other weights", sizes.others),
+        Item("the process", process_bytes, "Python, jax, tokenizer: measured here"),
+        Item("conversion of weights", sizes.transient, when="loading"),
+        Item("KV cache", layout.total_bytes, kv, when="running"),
+        Item("step workspace", step_bytes(config, model), "estimated", when="running"),
+        Item("compiled programs", programs, f"estimated, {len(shapes)} shapes", when="running"),
+    )
+
+
+def step_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Activations of the largest step: XLA's temporaries and the kernels' scratch."""
+    tokens = config.prefill_chunk_tokens
+    attention, router = model.attention, model.moe.router
+    if isinstance(attention, MlaConfig):
+        # Queries and their absorbed form, and the attended latents.
+        q = attention.num_heads * (
+            2 * attention.kv_lora_rank + 2 * attention.rope_head_dim + attention.nope_head_dim
+        )
+    else:
+        q = (2 * attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
+    experts = router.experts_per_token * model.moe.expert_intermediate
+    # float32: residual stream, norms, the blocks' inputs and outputs; then rows' products.
+    floats = tokens * (8 * model.hidden_size + 2 * q + 2 * experts)
+    return 4 * (floats + 4 * config.max_num_seqs * model.vocab_size)
+
+
+def _changes(
+    config: EngineConfig,
+    model: ModelConfig,
+    sizes: WeightSizes,
+    layout: CacheLayout,
+    process_bytes: int,
+) -> tuple[Change, ...]:
+    """Options that need less memory, each alone and at its gentlest useful value."""
+
+    def change(flag: str, cost: str, **options: object) -> Change | None:
+        try:
+            other = EngineConfig.of({n: getattr(config, n) for n in _OPTIONS} | options)
+            other_layout = cache_layout(other, model)
+        except ConfigError:
+            return None
+        items = _items(other, model, sizes, other_layout, process_bytes)
+        return Change(flag, peak_bytes(items), cost)
+
+    out = []
+    if config.load_format != "dummy" and config.backing == "arena" and sizes.mapped:
+        cost = "experts are paged from the files as they are used, which is far slower"
+        out.append(change("--backing=mmap", cost, backing="mmap"))
+    length = layout.max_model_len
+    for shorter in (length // 2, length // 4, length // 16):
+        if shorter >= 256:
+            gb = -(-shorter // layout.page_size) * layout.page_size * layout.token_bytes / 2**30
+            cost = "shorter conversations, fewer of them at once"
+            gb = float(f"{gb * 1.001:.4g}")  # rounded up: the flag must hold what it promises
+            flag = f"--max_model_len={shorter} --kv_cache_gb={gb:.4g}"
+            out.append(change(flag, cost, max_model_len=shorter, kv_cache_gb=gb))
+    if config.prefill_chunk_tokens > 128:
+        cost = "prompts are read more slowly"
+        out.append(change("--prefill_chunk_tokens=128", cost, prefill_chunk_tokens=128))
+    return tuple(c for c in out if c is not None)
+
+
+_OPTIONS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+
+
+def _describe(directory: Directory) -> str:
+    model = directory.model_config
+    format = model.quant.format if model.quant.format != "none" else model.weight_dtype
+    return (
+        f"{model.architecture} at {directory.path}: {model.num_layers} layers, "
+        f"{model.moe.router.num_experts} experts, {format} weights"
+    )
