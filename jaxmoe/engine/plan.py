@@ -28,7 +28,7 @@ from jaxmoe.weights.tensor_table import expert_layouts
 
 # Growth of resident memory over a start without compiled programs on disk, measured on models of 3
 # to 16 layers with 6 and 12 programs (jax 0.10). Starts that find their programs on disk take less.
-START_BYTES = 180 << 20  # pages of jaxlib and LLVM that compiling touches, threads, jax's caches
+COMPILER_BYTES = 180 << 20  # pages of jaxlib and LLVM that compiling touches, threads, jax's caches
 PROGRAM_BYTES = 11 << 20
 GQA_LAYER_BYTES = 1_800_000  # of every program
 MLA_LAYER_BYTES = 3_000_000  # its text is longer
@@ -52,7 +52,7 @@ def make_plan(config: EngineConfig) -> MemoryPlan:
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
     sizes = weight_sizes(config, directory)
     own = memory.anonymous_bytes()
-    process = memory.peak_rss_bytes() + START_BYTES
+    process = memory.peak_rss_bytes()
     layout = cache_layout(config, directory.model_config)
     items = _items(config, directory.model_config, sizes, layout, process)
     # This process ends before the real one starts, so its own memory is free by then.
@@ -98,7 +98,7 @@ def _items(
     experts = sizes.experts - (sizes.mapped if _is_mapped(config) else 0)
     shapes = step_shapes(config.max_num_seqs, config.prefill_chunk_tokens)
     layer_bytes = MLA_LAYER_BYTES if isinstance(model.attention, MlaConfig) else GQA_LAYER_BYTES
-    programs = len(shapes) * (PROGRAM_BYTES + layer_bytes * model.num_layers)
+    programs = COMPILER_BYTES + len(shapes) * (PROGRAM_BYTES + layer_bytes * model.num_layers)
     kv = (
         f"{layout.total_tokens} tokens, {config.max_num_seqs} sequences of up to "
         f"{layout.max_model_len}"
@@ -110,25 +110,32 @@ def _items(
         Item("conversion of weights", sizes.transient, when="loading"),
         Item("KV cache", layout.total_bytes, kv, when="running"),
         Item("step workspace", step_bytes(config, model), "estimated", when="running"),
-        Item("compiled programs", programs, f"estimated, {len(shapes)} shapes", when="running"),
+        Item("compiling", programs, f"estimated, {len(shapes)} programs", when="running"),
     )
 
 
 def step_bytes(config: EngineConfig, model: ModelConfig) -> int:
     """Activations of the largest step: XLA's temporaries and the kernels' scratch."""
-    tokens = config.prefill_chunk_tokens
-    attention, router = model.attention, model.moe.router
-    if isinstance(attention, MlaConfig):
-        # Queries and their absorbed form, and the attended latents.
-        q = attention.num_heads * (
-            2 * attention.kv_lora_rank + 2 * attention.rope_head_dim + attention.nope_head_dim
-        )
-    else:
-        q = (2 * attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
-    experts = router.experts_per_token * model.moe.expert_intermediate
-    # float32: residual stream, norms, the blocks' inputs and outputs; then rows' products.
-    floats = tokens * (8 * model.hidden_size + 2 * q + 2 * experts)
-    return 4 * (floats + 4 * config.max_num_seqs * model.vocab_size)
+    tokens, hidden = config.prefill_chunk_tokens, model.hidden_size
+    # Of every token and expert: stage 1 in float32, and the inputs of both stages as kernels want.
+    pair_bytes = 8 * model.moe.expert_intermediate + 2 * hidden
+    scratch = tokens * model.moe.router.experts_per_token * pair_bytes
+    logits = 4 * config.max_num_seqs * model.vocab_size
+    # Logits as they are, adjusted, sorted, and what is drawn from.
+    return temporary_bytes(tokens, model) + scratch + 4 * logits
+
+
+def temporary_bytes(tokens: int, model: ModelConfig) -> int:
+    """What XLA holds beside its arguments in a prefill of `tokens`, to within 10 % of its own
+    account at the dimensions of configs/bench.
+    """
+    attention = model.attention
+    if isinstance(attention, MlaConfig):  # absorbed queries, and the latents they attend to
+        latent = 2 * attention.kv_lora_rank + attention.rope_head_dim
+        floats = attention.num_heads * latent
+    else:  # queries, what they attend to, keys and values
+        floats = (2 * attention.num_heads + attention.num_kv_heads) * attention.head_dim
+    return 4 * tokens * (12 * model.hidden_size + floats)
 
 
 def _changes(

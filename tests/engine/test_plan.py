@@ -10,17 +10,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from support import tiny_models
 
 from jaxmoe.cli import batch, generate
 from jaxmoe.common.errors import CheckpointError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.batch import step_shapes
 from jaxmoe.engine import plan as planning
-from jaxmoe.engine.plan import make_plan
+from jaxmoe.engine.plan import make_plan, temporary_bytes
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.native_ops import NativeOps
+from jaxmoe.ffi.ops import StepInputs
+from jaxmoe.models import registry
+from jaxmoe.models.decoder import cache_spec
 from jaxmoe.weights import memory
+from jaxmoe.weights.host_store import HostStore
 from jaxmoe.weights.memory import Room
+from jaxmoe.weights.tensor_table import expert_layouts
 
 CHILD = Path(__file__).parents[1] / "support" / "memory_child.py"
 MAKE = Path(__file__).parents[2] / "tools" / "make_checkpoint.py"
@@ -108,6 +119,43 @@ def test_predicted_peak_is_within_5_percent_of_a_real_process(case, tmp_path):
     error = planned / measured["peak_bytes"] - 1
     print(f"{case}: planned {planned >> 20} MiB, {measured['peak_bytes'] >> 20} MiB, {error:+.1%}")
     assert abs(error) <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3_cut", "deepseek_v2_lite_cut", "qwen3_30b_a3b_cut", "olmoe_like"]
+)
+def test_temporaries_are_what_xla_says_at_real_dimensions(name):
+    """Two layers, compiled for weights that are never made."""
+    raw = json.loads((Path(__file__).parents[2] / "configs/bench" / f"{name}.json").read_text())
+    model = ModelConfig.from_hf(raw | {"num_hidden_layers": 2})
+    formats = registry.configured_formats(model)
+    described = registry.describe_model(model, "bfloat16", formats)
+    leaves = {
+        path: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype))
+        for path, spec in described.specs.items()
+    }
+    caches = [
+        tuple(jax.ShapeDtypeStruct((4, 16, a.num_heads, a.head_dim), a.dtype) for a in layer)
+        for layer in cache_spec(model, "bfloat16")
+    ]
+    tokens = 64
+    ints = {n: jax.ShapeDtypeStruct((tokens,), jnp.int32) for n in ("ids", "pos", "rows", "slots")}
+    step = StepInputs(*ints.values(), jax.ShapeDtypeStruct((1, 4), jnp.int32))  # pyright: ignore
+    with CpuRuntime(num_threads=1) as runtime:
+        store = HostStore.create(runtime, expert_layouts(model, formats))  # maps, touches nothing
+        ops = NativeOps(runtime, store, "matrix")
+
+        def run(state, caches, step):
+            merged = nnx.merge(described.graphdef, state)
+            return merged(step, caches, ops, jnp.zeros(1, jnp.int32))
+
+        program = jax.jit(run, donate_argnums=1).lower(described.fill(leaves), caches, step)
+        stated = program.compile().memory_analysis().temp_size_in_bytes
+        store.close()
+    planned = temporary_bytes(tokens, model)
+    print(f"{name}: planned {planned >> 10} KiB, XLA {stated >> 10} KiB")
+    assert abs(planned / stated - 1) <= 0.10
 
 
 @pytest.fixture
