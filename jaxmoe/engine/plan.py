@@ -9,6 +9,7 @@ tests/engine/test_plan.py holds against real processes.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 
@@ -57,12 +58,13 @@ def make_plan(config: EngineConfig) -> MemoryPlan:
     items = _items(config, directory.model_config, sizes, layout, process)
     # This process ends before the real one starts, so its own memory is free by then.
     rooms = tuple(room._replace(free_bytes=room.free_bytes + own) for room in memory.rooms())
+    room_bytes = min(room.free_bytes for room in rooms)
     mapped = sizes.mapped if _is_mapped(config) else 0
     return MemoryPlan(
         model=_describe(directory),
         items=items,
         rooms=rooms,
-        changes=_changes(config, directory.model_config, sizes, layout, process),
+        changes=_changes(config, directory.model_config, sizes, layout, process, room_bytes),
         reclaimable_bytes=mapped,
         notes=directory.notes,
     )
@@ -144,34 +146,58 @@ def _changes(
     sizes: WeightSizes,
     layout: CacheLayout,
     process_bytes: int,
+    room_bytes: int,
 ) -> tuple[Change, ...]:
-    """Options that need less memory, each alone and at its gentlest useful value."""
+    """Options that need less memory, each alone and at the gentlest value that helps."""
+    items = _items(config, model, sizes, layout, process_bytes)
+    need = peak_bytes(items)
+    out: list[Change] = []
 
-    def change(flag: str, cost: str, **options: object) -> Change | None:
+    def offer(flag: str, cost: str, **options: object) -> None:
         try:
             other = EngineConfig.of({n: getattr(config, n) for n in _OPTIONS} | options)
             other_layout = cache_layout(other, model)
         except ConfigError:
-            return None
-        items = _items(other, model, sizes, other_layout, process_bytes)
-        return Change(flag, peak_bytes(items), cost)
+            return
+        peak = peak_bytes(_items(other, model, sizes, other_layout, process_bytes))
+        if peak < need:
+            out.append(Change(flag, peak, cost))
 
-    out = []
-    if config.load_format != "dummy" and config.backing == "arena" and sizes.mapped:
+    if need <= room_bytes:
+        return ()
+    kv_bytes = max(layout.total_bytes - (need - room_bytes), 0)
+    one_bytes = layout.pages_per_sequence * layout.page_size * layout.token_bytes
+    if kv_bytes >= one_bytes:
+        gb = _rounded_down_gb(kv_bytes)
+        cost = f"{int(gb * 2**30) // layout.token_bytes} tokens in all sequences together"
+        offer(f"--kv_cache_gb={gb:g}", cost, kv_cache_gb=gb)
+    else:
+        tokens = max(kv_bytes // layout.token_bytes, _SHORTEST)
+        gb = _rounded_down_gb(tokens * layout.token_bytes + (1 << 20))
+        # Whole pages must fit into the rounded size.
+        fitting = int(gb * 2**30) // layout.token_bytes // layout.page_size * layout.page_size
+        length = min(tokens, fitting)
+        offer(
+            f"--max_model_len={length} --kv_cache_gb={gb:g}",
+            "one conversation at a time, and a shorter one",
+            max_model_len=length,
+            kv_cache_gb=gb,
+        )
+    if config.load_format != "dummy" and config.backing == "arena":
         cost = "experts are paged from the files as they are used, which is far slower"
-        out.append(change("--backing=mmap", cost, backing="mmap"))
-    length = layout.max_model_len
-    for shorter in (length // 2, length // 4, length // 16):
-        if shorter >= 256:
-            gb = -(-shorter // layout.page_size) * layout.page_size * layout.token_bytes / 2**30
-            cost = "shorter conversations, fewer of them at once"
-            gb = float(f"{gb * 1.001:.4g}")  # rounded up: the flag must hold what it promises
-            flag = f"--max_model_len={shorter} --kv_cache_gb={gb:.4g}"
-            out.append(change(flag, cost, max_model_len=shorter, kv_cache_gb=gb))
-    if config.prefill_chunk_tokens > 128:
+        offer("--backing=mmap", cost, backing="mmap")
+    if config.prefill_chunk_tokens > _SMALL_CHUNK:
         cost = "prompts are read more slowly"
-        out.append(change("--prefill_chunk_tokens=128", cost, prefill_chunk_tokens=128))
-    return tuple(c for c in out if c is not None)
+        offer(f"--prefill_chunk_tokens={_SMALL_CHUNK}", cost, prefill_chunk_tokens=_SMALL_CHUNK)
+    return tuple(out)
+
+
+_SHORTEST = 256  # tokens: a context nobody would want less of
+_SMALL_CHUNK = 128  # still many rows a weight read from memory
+
+
+def _rounded_down_gb(nbytes: int) -> float:
+    return math.floor(nbytes / 2**30 * 1000) / 1000
 
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(EngineConfig))

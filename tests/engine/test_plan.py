@@ -182,11 +182,23 @@ def test_every_option_that_takes_memory_shows(tiny):
     assert dummy.items[0].nbytes == items["routed experts"].nbytes
 
 
-def test_suggestions_do_what_they_say(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("short_bytes", "flags"),
+    [
+        (5 << 20, {"--kv_cache_gb", "--backing", "--prefill_chunk_tokens"}),
+        (60 << 20, {"--max_model_len", "--backing", "--prefill_chunk_tokens"}),
+    ],
+)
+def test_suggestions_do_what_they_say(tiny, monkeypatch, short_bytes, flags):
     """Each flag offered, given to a new plan, needs what was promised."""
-    options = {"model": str(tiny), "prefill_chunk_tokens": 2048, "kv_cache_gb": 0.02}
+    options = {"model": str(tiny), "prefill_chunk_tokens": 2048, "max_model_len": 4096}
+    options |= {"kv_cache_gb": 0.06}
+    make_plan(EngineConfig.of(options))  # what only the first plan takes is taken
+    free = make_plan(EngineConfig.of(options)).peak_bytes - short_bytes
+    monkeypatch.setattr(planning.memory, "rooms", lambda: [Room(free, "bound")])
+    monkeypatch.setattr(planning.memory, "anonymous_bytes", lambda: 0)
     plan = make_plan(EngineConfig.of(options))
-    assert len(plan.changes) >= 3
+    assert not plan.fits and {c.flag.split("=")[0] for c in plan.changes} == flags
     own = memory.peak_rss_bytes()
     for change in plan.changes:
         given = dict(part.removeprefix("--").split("=") for part in change.flag.split())
@@ -194,6 +206,7 @@ def test_suggestions_do_what_they_say(tiny, monkeypatch):
         again = peak(**options | given | numbers)
         assert abs(again - change.peak_bytes) <= memory.peak_rss_bytes() - own + (1 << 20)
         assert change.peak_bytes < plan.peak_bytes
+    assert "use --kv_cache_gb=" in plan.describe() or short_bytes > 5 << 20
 
 
 @pytest.mark.parametrize("command", [generate, batch])
