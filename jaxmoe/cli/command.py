@@ -33,8 +33,7 @@ def define_help(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
 
 
-def define_model_flags(values: flags.FlagValues) -> None:
-    """What every command that loads a model takes, the options among it."""
+def define_plan_only(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "plan_only",
         False,
@@ -42,6 +41,11 @@ def define_model_flags(values: flags.FlagValues) -> None:
         "nothing; the exit code is 0 if it fits and 3 if not",
         flag_values=values,
     )
+
+
+def define_model_flags(values: flags.FlagValues) -> None:
+    """What every command that loads a model takes, the options among it."""
+    define_plan_only(values)
     flags.DEFINE_boolean("quiet", False, "nothing on stderr but errors", flag_values=values)
     flags.DEFINE_boolean("verbose", False, "log every step of the way", flag_values=values)
     define_help(values)

@@ -61,6 +61,13 @@ class Chat:
         driver.get(url + "/")
         self.until(lambda: self.text("#model") == model)
 
+    @classmethod
+    def on(cls, driver):
+        """The page as it is, whatever it says of its server."""
+        chat = cls.__new__(cls)
+        chat.driver = driver
+        return chat
+
     def js(self, code, *args):
         return self.driver.execute_script(code, *args)
 
