@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags
 
 from jaxmoe.cli import bench_client, bench_load, bench_plot, bench_report, command
+from jaxmoe.cli import flags as option_flags
 from jaxmoe.cli.bench_load import Point
 from jaxmoe.common.errors import ConfigError, JaxMoeError
 
@@ -33,19 +34,28 @@ _KEYS = ("JAXMOE_API_KEY", "OPENAI_API_KEY")  # from the environment: flags show
 def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
 
+    def said(words: str, default: object) -> str:
+        return words if default is None else f"{words} (default {default})"
+
     def text(name: str, default: str | None, words: str) -> None:
-        flags.DEFINE_string(name, default, words, flag_values=values)
+        flags.DEFINE_string(name, default, said(words, default), flag_values=values)
 
     def whole(name: str, default: int, words: str) -> None:
+        words = said(words, default)
         flags.DEFINE_integer(name, default, words, lower_bound=0, flag_values=values)
 
     def number(name: str, default: float | None, words: str) -> None:
+        words = said(words, default)
         flags.DEFINE_float(name, default, words, lower_bound=0.0, flag_values=values)
 
     text("url", "http://127.0.0.1:8000", "of the server, with or without /v1")
     text("model", None, "default: the first that the server names")
     flags.DEFINE_enum(
-        "endpoint", "chat", list(bench_client.PATHS), "which API to use", flag_values=values
+        "endpoint",
+        "chat",
+        list(bench_client.PATHS),
+        "which API to use (default chat)",
+        flag_values=values,
     )
     whole("requests", 50, "requests of every point")
     whole("warmup", 2, "requests sent before, one after the other, that do not count")
@@ -55,7 +65,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_boolean(
         "ignore_eos",
         True,
-        "ask for output_tokens whatever the model says; turn off for servers that refuse the field",
+        "ask for output_tokens whatever the model says; turn off for servers that refuse the field "
+        "(default true)",
         flag_values=values,
     )
     number("temperature", 0.0, "of every request")
@@ -76,18 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command: 0, or 1 after an error or if no request was answered."""
     values = define_flags()
     return command.run(
-        "jaxmoe_bench", values, lambda rest: _run(values, rest), lambda: _usage(values), argv
+        "jaxmoe_bench",
+        values,
+        lambda rest: _run(values, rest),
+        lambda: option_flags.usage(values, __doc__ or ""),
+        argv,
     )
-
-
-def _usage(values: flags.FlagValues) -> str:
-    lines = [(__doc__ or "").rstrip(), ""]
-    for name in values:
-        flag = values[name]
-        if len(name) > 1 and name != "help":
-            default = "" if flag.default is None else f" (default {flag.default})"
-            lines.append(f"  --{name:14} {flag.help}{default}")
-    return "\n".join(lines)
 
 
 def _run(values: flags.FlagValues, rest: list[str]) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from jaxmoe.cli import command, doctor_machine, doctor_software
+from jaxmoe.cli import flags as option_flags
 from jaxmoe.cli.doctor_check import FAIL, Check, guarded
 from jaxmoe.config.engine_config import EngineConfig
 
@@ -42,13 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command: 0, or 1 if a check failed (or the command line is wrong)."""
     values = define_flags()
     return command.run(
-        "jaxmoe_doctor", values, lambda rest: _run(values, rest), lambda: _usage(values), argv
+        "jaxmoe_doctor",
+        values,
+        lambda rest: _run(values, rest),
+        lambda: option_flags.usage(values, __doc__ or ""),
+        argv,
     )
-
-
-def _usage(values: flags.FlagValues) -> str:
-    lines = [f"  --{name}  {values[name].help}" for name in ("json", "bandwidth", "cache_dir")]
-    return "\n".join([(__doc__ or "").rstrip(), "", *lines])
 
 
 def _run(values: flags.FlagValues, rest: list[str]) -> int:
