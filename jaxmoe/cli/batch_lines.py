@@ -197,7 +197,7 @@ def _token_id(key: str) -> Any:
 
 def error_record(line: int, error: LineError) -> dict[str, Any]:
     return {
-        "id": f"line-{line}",
+        "id": f"batch_req_{line}",
         "line": line,
         "custom_id": error.custom_id,
         "response": None,
@@ -212,7 +212,7 @@ def record(
     completions = [c for output in outputs for c in output.outputs]
     n = item.params.n
     usage = _usage(outputs, completions)
-    head = {"id": f"line-{item.line}", "line": item.line, "custom_id": item.custom_id}
+    head = {"id": f"batch_req_{item.line}", "line": item.line, "custom_id": item.custom_id}
     if item.form == "plain":
         choices = [_plain_choice(i, c) for i, c in enumerate(completions)]
         first = {k: v for k, v in choices[0].items() if k != "index"}

@@ -6,9 +6,11 @@ off when the file is opened again; what it finished is not computed again.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,34 @@ class BatchOutput:
             self._ids.add(record["custom_id"])
         else:
             self._lines.add(record["line"])
+
+
+class BatchOutputs:
+    """Where answers go, and where records of lines with an error go: often the same file."""
+
+    def __init__(self, answers: BatchOutput, errors: BatchOutput) -> None:
+        self.answers = answers
+        self.errors = errors
+
+    def is_done(self, line: int, custom_id: str | None) -> bool:
+        return self.answers.is_done(line, custom_id) or self.errors.is_done(line, custom_id)
+
+    def is_known_duplicate(self, line: int) -> bool:
+        return self.answers.is_known_duplicate(line) or self.errors.is_known_duplicate(line)
+
+
+@contextlib.contextmanager
+def open_outputs(
+    in_path: Path, out_path: Path, errors_path: Path | None = None
+) -> Iterator[BatchOutputs]:
+    """The files of a batch, none of which may be another; without `errors_path` errors go to
+    `out_path`.
+    """
+    if out_path.exists() and in_path.resolve() == out_path.resolve():
+        raise ConfigError(f"--output: {out_path} is the input; wanted another file")
+    if errors_path is not None and errors_path.resolve() in (in_path.resolve(), out_path.resolve()):
+        raise ConfigError(f"--errors: {errors_path} is the input or output; wanted another file")
+    with contextlib.ExitStack() as stack:
+        answers = stack.enter_context(BatchOutput(out_path))
+        errors = answers if errors_path is None else stack.enter_context(BatchOutput(errors_path))
+        yield BatchOutputs(answers, errors)

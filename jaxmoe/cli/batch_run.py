@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxmoe.cli.batch_lines import MAX_LINE_BYTES, Item, LineError, error_record, parse_line, record
-from jaxmoe.cli.batch_output import DUPLICATE, BatchOutput
+from jaxmoe.cli.batch_output import DUPLICATE, BatchOutputs
 from jaxmoe.common.errors import ConfigError, RequestError
 from jaxmoe.llm import LLM
 from jaxmoe.request import RequestOutput
@@ -68,7 +68,7 @@ class BatchRun:
     def __init__(
         self,
         llm: LLM,
-        output: BatchOutput,
+        outputs: BatchOutputs,
         base: SamplingParams,
         model: str,
         done: Callable[[Totals], None] = lambda totals: None,
@@ -76,7 +76,7 @@ class BatchRun:
         self.totals = Totals()
         self._llm = llm
         self._engine = llm.engine
-        self._output = output
+        self._outputs = outputs
         self._base = base
         self._model = model
         self._done = done
@@ -115,7 +115,7 @@ class BatchRun:
             return
         if item.custom_id is not None:
             self._seen.add(item.custom_id)
-        if self._output.is_done(number, item.custom_id):
+        if self._outputs.is_done(number, item.custom_id):
             self.totals.skipped += 1
             self._done(self.totals)
             return
@@ -148,7 +148,7 @@ class BatchRun:
             error = LineError("model_error", "the model's logits are not finite", item.custom_id)
             self._refuse(item.line, error)
             return
-        self._output.write(record(item, outputs, self._model, self._llm.tokenizer))
+        self._outputs.answers.write(record(item, outputs, self._model, self._llm.tokenizer))
         self.totals.answered += 1
         self.totals.prompt_tokens += sum(len(o.prompt_token_ids) for o in outputs)
         self.totals.output_tokens += sum(len(c.token_ids) for o in outputs for c in o.outputs)
@@ -156,14 +156,14 @@ class BatchRun:
 
     def _refuse(self, number: int, error: LineError) -> None:
         known = (
-            self._output.is_known_duplicate(number)
+            self._outputs.is_known_duplicate(number)
             if error.code == DUPLICATE
-            else self._output.is_done(number, error.custom_id)
+            else self._outputs.is_done(number, error.custom_id)
         )
         if known:
             self.totals.skipped += 1
         else:
-            self._output.write(error_record(number, error))
+            self._outputs.errors.write(error_record(number, error))
             self.totals.errors += 1
         self._done(self.totals)
 

@@ -49,6 +49,15 @@ def prefill_size(num_tokens: int, num_rows: int, *, chunk: int, max_rows: int) -
     return tokens, min(rows, decode_size(max_rows))
 
 
+def step_shapes(max_num_seqs: int, chunk: int) -> list[tuple[str, int, int]]:
+    """Every (kind, tokens, rows) that steps can have: one compiled program each."""
+    decode = [("decode", 1 << i, 1 << i) for i in range((max_num_seqs - 1).bit_length() + 1)]
+    tokens = [s for s in PREFILL_SIZES if s < chunk] + [chunk]
+    most = decode_size(max_num_seqs)
+    rows = sorted({min(r, most) for r in (*PREFILL_ROWS, max_num_seqs)})
+    return decode + [("prefill", t, r) for t in tokens for r in rows if r <= t]
+
+
 class BlockTables:
     """Every slot's page ids `[num_slots, MP]`, -1 where unused; only what is new is written."""
 

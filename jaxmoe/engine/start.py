@@ -110,14 +110,7 @@ def start(config: EngineConfig) -> Started:
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
     model_config = directory.model_config
     spec = cache_spec(model_config, config.compute_dtype)
-    layout = plan_cache(
-        token_bytes=store.token_bytes(spec),
-        page_size=config.page_size,
-        max_num_seqs=config.max_num_seqs,
-        model_limit=model_config.max_position,
-        max_model_len=config.max_model_len,
-        kv_cache_gb=config.kv_cache_gb,
-    )
+    layout = cache_layout(config, model_config)
     _require_cache_memory(layout)
     programs = compile_cache.enable(config.cache_path)
     runtime = CpuRuntime(num_threads=config.num_threads, isa=config.isa)
@@ -167,6 +160,18 @@ def start(config: EngineConfig) -> Started:
         step,
         loaded,
         runtime,
+    )
+
+
+def cache_layout(config: EngineConfig, model_config: ModelConfig) -> CacheLayout:
+    """How large the KV cache is with these options; raises ConfigError."""
+    return plan_cache(
+        token_bytes=store.token_bytes(cache_spec(model_config, config.compute_dtype)),
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        model_limit=model_config.max_position,
+        max_model_len=config.max_model_len,
+        kv_cache_gb=config.kv_cache_gb,
     )
 
 

@@ -5,32 +5,49 @@ killer.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from jaxmoe.common.errors import CapacityError
 
 _CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT = 1 << 62  # version 1 says "none" by a number near 2^63
 
 
 def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def available_bytes(cgroup_root: Path = _CGROUP) -> int:
-    """What this process may still take: the machine's, or a container limit's if that is less."""
-    room = psutil.virtual_memory().available
+class Room(NamedTuple):
+    """Memory that this process may still take, and what sets that bound."""
+
+    free_bytes: int
+    source: str
+
+
+def rooms(cgroup_root: Path = _CGROUP) -> list[Room]:
+    """The machine's free memory, then what each limited control group of this process leaves."""
+    memory = psutil.virtual_memory()
+    found = [Room(memory.available, "free memory of the machine")]
     for folder in _own_cgroups(cgroup_root):
         limit = _number(folder / "memory.max")  # version 2
         used, stat, file_key = _number(folder / "memory.current"), folder / "memory.stat", "file"
         if limit is None:  # version 1
             limit = _number(folder / "memory.limit_in_bytes")
             used, file_key = _number(folder / "memory.usage_in_bytes"), "total_cache"
-        if limit is not None and used is not None:
-            # The page cache counts as used, but the kernel drops it first.
-            cache = _stat(stat, file_key) - _stat(stat, "shmem")
-            room = min(room, limit - used + max(cache, 0))
-    return max(room, 0)
+        if limit is None or used is None or limit >= _NO_LIMIT:
+            continue
+        # The page cache counts as used, but the kernel drops it first.
+        cache = _stat(stat, file_key) - _stat(stat, "shmem")
+        free = max(limit - used + max(cache, 0), 0)
+        found.append(Room(free, f"limit {gib(limit)} of control group {folder}"))
+    return found
+
+
+def available_bytes(cgroup_root: Path = _CGROUP) -> int:
+    """What this process may still take: the machine's, or a container limit's if that is less."""
+    return max(min(room.free_bytes for room in rooms(cgroup_root)), 0)
 
 
 _SMALLER = (
@@ -64,10 +81,19 @@ def require(planned: int, what: str, change: str = _SMALLER) -> int:
 
 def peak_rss_bytes() -> int:
     """The most resident memory this process ever had."""
+    return _own_status("VmHWM") or psutil.Process().memory_info().rss
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that no file stands behind: what ending it would free."""
+    return _own_status("RssAnon") or 0
+
+
+def _own_status(key: str) -> int | None:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    return psutil.Process().memory_info().rss
+    return None
 
 
 def _own_cgroups(root: Path) -> list[Path]:

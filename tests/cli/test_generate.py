@@ -12,31 +12,17 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from support import fake_step
 
-import jaxmoe.llm
 from jaxmoe.cli import generate
 from jaxmoe.cli.batch_lines import LineError, parse_line
 from jaxmoe.cli.batch_output import BatchOutput
 from jaxmoe.common.errors import ConfigError
-from jaxmoe.llm import LLM
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.text.chat_template import ChatTemplate
-
-TEMPLATE = ChatTemplate("{% for m in messages %}<{{ m.content }}>{% endfor %}")
-
-
-def make_llm(config=None):
-    engine, _ = fake_step.make_engine(lambda prompt: prompt[::-1], num_pages=64)
-    llm = LLM.on_engine(engine, engine.tokenizer, TEMPLATE)
-    llm.report = "the report"
-    return llm
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(loaded, capsys):
     """Runs the command; returns exit code, stdout and stderr."""
-    monkeypatch.setattr(jaxmoe.llm.LLM, "of", classmethod(lambda cls, config: make_llm(config)))
 
     def run(*argv):
         code = generate.main(["jaxmoe_generate", *argv])
@@ -333,7 +319,7 @@ def test_results_are_written_as_they_finish_and_survive_a_kill(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import jaxmoe.llm
         from jaxmoe.cli import batch_output, generate
-        from test_generate import make_llm
+        from conftest import make_llm
         jaxmoe.llm.LLM.of = classmethod(lambda cls, config: make_llm(config))
         write, left = batch_output.BatchOutput.write, [13]
         def dying(self, record):

@@ -1,0 +1,212 @@
+"""The memory a start would take, before it takes it: config.json, safetensors headers and options.
+
+No weight is read and no program compiled. Weights and KV cache are exact. What the process itself
+takes (Python, jax, the tokenizer) is measured in the process that plans, which has loaded the same.
+What compiled programs and steps take is estimated from the constants below, which
+tests/engine/test_plan.py holds against real processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from jaxmoe.common.errors import ConfigError
+from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.decode.batch import step_shapes
+from jaxmoe.engine.memory_plan import Change, Item, MemoryPlan, peak_bytes
+from jaxmoe.engine.start import Directory, cache_layout, model_path, read_directory
+from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.models import registry
+from jaxmoe.weights import memory
+from jaxmoe.weights.loader import leaf_bytes, plan_load
+from jaxmoe.weights.read_pool import default_threads
+from jaxmoe.weights.safetensors_reader import Checkpoint
+from jaxmoe.weights.tensor_table import expert_layouts
+
+# Growth of resident memory over a start without compiled programs on disk, measured on models of 3
+# to 16 layers with 6 and 12 programs (jax 0.10). Starts that find their programs on disk take less.
+COMPILER_BYTES = 180 << 20  # pages of jaxlib and LLVM that compiling touches, threads, jax's caches
+PROGRAM_BYTES = 11 << 20
+GQA_LAYER_BYTES = 1_800_000  # of every program
+MLA_LAYER_BYTES = 3_000_000  # its text is longer
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of a checkpoint in memory. mapped: the part of `experts` that backing="mmap" leaves in
+    the files. transient: see `LoadPlan`.
+    """
+
+    experts: int
+    mapped: int
+    others: int
+    transient: int
+
+
+def make_plan(config: EngineConfig) -> MemoryPlan:
+    """What `start(config)` would take. Raises what it would: ConfigError, CheckpointError."""
+    jax.local_devices(backend="cpu")  # so that what is measured below is there
+    directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
+    sizes = weight_sizes(config, directory)
+    own = memory.anonymous_bytes()
+    process = memory.peak_rss_bytes()
+    layout = cache_layout(config, directory.model_config)
+    items = _items(config, directory.model_config, sizes, layout, process)
+    # This process ends before the real one starts, so its own memory is free by then.
+    rooms = tuple(room._replace(free_bytes=room.free_bytes + own) for room in memory.rooms())
+    room_bytes = min(room.free_bytes for room in rooms)
+    mapped = sizes.mapped if _is_mapped(config) else 0
+    return MemoryPlan(
+        model=_describe(directory),
+        items=items,
+        rooms=rooms,
+        changes=_changes(config, directory.model_config, sizes, layout, process, room_bytes),
+        reclaimable_bytes=mapped,
+        notes=directory.notes,
+    )
+
+
+def weight_sizes(config: EngineConfig, directory: Directory) -> WeightSizes:
+    """From the headers of the checkpoint, which must be the model's; of random weights from
+    config.json.
+    """
+    model = directory.model_config
+    if config.load_format == "dummy":
+        formats = registry.configured_formats(model)
+        specs = registry.describe_model(model, config.compute_dtype, formats).specs
+        experts = sum(layout.total_bytes for layout in expert_layouts(model, formats))
+        return WeightSizes(experts, 0, sum(map(leaf_bytes, specs.values())), 0)
+    with Checkpoint.open(directory.path) as checkpoint:
+        load = plan_load(checkpoint, model, registry, config.compute_dtype, default_threads())
+    mapped = sum(matrix.weight.nbytes for matrix in load.table.matrices)
+    return WeightSizes(load.expert_bytes, mapped, load.leaf_bytes, load.transient_bytes)
+
+
+def _is_mapped(config: EngineConfig) -> bool:
+    return config.backing == "mmap" and config.load_format != "dummy"
+
+
+def _items(
+    config: EngineConfig,
+    model: ModelConfig,
+    sizes: WeightSizes,
+    layout: CacheLayout,
+    process_bytes: int,
+) -> tuple[Item, ...]:
+    experts = sizes.experts - (sizes.mapped if _is_mapped(config) else 0)
+    shapes = step_shapes(config.max_num_seqs, config.prefill_chunk_tokens)
+    layer_bytes = MLA_LAYER_BYTES if isinstance(model.attention, MlaConfig) else GQA_LAYER_BYTES
+    programs = COMPILER_BYTES + len(shapes) * (PROGRAM_BYTES + layer_bytes * model.num_layers)
+    kv = (
+        f"{layout.total_tokens} tokens, {config.max_num_seqs} sequences of up to "
+        f"{layout.max_model_len}"
+    )
+    return (
+        Item("routed experts", experts, f"{config.load_format}, {config.backing}"),
+        Item("other weights", sizes.others),
+        Item("the process", process_bytes, "Python, jax, tokenizer: measured here"),
+        Item("conversion of weights", sizes.transient, when="loading"),
+        Item("KV cache", layout.total_bytes, kv, when="running"),
+        Item("step workspace", step_bytes(config, model), "estimated", when="running"),
+        Item("compiling", programs, f"estimated, {len(shapes)} programs", when="running"),
+    )
+
+
+def step_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Activations of the largest step: XLA's temporaries and the kernels' scratch."""
+    tokens, hidden = config.prefill_chunk_tokens, model.hidden_size
+    # Of every token and expert: stage 1 in float32, and the inputs of both stages as kernels want.
+    pair_bytes = 8 * model.moe.expert_intermediate + 2 * hidden
+    scratch = tokens * model.moe.router.experts_per_token * pair_bytes
+    logits = 4 * config.max_num_seqs * model.vocab_size
+    # Logits as they are, adjusted, sorted, and what is drawn from.
+    return temporary_bytes(tokens, model) + scratch + 4 * logits
+
+
+def temporary_bytes(tokens: int, model: ModelConfig) -> int:
+    """What XLA holds beside its arguments in a prefill of `tokens`, to within 10 % of its own
+    account at the dimensions of configs/bench.
+    """
+    attention = model.attention
+    if isinstance(attention, MlaConfig):  # absorbed queries, and the latents they attend to
+        latent = 2 * attention.kv_lora_rank + attention.rope_head_dim
+        floats = attention.num_heads * latent
+    else:  # queries, what they attend to, keys and values
+        floats = (2 * attention.num_heads + attention.num_kv_heads) * attention.head_dim
+    return 4 * tokens * (12 * model.hidden_size + floats)
+
+
+def _changes(
+    config: EngineConfig,
+    model: ModelConfig,
+    sizes: WeightSizes,
+    layout: CacheLayout,
+    process_bytes: int,
+    room_bytes: int,
+) -> tuple[Change, ...]:
+    """Options that need less memory, each alone and at the gentlest value that helps."""
+    items = _items(config, model, sizes, layout, process_bytes)
+    need = peak_bytes(items)
+    out: list[Change] = []
+
+    def offer(flag: str, cost: str, **options: object) -> None:
+        try:
+            other = EngineConfig.of({n: getattr(config, n) for n in _OPTIONS} | options)
+            other_layout = cache_layout(other, model)
+        except ConfigError:
+            return
+        peak = peak_bytes(_items(other, model, sizes, other_layout, process_bytes))
+        if peak < need:
+            out.append(Change(flag, peak, cost))
+
+    if need <= room_bytes:
+        return ()
+    kv_bytes = max(layout.total_bytes - (need - room_bytes), 0)
+    one_bytes = layout.pages_per_sequence * layout.page_size * layout.token_bytes
+    if kv_bytes >= one_bytes:
+        gb = _rounded_down_gb(kv_bytes)
+        cost = f"{int(gb * 2**30) // layout.token_bytes} tokens in all sequences together"
+        offer(f"--kv_cache_gb={gb:g}", cost, kv_cache_gb=gb)
+    else:
+        tokens = max(kv_bytes // layout.token_bytes, _SHORTEST)
+        gb = _rounded_down_gb(tokens * layout.token_bytes + (1 << 20))
+        # Whole pages must fit into the rounded size.
+        fitting = int(gb * 2**30) // layout.token_bytes // layout.page_size * layout.page_size
+        length = min(tokens, fitting)
+        offer(
+            f"--max_model_len={length} --kv_cache_gb={gb:g}",
+            "one conversation at a time, and a shorter one",
+            max_model_len=length,
+            kv_cache_gb=gb,
+        )
+    if config.load_format != "dummy" and config.backing == "arena":
+        cost = "experts are paged from the files as they are used, which is far slower"
+        offer("--backing=mmap", cost, backing="mmap")
+    if config.prefill_chunk_tokens > _SMALL_CHUNK:
+        cost = "prompts are read more slowly"
+        offer(f"--prefill_chunk_tokens={_SMALL_CHUNK}", cost, prefill_chunk_tokens=_SMALL_CHUNK)
+    return tuple(out)
+
+
+_SHORTEST = 256  # tokens: a context nobody would want less of
+_SMALL_CHUNK = 128  # still many rows a weight read from memory
+
+
+def _rounded_down_gb(nbytes: int) -> float:
+    return math.floor(nbytes / 2**30 * 1000) / 1000
+
+
+_OPTIONS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+
+
+def _describe(directory: Directory) -> str:
+    model = directory.model_config
+    format = model.quant.format if model.quant.format != "none" else model.weight_dtype
+    return (
+        f"{model.architecture} at {directory.path}: {model.num_layers} layers, "
+        f"{model.moe.router.num_experts} experts, {format} weights"
+    )
