@@ -16,7 +16,6 @@ Some tokenizers mark these tags as special tokens: parse text that was written w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.text.tags import could_begin, first_of, unfinished
