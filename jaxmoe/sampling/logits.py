@@ -1,4 +1,4 @@
-"""Adjustments of logits that depend on the text so far: penalties, biases, bans.
+"""Adjustments of logits that depend on the text so far: penalties, biases, bans, grammars' masks.
 
 The counts of tokens live on the device, one row a running sequence, and are kept up to date with
 the tokens that a step is fed, so that nothing but the new tokens travels. Only steps with a row
@@ -117,3 +117,16 @@ def adjust(
             biases.values,
         ),
     )
+
+
+def apply_masks(
+    logits: jax.Array,  # [R, V] f32
+    masks: jax.Array,  # [R, ceil(V / 32)] uint32, bit i % 32 of word i // 32: token i is allowed
+) -> jax.Array:
+    """`[R, V]` logits with minus infinity where a row's mask forbids. NaN stays, for it says that
+    the model is broken.
+    """
+    tokens = jnp.arange(logits.shape[1], dtype=jnp.uint32)
+    words = jnp.repeat(masks, 32, axis=1, total_repeat_length=masks.shape[1] * 32)
+    allowed = (words[:, : logits.shape[1]] >> (tokens % 32)) & 1
+    return jnp.where((allowed == 1) | jnp.isnan(logits), logits, -jnp.inf)
