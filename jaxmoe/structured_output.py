@@ -24,6 +24,9 @@ MAX_DEPTH = 64
 MAX_REGEX_CHARS = 16_384
 MAX_CHOICES = 4096
 MAX_TAG_CHARS = 64
+# Models write JSON with a blank after colons and commas, or without; free white space would let a
+# bad one write blanks for ever.
+JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ import llguidance
 import numpy as np
 
 from jaxmoe.common.errors import RequestError
-from jaxmoe.structured_output import StructuredOutput
+from jaxmoe.structured_output import JSON_OPTIONS, StructuredOutput
 
 COMPILE_TIMEOUT_S = 10.0  # usual schemas take 10 ms; the limits below end most others in 2 s
 MAX_CACHED = 64  # grammars; usual ones take under 1 MB
@@ -35,10 +35,6 @@ WORKERS = 2
 # tokens. An ambiguous grammar takes 0.1 to 1 s a token, for all who share the engine.
 MASK_BUDGET_S = 2.0
 MASK_BUDGET_S_PER_TOKEN = 0.01
-# Models write JSON with a blank after colons and commas, or without; free white space would let a
-# bad one write blanks for ever.
-JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-
 _LIMITS: dict[str, Any] = {
     "max_lexer_states": 50_000,  # 1 to 2 kB each
     "max_grammar_size": 100_000,
@@ -140,17 +136,28 @@ class GrammarCompiler:
                 limits=llguidance.LLParserLimits(**_LIMITS),
             )
         except ValueError as e:
-            raise RequestError(f"{spec.kind}: {_first_line(str(e))}") from None
-        if not matcher.is_error():
-            # The first mask shows much of what is too complex.
-            first = self._vocabulary.mask_of(matcher)
-            if not matcher.is_error() and not self._vocabulary.goes_on(first):
-                raise RequestError(
-                    f"{spec.kind}: no text of this model's tokens but the empty one matches"
-                )
-        if matcher.is_error():
-            raise RequestError(f"{spec.kind}: {_first_line(matcher.get_error())}")
+            raise RequestError(f"{spec.kind}: {_in_short(str(e))}") from None
+        failed = matcher if matcher.is_error() else self._try(matcher, spec)
+        if failed.is_error():
+            raise RequestError(f"{spec.kind}: {_in_short(failed.get_error())}")
         return matcher
+
+    def _try(self, matcher: llguidance.LLMatcher, spec: StructuredOutput) -> llguidance.LLMatcher:
+        """The first two masks, which show most of what is too complex; the matcher that made
+        them.
+        """
+        first = self._vocabulary.mask_of(matcher)
+        if matcher.is_error():
+            return matcher
+        token = self._vocabulary.first_of(first)
+        if token is None:
+            raise RequestError(
+                f"{spec.kind}: no text of this model's tokens but the empty one matches"
+            )
+        copy = matcher.deep_copy()
+        copy.consume_token(token)
+        self._vocabulary.mask_of(copy)
+        return copy
 
 
 class _Vocabulary:
@@ -205,6 +212,11 @@ class _Vocabulary:
     def goes_on(self, words: np.ndarray) -> bool:
         """Whether a mask allows anything but the end."""
         return bool((words & ~self._eos_words).any())
+
+    def first_of(self, words: np.ndarray) -> int | None:
+        """The first token that a mask allows, but for ends of text."""
+        bits = np.unpackbits((words & ~self._eos_words).view(np.uint8), bitorder="little")
+        return int(bits.argmax()) if bits.any() else None
 
 
 class SequenceGrammar:
@@ -285,7 +297,7 @@ class SequenceGrammar:
             self._state = "on"
             self._allowed_s += MASK_BUDGET_S_PER_TOKEN
             if not self._timed(lambda: self._matcher.consume_token(token)):
-                self.error = _first_line(self._matcher.get_error()) or "the token does not fit"
+                self.error = _in_short(self._matcher.get_error()) or "the token does not fit"
                 return
             if self._matcher.is_stopped() and not self._matcher.is_error():
                 self.complete = True
@@ -296,7 +308,7 @@ class SequenceGrammar:
         """Computes the next mask; the grammar is complete where only the end may follow."""
         self._mask = self._timed(lambda: self._vocabulary.mask_of(self._matcher))
         if self._matcher.is_error():
-            self.error = _first_line(self._matcher.get_error()) or "the grammar is too complex"
+            self.error = _in_short(self._matcher.get_error()) or "the grammar is too complex"
         elif self._used_s > self._allowed_s:
             self.error = f"the grammar took {self._used_s:.1f} s of computing; simplify it"
         elif not self._vocabulary.goes_on(self._mask):
@@ -370,6 +382,7 @@ def _has(words: np.ndarray, token: int) -> bool:
     return word < words.size and bool(words[word] >> np.uint32(token % _WORD) & np.uint32(1))
 
 
-def _first_line(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[0][:300].replace(" <non-verbose/>", "") if lines else ""
+def _in_short(message: str) -> str:
+    """The library's message on one line, without its dump of the grammar."""
+    words = " ".join(message.split()).replace(" <non-verbose/>", "")
+    return words if len(words) <= 300 else words[:297] + "..."

@@ -126,7 +126,6 @@ def apply_masks(
     """`[R, V]` logits with minus infinity where a row's mask forbids. NaN stays, for it says that
     the model is broken.
     """
-    tokens = jnp.arange(logits.shape[1], dtype=jnp.uint32)
-    words = jnp.repeat(masks, 32, axis=1, total_repeat_length=masks.shape[1] * 32)
-    allowed = (words[:, : logits.shape[1]] >> (tokens % 32)) & 1
-    return jnp.where((allowed == 1) | jnp.isnan(logits), logits, -jnp.inf)
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1  # [R, W, 32]
+    allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] == 1
+    return jnp.where(allowed | jnp.isnan(logits), logits, -jnp.inf)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxmoe.common.errors import ConfigError
+from jaxmoe.structured_output import StructuredOutput
 from jaxmoe.text.reasoning import (
     ReasoningParser,
     choose_reasoning_format,
@@ -94,14 +95,21 @@ class OutputFormats:
             calls = make_tool_parser(self.tools, tools, make_id)
         return OutputParser(thoughts, calls)
 
-    def begins_after(self, prompt: str, continued: str = "") -> str | None:
-        """The tag after which a grammar applies (`StructuredOutput.begins_after`): the end of the
-        thoughts that `prompt` opens, or None.
+    def after_thoughts(
+        self, structured: StructuredOutput, prompt: str, continued: str = ""
+    ) -> StructuredOutput:
+        """The same grammar, applied to the answer only: after thoughts that `prompt` opened or
+        that the model may open itself.
         """
         if self.reasoning is None:
-            return None
+            return structured
         format = reasoning_format(self.reasoning)
-        return format.end if opens_thoughts(prompt, format, continued) else None
+        opened = opens_thoughts(prompt, format, continued)
+        if not opened and (continued or prompt.rstrip().endswith(format.end)):
+            return structured  # the prompt says that there are none, or that they are over
+        return dataclasses.replace(
+            structured, thoughts=(format.begin, format.end), begins_in_thoughts=opened
+        )
 
 
 class OutputParser:

@@ -33,7 +33,7 @@ class QwenCoderParser(ToolCallParser):
 
     def __init__(self, tools: Sequence[Mapping[str, Any]], make_id: Callable[[], str]) -> None:
         super().__init__(make_id)
-        self._types = {name: _parameter_types(f) for name, f in functions(tools).items()}
+        self._types = {name: parameter_types(f) for name, f in functions(tools).items()}
         self._name = self._key = ""
         self._first = True  # no parameter yet
         self._begun = False  # the first character of the value was seen
@@ -162,7 +162,7 @@ def functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]
     return out
 
 
-def _parameter_types(function: Mapping[str, Any]) -> dict[str, set[str]]:
+def parameter_types(function: Mapping[str, Any]) -> dict[str, set[str]]:
     """JSON types that each parameter may have; an empty set where the schema does not say."""
     schema = function.get("parameters")
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
