@@ -187,12 +187,11 @@ def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> N
 
 def _string_value(lark: _Lark, name: str, schema: Mapping[str, Any]) -> str:
     """Raw text up to the closing tag; of a string's restrictions, only enum and const are kept."""
-    closing = f"\n{PARAMETER_END}\n"
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if isinstance(values, (list, tuple)) and values and all(isinstance(v, str) for v in values):
-        inner = lark.rule(name, " | ".join(_literal(v) for v in values if v) or _literal("\n"))
-        return f"{inner} {_literal(closing)}"
-    return lark.rule(f"{name}[suffix={_literal(closing)}]", r"/(.|\n)*/")
+        return lark.rule(name, " | ".join(_literal(f"{v}\n{PARAMETER_END}\n") for v in values))
+    # Ends at the first closing tag, as the parser does; the newline before it is the model's.
+    return lark.rule(f"{name}[suffix={_literal(PARAMETER_END)}]", r"/(.|\n)*/") + ' "\\n"'
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
