@@ -84,9 +84,11 @@ class Engine:
         self.scheduler = Scheduler(
             self.pages, max_num_seqs=max_num_seqs, prefill_chunk_tokens=prefill_chunk_tokens
         )
-        self.grammars = (
-            None if tokenizer is None else _grammars(tokenizer, vocab_size, eos_token_ids)
-        )
+        self.grammars = None
+        if tokenizer is not None:
+            self.grammars = GrammarCompiler.of(
+                tokenizer, eos_token_ids=self.eos_token_ids, vocab_size=vocab_size
+            )
         self._runner = runner
         self._clock = clock
         self._seeds = (seed + 0x9E3779B97F4A7C15 * i for i in itertools.count())
@@ -316,19 +318,6 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
         biases = _biases(seq, masked=mask is not None) if adjusts else None
         rows.append(StepRow(tokens, row.start, seq.pages, seq.slot, settings, biases, mask))
     return rows
-
-
-def _grammars(
-    tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]
-) -> GrammarCompiler:
-    return GrammarCompiler(
-        tokenizer.token_bytes,
-        tokenizer.vocab_size,
-        tokenizer.tag_ids(),
-        eos_token_ids,
-        lambda text: tokenizer.encode(text, add_special_tokens=False),
-        vocab_size,
-    )
 
 
 def _mask(seq: RequestSequence) -> np.ndarray | None:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import llguidance
 import numpy as np
@@ -41,6 +41,16 @@ _LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 _WORD = 32
+
+
+class TokenizerLike(Protocol):
+    """What is needed of a tokenizer."""
+
+    vocab_size: int
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def tag_ids(self) -> frozenset[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
 
 class GrammarCompiler:
@@ -77,6 +87,20 @@ class GrammarCompiler:
         self._cache: OrderedDict[StructuredOutput, llguidance.LLMatcher] = OrderedDict()
         self._cached_chars = 0
         self._pool = concurrent.futures.ThreadPoolExecutor(WORKERS, "grammar")
+
+    @classmethod
+    def of(
+        cls, tokenizer: TokenizerLike, *, eos_token_ids: Sequence[int], vocab_size: int
+    ) -> GrammarCompiler:
+        """The compiler for a checkpoint's tokenizer (text/tokenizer.py)."""
+        return cls(
+            tokenizer.token_bytes,
+            tokenizer.vocab_size,
+            tokenizer.tag_ids(),
+            eos_token_ids,
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            vocab_size,
+        )
 
     def matcher(self, spec: StructuredOutput) -> SequenceGrammar:
         """A new sequence's grammar. Compiles on first use, which can take up to
@@ -183,6 +207,7 @@ class _Vocabulary:
         self.special_token_ids = sorted({i for i in special_ids if i < len(tokens)} | set(eos))
         self.eos_token_id, self.bos_token_id = eos[0], None
         self._encode = encode
+        self._ids: dict[str, int | None] = {}
         self.tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self), eos_token=eos)
         self.num_words = -(-len(tokens) // _WORD)
         self._eos_words = self.words_of(eos)
@@ -194,9 +219,11 @@ class _Vocabulary:
 
     def token_id(self, text: str) -> int | None:
         """The single token that is this text, the special one of two."""
-        found = [i for i, b in enumerate(self.tokens) if b == text.encode()]
-        special = [i for i in found if i in self.special_token_ids]
-        return next(iter(special or found), None)
+        if text not in self._ids:
+            found = [i for i, b in enumerate(self.tokens) if b == text.encode()]
+            special = [i for i in found if i in self.special_token_ids]
+            self._ids[text] = next(iter(special or found), None)
+        return self._ids[text]
 
     def words_of(self, ids: Iterable[int]) -> np.ndarray:
         words = np.zeros(self.num_words, np.uint32)

@@ -49,15 +49,15 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def llm():
-    with jaxmoe.LLM(max_num_seqs=8) as demo:
+    with jaxmoe.LLM(max_num_seqs=4) as demo:
         yield demo
 
 
 def test_json_under_a_schema_for_many_seeds(llm):
     spec = StructuredOutput.json_schema(SCHEMA)
     texts = []
-    for seed in range(4):
-        params = SamplingParams(temperature=1.0, seed=seed, n=8, max_tokens=160, structured=spec)
+    for seed in range(8):
+        params = SamplingParams(temperature=1.0, seed=seed, n=4, max_tokens=160, structured=spec)
         for out in llm.generate("And the king begat sons", params)[0].outputs:
             assert out.finish_reason == "stop", out
             value = json.loads(out.text)

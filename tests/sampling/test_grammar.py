@@ -25,14 +25,7 @@ VOCAB = TOKENIZER.vocab_size
 
 
 def compiler(eos=(EOS,), vocab_size=VOCAB, tokenizer=TOKENIZER):
-    return GrammarCompiler(
-        tokenizer.token_bytes,
-        tokenizer.vocab_size,
-        tokenizer.tag_ids(),
-        eos,
-        lambda text: tokenizer.encode(text, add_special_tokens=False),
-        vocab_size,
-    )
+    return GrammarCompiler.of(tokenizer, eos_token_ids=eos, vocab_size=vocab_size)
 
 
 COMPILER = compiler()
