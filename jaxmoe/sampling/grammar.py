@@ -324,7 +324,8 @@ class SequenceGrammar:
             self._state = "on"
             self._allowed_s += MASK_BUDGET_S_PER_TOKEN
             if not self._timed(lambda: self._matcher.consume_token(token)):
-                self.error = _in_short(self._matcher.get_error()) or "the token does not fit"
+                words = _in_short(self._matcher.get_error())
+                self.error = self.error or words or "the token does not fit"
                 return
             if self._matcher.is_stopped() and not self._matcher.is_error():
                 self.complete = True
@@ -333,7 +334,10 @@ class SequenceGrammar:
 
     def _refresh(self) -> None:
         """Computes the next mask; the grammar is complete where only the end may follow."""
-        self._mask = self._timed(lambda: self._vocabulary.mask_of(self._matcher))
+        mask = self._timed(lambda: self._vocabulary.mask_of(self._matcher))
+        if mask is None:
+            return
+        self._mask = mask
         if self._matcher.is_error():
             self.error = _in_short(self._matcher.get_error()) or "the grammar is too complex"
         elif self._used_s > self._allowed_s:
@@ -342,10 +346,17 @@ class SequenceGrammar:
             self.complete = True
 
     def _timed(self, call: Callable[[], Any]) -> Any:
+        """The call's result; None where the library failed, which then is the `error`."""
         # CPU time, so that a busy machine ends no request.
         start = time.thread_time()
         try:
             return call()
+        except BaseException as e:
+            # A panic of the library is no Exception, and still only this request's trouble.
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
+            self.error = f"{type(e).__name__}: {_in_short(str(e))}"
+            return None
         finally:
             self._used_s += time.thread_time() - start
 

@@ -341,3 +341,36 @@ def test_masked_logits():
     want = np.where((bits[:, :77] == 1) | np.isnan(logits), logits, -np.inf)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(got[0].view(np.uint32), logits[0].view(np.uint32))
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it."""
+
+
+@pytest.mark.parametrize("failure", [ValueError, PanicException])
+@pytest.mark.parametrize("method", ["consume_token", "unsafe_compute_mask_ptr"])
+def test_whatever_the_library_raises_ends_the_sequence_alone(failure, method):
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    def fail(*args):
+        raise failure("oh")
+
+    grammar = COMPILER.matcher(Spec.regex("[a-z]+"))
+    real = grammar._matcher
+    grammar._matcher = Broken()
+    setattr(Broken, method, fail)
+    grammar.accept(ids("x")[0])
+    assert grammar.error == f"{failure.__name__}: oh" and not grammar.complete
+
+
+def test_an_interrupt_is_no_failure_of_the_grammar():
+    grammar = COMPILER.matcher(Spec.regex("[a-z]+"))
+
+    def interrupt(token):
+        raise KeyboardInterrupt
+
+    grammar._matcher = type("M", (), {"consume_token": staticmethod(interrupt)})()
+    with pytest.raises(KeyboardInterrupt):
+        grammar.accept(ids("x")[0])
