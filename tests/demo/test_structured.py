@@ -69,6 +69,37 @@ def test_json_under_a_schema_for_many_seeds(llm):
     assert len(set(texts)) > 25
 
 
+FREE = [
+    SamplingParams(temperature=0, max_tokens=20, logprobs=2),
+    SamplingParams(seed=3, max_tokens=20, logprobs=0),
+    SamplingParams(seed=4, top_p=0.9, top_k=50, min_p=0.01, max_tokens=20, logprobs=1),
+]
+
+
+def test_other_rows_of_a_batch_have_the_same_tokens_and_logprobs(llm, monkeypatch):
+    step, masked = llm._started.step, []
+    program = step._run
+
+    def spy(*args, **kwargs):
+        masked.append(args[-1] is not None)
+        return program(*args, **kwargs)
+
+    monkeypatch.setattr(step, "_run", spy)
+
+    def run(*more):
+        masked.clear()
+        prompts = ["The sea", "And he said unto the king", "Emma"] + ["In the land"] * len(more)
+        outputs = [o.outputs[0] for o in llm.generate(prompts, [*FREE, *more])]
+        return [(o.token_ids, o.logprobs) for o in outputs[:3]], [o.text for o in outputs[3:]]
+
+    alone, _ = run()
+    assert not any(masked), "a step that needs no mask is the program without"
+    spec = StructuredOutput.regex("[a-z]{9}")
+    mixed, (text,) = run(SamplingParams(seed=9, structured=spec))
+    assert mixed == alone and len(text) == 9
+    assert any(masked) and not all(masked)
+
+
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_a_forced_tool_call(llm, format):
     spec = tool_grammar(format, TOOLS, "required", llm.tokenizer.token_id, parallel=False)

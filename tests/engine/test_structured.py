@@ -122,34 +122,6 @@ def test_a_text_that_is_cut_off_has_finish_reason_length(engine):
     assert (again.text, again.finish_reason) == (whole.text, "stop")
 
 
-FREE = [
-    SamplingParams(temperature=0, max_tokens=20, logprobs=2),
-    SamplingParams(seed=3, max_tokens=20, logprobs=0),
-    SamplingParams(seed=4, top_p=0.9, top_k=50, min_p=0.01, max_tokens=20),
-]
-
-
-def test_other_rows_of_a_batch_have_the_same_tokens_and_logprobs(engine, step):
-    def run(constrained):
-        for i, params in enumerate(FREE):
-            engine.add_request([9 + i, 8, 7], params, request_id=f"free{i}")
-        if constrained:
-            params = SamplingParams(seed=9, structured=Spec.json_schema(SCHEMA))
-            engine.add_request(PROMPT, params, request_id="json")
-        outputs = drain(engine)
-        json_text = outputs.pop("json").text if constrained else None
-        got = {k: (o.outputs[0].token_ids, o.outputs[0].logprobs) for k, o in outputs.items()}
-        return got, json_text
-
-    alone, _ = run(False)
-    programs = step._run._cache_size()
-    mixed, text = run(True)
-    assert mixed == alone and set(json.loads(text)) == {"word", "number"}
-    assert step._run._cache_size() > programs, "masks are programs of their own"
-    programs = step._run._cache_size()
-    assert run(False)[0] == alone and step._run._cache_size() == programs
-
-
 def test_preemption_does_not_disturb_a_grammar(step):
     layout = CacheLayout(page_size=4, num_pages=12, max_model_len=48, token_bytes=1)
     engine = Engine(
