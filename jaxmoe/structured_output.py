@@ -135,6 +135,18 @@ class StructuredOutput:
         return cls(**{**value, "thoughts": thoughts})
 
 
+def lark_literal(text: str) -> str:
+    """A text as a literal of a Lark grammar (its escapes are not quite JSON's)."""
+    short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+    def escaped(char: str) -> str:
+        if char in short:
+            return short[char]
+        return f"\\x{ord(char):02x}" if char < " " or char == "\x7f" else char
+
+    return '"' + "".join(map(escaped, text)) + '"'
+
+
 def _loads(kind: str, text: str) -> Any:
     try:
         return json.loads(text)

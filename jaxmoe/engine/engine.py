@@ -133,7 +133,7 @@ class Engine:
     def prepare(self, params: SamplingParams) -> None:
         """Compiles a request's grammar; RequestError where that fails. Thread-safe: called from
         another thread first, it keeps the time that takes (usually milliseconds, at worst
-        `grammar.COMPILE_TIMEOUT_S`) out of the steps.
+        `grammar_check.CHECK_TIMEOUT_S` and a start) out of the steps.
         """
         if params.structured is not None:
             if self.grammars is None:

@@ -1,10 +1,10 @@
 """Constrained decoding: which tokens may come next, under a `StructuredOutput`, by llguidance.
 
-A grammar is compiled once (in a worker thread, within limits of size and time) and kept in a
-bounded cache in memory; each sequence then walks its own copy. A sequence's mask has one bit a
-token of the model, and enters the compiled step only while the grammar applies (not in thoughts
-before it). Embedding rows beyond the tokenizer are always masked, and so are special tokens that
-the grammar does not name.
+A grammar is compiled once (tried in a process of its own before, within limits of size, time and
+memory: grammar_check.py) and kept in a bounded cache in memory; each sequence then walks its own
+copy. A sequence's mask has one bit a token of the model, and enters the compiled step only while
+the grammar applies (not in thoughts before it). Embedding rows beyond the tokenizer are always
+masked, and so are special tokens that the grammar does not name.
 
 Whatever goes wrong with a grammar ends its own request: at the door (RequestError), or, where it
 shows only while decoding (a state too complex, masks that take too long), with finish_reason
@@ -13,7 +13,6 @@ shows only while decoding (a state too complex, masks that take too long), with 
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import threading
 import time
@@ -25,12 +24,11 @@ import llguidance
 import numpy as np
 
 from jaxmoe.common.errors import RequestError
-from jaxmoe.structured_output import JSON_OPTIONS, StructuredOutput
+from jaxmoe.sampling.grammar_check import GrammarChecker, describe, first_masks, in_short
+from jaxmoe.structured_output import JSON_OPTIONS, StructuredOutput, lark_literal
 
-COMPILE_TIMEOUT_S = 10.0  # usual schemas take 10 ms; the limits below end most others in 2 s
 MAX_CACHED = 64  # grammars; usual ones take under 1 MB
 MAX_CACHED_CHARS = 4 << 20
-WORKERS = 2
 # CPU seconds a sequence may spend on masks: usual ones take 0.1 ms, up to a few ms with 150,000
 # tokens. An ambiguous grammar takes 0.1 to 1 s a token, for all who share the engine.
 MASK_BUDGET_S = 2.0
@@ -86,7 +84,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._cache: OrderedDict[StructuredOutput, llguidance.LLMatcher] = OrderedDict()
         self._cached_chars = 0
-        self._pool = concurrent.futures.ThreadPoolExecutor(WORKERS, "grammar")
+        self._checker = GrammarChecker(lambda: self._vocabulary.describe())
 
     @classmethod
     def of(
@@ -103,8 +101,8 @@ class GrammarCompiler:
         )
 
     def matcher(self, spec: StructuredOutput) -> SequenceGrammar:
-        """A new sequence's grammar. Compiles on first use, which can take up to
-        COMPILE_TIMEOUT_S; call `prepare` from another thread before, where that matters.
+        """A new sequence's grammar. Compiles on first use, which can take seconds; call `prepare`
+        from another thread before, where that matters.
 
         Raises RequestError where the grammar is wrong, too large, or can only be empty.
         """
@@ -120,14 +118,7 @@ class GrammarCompiler:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        job = self._pool.submit(self._compile, key)
-        try:
-            compiled = job.result(COMPILE_TIMEOUT_S)
-        except concurrent.futures.TimeoutError:
-            job.cancel()
-            raise RequestError(
-                f"{spec.kind}: did not compile within {COMPILE_TIMEOUT_S:.0f} s; simplify it"
-            ) from None
+        compiled = self._compile(key)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = compiled
@@ -148,40 +139,23 @@ class GrammarCompiler:
             return self._made
 
     def close(self) -> None:
-        """Stops the worker threads. Waits for none: they end by the limits."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Ends the process that tries grammars."""
+        self._checker.close()
 
     def _compile(self, spec: StructuredOutput) -> llguidance.LLMatcher:
         try:
-            matcher = llguidance.LLMatcher(
-                self._vocabulary.tokenizer,
-                _grammar_text(spec),
-                log_level=0,
-                limits=llguidance.LLParserLimits(**_LIMITS),
-            )
+            grammar = _grammar_text(spec)
         except ValueError as e:
-            raise RequestError(f"{spec.kind}: {_in_short(str(e))}") from None
-        failed = matcher if matcher.is_error() else self._try(matcher, spec)
-        if failed.is_error():
-            raise RequestError(f"{spec.kind}: {_in_short(failed.get_error())}")
+            raise RequestError(f"{spec.kind}: {in_short(str(e))}") from None
+        wrong = self._checker.check(grammar)
+        if wrong is not None:
+            raise RequestError(f"{spec.kind}: {wrong}")
+        vocabulary = self._vocabulary
+        limits = llguidance.LLParserLimits(**_LIMITS)
+        matcher, wrong = first_masks(vocabulary.tokenizer, grammar, limits, vocabulary.eos)
+        if wrong is not None:
+            raise RequestError(f"{spec.kind}: {wrong}")
         return matcher
-
-    def _try(self, matcher: llguidance.LLMatcher, spec: StructuredOutput) -> llguidance.LLMatcher:
-        """The first two masks, which show most of what is too complex; the matcher that made
-        them.
-        """
-        first = self._vocabulary.mask_of(matcher)
-        if matcher.is_error():
-            return matcher
-        token = self._vocabulary.first_of(first)
-        if token is None:
-            raise RequestError(
-                f"{spec.kind}: no text of this model's tokens but the empty one matches"
-            )
-        copy = matcher.deep_copy()
-        copy.consume_token(token)
-        self._vocabulary.mask_of(copy)
-        return copy
 
 
 class _Vocabulary:
@@ -206,6 +180,7 @@ class _Vocabulary:
         self.tokens = tokens
         self.special_token_ids = sorted({i for i in special_ids if i < len(tokens)} | set(eos))
         self.eos_token_id, self.bos_token_id = eos[0], None
+        self.eos = eos
         self._encode = encode
         self._ids: dict[str, int | None] = {}
         self.tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self), eos_token=eos)
@@ -216,6 +191,9 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         return self._encode(text)
+
+    def describe(self) -> dict[str, Any]:
+        return describe(self.tokens, self.special_token_ids, self.eos, _LIMITS)
 
     def token_id(self, text: str) -> int | None:
         """The single token that is this text, the special one of two."""
@@ -239,11 +217,6 @@ class _Vocabulary:
     def goes_on(self, words: np.ndarray) -> bool:
         """Whether a mask allows anything but the end."""
         return bool((words & ~self._eos_words).any())
-
-    def first_of(self, words: np.ndarray) -> int | None:
-        """The first token that a mask allows, but for ends of text."""
-        bits = np.unpackbits((words & ~self._eos_words).view(np.uint8), bitorder="little")
-        return int(bits.argmax()) if bits.any() else None
 
 
 class SequenceGrammar:
@@ -324,8 +297,7 @@ class SequenceGrammar:
             self._state = "on"
             self._allowed_s += MASK_BUDGET_S_PER_TOKEN
             if not self._timed(lambda: self._matcher.consume_token(token)):
-                words = _in_short(self._matcher.get_error())
-                self.error = self.error or words or "the token does not fit"
+                self.error = self.error or in_short(self._matcher.get_error())
                 return
             if self._matcher.is_stopped() and not self._matcher.is_error():
                 self.complete = True
@@ -339,7 +311,7 @@ class SequenceGrammar:
             return
         self._mask = mask
         if self._matcher.is_error():
-            self.error = _in_short(self._matcher.get_error()) or "the grammar is too complex"
+            self.error = in_short(self._matcher.get_error())
         elif self._used_s > self._allowed_s:
             self.error = f"the grammar took {self._used_s:.1f} s of computing; simplify it"
         elif not self._vocabulary.goes_on(self._mask):
@@ -355,7 +327,7 @@ class SequenceGrammar:
             # A panic of the library is no Exception, and still only this request's trouble.
             if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
                 raise
-            self.error = f"{type(e).__name__}: {_in_short(str(e))}"
+            self.error = f"{type(e).__name__}: {in_short(str(e))}"
             return None
         finally:
             self._used_s += time.thread_time() - start
@@ -371,13 +343,10 @@ def _grammar_text(spec: StructuredOutput) -> str:
         return make.grammar_from_regex(_without_anchors(spec.value))
     if spec.kind == "choice":
         choices = sorted(set(json.loads(spec.value)))
-        return make.grammar_from_lark("start: " + " | ".join(map(literal, choices)))
+        # One terminal: as rules, thousands would be parsed side by side.
+        terminal = " | ".join(map(lark_literal, choices))
+        return make.grammar_from_lark(f"start: CHOICE\nCHOICE: {terminal}")
     return make.grammar_from_lark(spec.value)
-
-
-def literal(text: str) -> str:
-    """A text as a literal of a Lark grammar."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _without_anchors(pattern: str) -> str:
@@ -418,9 +387,3 @@ def _alternatives_outside(pattern: str) -> bool:
 def _has(words: np.ndarray, token: int) -> bool:
     word = token // _WORD
     return word < words.size and bool(words[word] >> np.uint32(token % _WORD) & np.uint32(1))
-
-
-def _in_short(message: str) -> str:
-    """The library's message on one line, without its dump of the grammar."""
-    words = " ".join(message.split()).replace(" <non-verbose/>", "")
-    return words if len(words) <= 300 else words[:297] + "..."

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxmoe.common.errors import ConfigError, RequestError
 from jaxmoe.common.fields import shown
-from jaxmoe.structured_output import JSON_OPTIONS, StructuredOutput
+from jaxmoe.structured_output import JSON_OPTIONS, StructuredOutput, lark_literal
 from jaxmoe.text.tool_calls import TOOL_FORMATS
 from jaxmoe.text.tool_calls_marked import DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, Marks
 from jaxmoe.text.tool_calls_xml import PARAMETER_END, parameter_types
@@ -107,7 +107,7 @@ class _Lark:
     def mark(self, text: str) -> str:
         """A mark as its token, or as text."""
         token = self._token_id(text)
-        return _literal(text) if token is None else f"<[{token}]>"
+        return lark_literal(text) if token is None else f"<[{token}]>"
 
     def calls(self, names: Sequence[str], between: str = "", *, many: bool) -> str:
         """One or, with `many`, up to MAX_CALLS of some rules."""
@@ -124,13 +124,13 @@ def _marked(lark: _Lark, marks: Marks, functions: Sequence[Mapping[str, Any]], m
     names = []
     for i, function in enumerate(functions):
         arguments = lark.rule(f"arguments_{i}", _json(_parameters(function)))
-        head, after = _literal(function["name"]), ""
+        head, after = lark_literal(function["name"]), ""
         if marks.fenced:
-            head = f"{_literal('function')} {lark.mark(marks.separator)} "
-            head += _literal(f"{function['name']}\n```json\n")
-            after = _literal("\n```")
+            head = f"{lark_literal('function')} {lark.mark(marks.separator)} "
+            head += lark_literal(f"{function['name']}\n```json\n")
+            after = lark_literal("\n```")
         elif marks is KIMI_K2:
-            head = f"{_literal('functions.' + function['name'] + ':')} /[0-9]{{1,4}}/"
+            head = f"{lark_literal('functions.' + function['name'] + ':')} /[0-9]{{1,4}}/"
             head += f" {lark.mark(marks.separator)}"
         else:
             head += f" {lark.mark(marks.separator)}"
@@ -141,7 +141,7 @@ def _marked(lark: _Lark, marks: Marks, functions: Sequence[Mapping[str, Any]], m
                 f"{lark.mark(marks.call_end)}",
             )
         )
-    between = _literal("\n") if marks.fenced else ""
+    between = lark_literal("\n") if marks.fenced else ""
     calls = lark.calls(names, between, many=many)
     lark.rule("start", f"{lark.mark(marks.section_begin)} {calls} {lark.mark(marks.section_end)}")
 
@@ -150,11 +150,11 @@ def _hermes(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> 
     names = []
     for i, function in enumerate(functions):
         arguments = lark.rule(f"arguments_{i}", _json(_parameters(function)))
-        head = _literal('\n{"name": ' + json.dumps(function["name"]) + ', "arguments": ')
-        tail = _literal("}\n")
+        head = lark_literal('\n{"name": ' + json.dumps(function["name"]) + ', "arguments": ')
+        tail = lark_literal("}\n")
         begin, end = lark.mark("<tool_call>"), lark.mark("</tool_call>")
         names.append(lark.rule(f"call_{i}", f"{begin} {head} {arguments} {tail} {end}"))
-    lark.rule("start", lark.calls(names, _literal("\n"), many=many))
+    lark.rule("start", lark.calls(names, lark_literal("\n"), many=many))
 
 
 def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> None:
@@ -172,26 +172,26 @@ def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> N
                 body = _string_value(lark, f"value_{i}_{j}", value)
             else:
                 inner = lark.rule(f"value_{i}_{j}", _json(_with_definitions(value, schema)))
-                body = f"{inner} {_literal(f'{chr(10)}{PARAMETER_END}{chr(10)}')}"
+                body = f"{inner} {lark_literal(f'{chr(10)}{PARAMETER_END}{chr(10)}')}"
             part = lark.rule(
-                f"parameter_{i}_{j}", f"{_literal(f'<parameter={key}>{chr(10)}')} {body}"
+                f"parameter_{i}_{j}", f"{lark_literal(f'<parameter={key}>{chr(10)}')} {body}"
             )
             parts.append(part if key in required else f"{part}?")
         begin, end = lark.mark("<tool_call>"), lark.mark("</tool_call>")
-        head = _literal(f"\n<function={function['name']}>\n")
+        head = lark_literal(f"\n<function={function['name']}>\n")
         body = " ".join(parts)
-        tail = _literal("</function>\n")
+        tail = lark_literal("</function>\n")
         names.append(lark.rule(f"call_{i}", f"{begin} {head} {body} {tail} {end}"))
-    lark.rule("start", lark.calls(names, _literal("\n"), many=many))
+    lark.rule("start", lark.calls(names, lark_literal("\n"), many=many))
 
 
 def _string_value(lark: _Lark, name: str, schema: Mapping[str, Any]) -> str:
     """Raw text up to the closing tag; of a string's restrictions, only enum and const are kept."""
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if isinstance(values, (list, tuple)) and values and all(isinstance(v, str) for v in values):
-        return lark.rule(name, " | ".join(_literal(f"{v}\n{PARAMETER_END}\n") for v in values))
+        return lark.rule(name, " | ".join(lark_literal(f"{v}\n{PARAMETER_END}\n") for v in values))
     # Ends at the first closing tag, as the parser does; the newline before it is the model's.
-    return lark.rule(f"{name}[suffix={_literal(PARAMETER_END)}]", r"/(.|\n)*/") + ' "\\n"'
+    return lark.rule(f"{name}[suffix={lark_literal(PARAMETER_END)}]", r"/(.|\n)*/") + ' "\\n"'
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,7 +213,3 @@ def _json(schema: Mapping[str, Any]) -> str:
     # Depth and size are checked where the whole grammar is (StructuredOutput).
     StructuredOutput.json_schema(schema)
     return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS}, ensure_ascii=False)
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

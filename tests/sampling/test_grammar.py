@@ -1,8 +1,8 @@
 """Grammars over the demo model's real tokenizer, walked token by token through their masks."""
 
+import gc
 import json
 import random
-import threading
 import time
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe.common.errors import RequestError
+from jaxmoe.common.errors import CapacityError, RequestError
 from jaxmoe.sampling import grammar as grammar_module
+from jaxmoe.sampling import grammar_check
 from jaxmoe.sampling.grammar import GrammarCompiler
 from jaxmoe.sampling.logits import apply_masks
 from jaxmoe.structured_output import StructuredOutput
@@ -87,6 +88,12 @@ SCHEMA = {
         (Spec.regex("a|b"), ["a", "b"], ["ab"]),
         (Spec.regex(r"a\$"), ["a$"], ["a"]),
         (Spec.choice(["yes", "no", 'a "b"\n']), ["yes", "no", 'a "b"\n'], ["maybe", "ye"]),
+        (
+            Spec.choice(["\x00\x1f", "\x7f", "\u2028", "\\u0041", "/a/", "𝕏", "x\\"]),
+            ["\x00\x1f", "\x7f", "\u2028", "\\u0041", "/a/", "𝕏", "x\\"],
+            ["\\x41", "A"],
+        ),
+        (Spec.choice([f"{i}" * 3 for i in range(4000)]), ["000", "399939993999"], ["40"]),
         (Spec.grammar('start: "x"+ y\ny: "y" | "(" y ")"'), ["xy", "xx((y))"], ["y", "x(y"]),
     ],
 )
@@ -285,15 +292,52 @@ def test_grammars_are_kept_and_the_oldest_forgotten(monkeypatch):
     small.close()
 
 
-def test_compiling_that_takes_too_long_is_refused(monkeypatch):
-    slow = compiler()
-    release = threading.Event()
-    monkeypatch.setattr(grammar_module, "COMPILE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(slow, "_compile", lambda spec: release.wait(30))
-    with pytest.raises(RequestError, match="did not compile within"):
-        slow.prepare(Spec.regex("a"))
-    release.set()
-    slow.close()
+CHAIN = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(5000)} | {"d5000": {}}
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        # These overflow the stack of llguidance, which would end this process.
+        (lambda: Spec.json_schema({"$ref": "#/$defs/d0", "$defs": CHAIN}), "nested too deeply"),
+        (
+            lambda: Spec.grammar(
+                "start: a0\n"
+                + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(3000))
+                + '\na3000: "x"'
+            ),
+            "nested too deeply",
+        ),
+        # This takes minutes.
+        (lambda: Spec.json_schema({"type": "integer", "multipleOf": 1234567}), "within 0.5 s"),
+    ],
+)
+def test_what_would_end_or_stop_the_process_is_tried_in_another(make, words, monkeypatch):
+    monkeypatch.setattr(grammar_check, "CHECK_TIMEOUT_S", 0.5 if "0.5" in words else 60.0)
+    with pytest.raises(RequestError, match=words):
+        COMPILER.prepare(make())
+    monkeypatch.undo()
+    COMPILER.prepare(Spec.regex(f"after {words}"))  # by a new child
+
+
+def test_the_child_ends_with_its_owner():
+    own = compiler()
+    own.prepare(Spec.regex("ab"))
+    child = own._checker._child
+    assert child.poll() is None
+    own.close()
+    assert child.poll() is not None
+    own.prepare(Spec.regex("abc"))
+    child = own._checker._child
+    del own
+    gc.collect()
+    assert child.poll() is not None
+
+
+def test_a_child_that_cannot_start_is_an_error_of_ours(monkeypatch):
+    monkeypatch.setattr(grammar_check.sys, "executable", "/bin/false")
+    with pytest.raises(CapacityError, match="did not start"):
+        compiler().prepare(Spec.regex("ab"))
 
 
 def test_masks_that_take_too_long_end_the_sequence(monkeypatch):
