@@ -69,28 +69,33 @@ class GrammarChecker:
         if self._child is not None and self._child.poll() is None:
             return self._child
         self._end()
-        code = "from jaxmoe.sampling.grammar_check import child; child()"
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
-        self._stop = weakref.finalize(self, _kill, self._child)
         try:
-            _send(self._child.stdin, self._describe())
-            _receive(self._child.stdout, START_TIMEOUT_S)
+            child = _spawn()
+            self._child, self._stop = child, weakref.finalize(self, _kill, child)
+            _send(child.stdin, self._describe())
+            _receive(child.stdout, START_TIMEOUT_S)
         except (TimeoutError, EOFError, OSError) as e:
             self._end()
             raise CapacityError(
                 f"the process that tries grammars did not start ({e!r}); free memory or processes"
             ) from None
-        return self._child
+        return child
 
     def _end(self) -> None:
         self._stop()
         self._child = None
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    code = "from jaxmoe.sampling.grammar_check import child; child()"
+    path = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+    )
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:

@@ -334,8 +334,9 @@ def test_the_child_ends_with_its_owner():
     assert child.poll() is not None
 
 
-def test_a_child_that_cannot_start_is_an_error_of_ours(monkeypatch):
-    monkeypatch.setattr(grammar_check.sys, "executable", "/bin/false")
+@pytest.mark.parametrize("program", ["/bin/false", "/no/such/file"])
+def test_a_child_that_cannot_start_is_an_error_of_ours(program, monkeypatch):
+    monkeypatch.setattr(grammar_check.sys, "executable", program)
     with pytest.raises(CapacityError, match="did not start"):
         compiler().prepare(Spec.regex("ab"))
 
