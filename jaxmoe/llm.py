@@ -135,7 +135,9 @@ class LLM:
         prompts = [self._apply_template(m, template_args) for m in conversations]
         return self._generate(prompts, sampling_params)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], /, **template_args: Any
+    ) -> list[int]:
         """Token ids of a conversation's prompt, as `chat` sends them."""
         return list(self._apply_template(messages, template_args)[1])
 
@@ -148,7 +150,12 @@ class LLM:
 
         The request is checked and queued at once. Leaving the iterator early cancels it.
         """
-        text, ids = self._tokenize(_as_prompts(prompt)[0])
+        prompts = _as_prompts(prompt)
+        if len(prompts) != 1:
+            raise RequestError(
+                f"prompt: got {len(prompts)} prompts, wanted one; call stream for each, or generate"
+            )
+        text, ids = self._tokenize(prompts[0])
         (params,) = _as_params(sampling_params, 1)
         return Stream(self, self._add(ids, params, text))
 

@@ -19,6 +19,7 @@ from jaxmoe.structured_output import StructuredOutput
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
+MAX_EOS_TOKEN_IDS = 128  # a checkpoint's own
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_TOKEN_ID = 2**31 - 2
@@ -60,7 +61,8 @@ class SamplingParams:
     max_tokens: int | None = checked(
         None,
         "int",
-        "longest completion; default: the room that the context has left",
+        "longest completion; default: the checkpoint's max_new_tokens, or the room that the "
+        "context has left",
         low=1,
         high=2**31 - 1,
         optional=True,
@@ -78,9 +80,8 @@ class SamplingParams:
         1.0,
         "float",
         "above 1 makes tokens of prompt and output less likely",
-        low=0.0,
+        low=0.01,  # logits are divided by it: much less overflows float32
         high=100.0,
-        low_open=True,
     )
     presence_penalty: float = checked(
         0.0, "float", "taken off the logits of tokens already written", low=-2.0, high=2.0

@@ -174,6 +174,7 @@ def test_chat(llm):
         (lambda llm: llm.generate("a", [GREEDY, GREEDY]), "got 2 for 1 prompts"),
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params: got"),
         (lambda llm: llm.stream(""), "prompt is empty"),
+        (lambda llm: llm.stream(["a", "b"]), "got 2 prompts, wanted one"),
         (lambda llm: llm.chat("hi"), "messages: got 'hi'"),
         (lambda llm: llm.chat([]), "messages: got 0"),
         (lambda llm: llm.chat([{"role": "user"}]), "content: got None"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ class BatchOutput:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as e:
             raise ConfigError(f"output {self.path}: {e.strerror}") from None
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise ConfigError(
+                f"output {self.path}: not a regular file, which a later run could go on with"
+            )
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -44,11 +50,6 @@ class BatchOutput:
         except BaseException:
             os.close(self._fd)
             raise
-
-    @property
-    def num_found(self) -> int:
-        """Records that were there when the file was opened."""
-        return len(self._ids) + len(self._lines) + len(self._duplicate_lines)
 
     def is_done(self, line: int, custom_id: str | None) -> bool:
         return line in self._lines if custom_id is None else custom_id in self._ids

@@ -44,6 +44,11 @@ class _Running:
 
 def count_lines(path: Path) -> int:
     """Lines of the input that are not blank."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            f"input {path}: is a pipe or a terminal, not a regular file, and would be empty when "
+            "it is read for its requests; write them to a file first"
+        )
     try:
         with path.open("rb") as f:
             return sum(1 for line in f if line.strip())

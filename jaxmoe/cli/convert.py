@@ -15,7 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxmoe.common.errors import JaxMoeError
+from jaxmoe.cli import flags as option_flags
+from jaxmoe.cli import interrupt
+from jaxmoe.common.errors import ConfigError, JaxMoeError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.models import registry
 from jaxmoe.weights.convert import PIECE_BYTES, convert
@@ -30,7 +32,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer(
         "piece_mb",
         PIECE_BYTES >> 20,
-        "most MiB of weights in memory at once (one leaf or expert may be larger)",
+        "most MiB of weights in memory at once (one leaf or expert may be larger); a whole number "
+        f"above 0 (default {PIECE_BYTES >> 20})",
         lower_bound=1,
         flag_values=values,
     )
@@ -47,17 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     values = define_flags()
     if {"-h", "--help", "-help"} & set(argv[1:]):
-        print(f"{__doc__}\n{values.main_module_help() or values.get_help()}")
+        print(option_flags.usage(values, __doc__ or ""))
         return 0
     try:
-        rest = values(list(argv))[1:]
+        rest = option_flags.parse_args(values, argv)
+        wanted = "wanted --model=DIR --output=DIR; see --help"
         if rest:
-            raise flags.Error(f"unexpected argument {rest[0]!r}; wanted --model=DIR --output=DIR")
+            raise ConfigError(f"unexpected argument {rest[0]!r}; {wanted}")
         if missing := [f"--{name}" for name in ("model", "output") if not values[name].value]:
-            raise flags.Error(f"{' and '.join(missing)} missing; wanted --model=DIR --output=DIR")
-        logging.basicConfig(level=logging.INFO if values.verbose else logging.WARNING)
+            raise ConfigError(f"{' and '.join(missing)} missing; {wanted}")
+        logging.basicConfig(level=logging.WARNING)
+        if values.verbose:
+            logging.getLogger("jaxmoe").setLevel(logging.INFO)
         output = Path(values.output)
-        with Checkpoint.open(values.model) as source:
+        with interrupt.kept(), Checkpoint.open(values.model) as source:
             report = convert(
                 source,
                 ModelConfig.from_hf(source.config()),
@@ -66,8 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 piece_bytes=values.piece_mb << 20,
                 progress=values.progress,
             )
-    except flags.Error as error:
-        return _fail(f"{error}; see --help")
     except (JaxMoeError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ does not do: start anything.
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from absl import flags
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.common.fields import Rule, nearest, rules
 from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.config.generation import RECOMMENDED
 from jaxmoe.config.load import read_toml
 from jaxmoe.sampling_params import SamplingParams
 
@@ -78,7 +80,9 @@ def help_text(option: Option) -> str:
     if rule.kind != "other" and not (rule.kind == "str" and not rule.choices):
         words += f"; {rule.wanted()}"
     if default is not None and default != ():
-        words += f" (default {str(default).lower() if isinstance(default, bool) else default})"
+        shown = str(default).lower() if isinstance(default, bool) else default
+        first = "default: the checkpoint's, else" if option.field in RECOMMENDED else "default"
+        words += f" ({first} {shown})"
     return words
 
 
@@ -148,21 +152,32 @@ def parse_args(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         hint = nearest(e.flagname, list(values))
         raise ConfigError(f"unknown flag --{e.flagname}{hint}; see --help") from None
     except flags.Error as e:
-        raise ConfigError(f"{' '.join(str(e).split())}; see --help") from None
+        words = " ".join(str(e).split())
+        words = re.sub(r"\('Non-boolean .*', (.*)\)", r"got \1, wanted true or false", words)
+        raise ConfigError(f"{words}; see --help") from None
 
 
 def usage(values: flags.FlagValues, doc: str) -> str:
-    """The help text: the command's own words, its own flags, then the options in order."""
-    shared = [option.flag for option in options()]
+    """The help text: the command's own words, its own flags, then the options in order, if the
+    command takes them.
+    """
+    shared = [option.flag for option in options()] if "config" in values else []
     own = sorted(name for name in set(values) - set(shared) if len(name) > 1)
-    lines = [
-        doc.rstrip(),
-        "",
-        "Options may also be given as JAXMOE_<FLAG> or in the --config file.",
-    ]
-    for name in [*own, *shared]:
+    lines = [doc.rstrip(), "", *_flag_lines(values, own)]
+    if shared:
+        lines += [
+            "",
+            "Options, which may also be given as JAXMOE_<OPTION> or in the --config file:",
+        ]
+        lines += _flag_lines(values, shared)
+    return "\n".join(lines)
+
+
+def _flag_lines(values: flags.FlagValues, names: Sequence[str]) -> list[str]:
+    lines = []
+    for name in names:
         form = f"--[no]{name}" if values[name].boolean else f"--{name}=..."
         text = (values[name].help or "").split(";\n    repeat this option")[0]
         words = textwrap.wrap(text, 92)
         lines += [f"  {form}", *(f"      {line}" for line in words)]
-    return "\n".join(lines)
+    return lines

@@ -6,11 +6,13 @@
 
 The text goes to stdout, everything else to stderr. An offline batch takes one request a line, in
 OpenAI's batch format or plain ({"prompt": ...} or {"messages": ...} with sampling parameters beside
-it); run the same command again after an interruption and it goes on where it stopped.
+it). A line that cannot be served gets a record that says why, and the exit code is 0 all the same;
+run the same command again after an interruption and it goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -22,6 +24,7 @@ from typing import Any
 from absl import flags
 
 from jaxmoe.cli import flags as option_flags
+from jaxmoe.cli import interrupt
 from jaxmoe.common.errors import ConfigError, JaxMoeError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.sampling_params import SamplingParams
@@ -52,11 +55,16 @@ def define_flags() -> flags.FlagValues:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code is 0, or 1 after one line on stderr."""
     argv = list(sys.argv if argv is None else argv)
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a terminal that is not UTF-8 gets "?" for the rest
+        sys.stdout.reconfigure(errors="replace")
     values = define_flags()
     if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
         argv = [argv[0], "--help"]
     try:
-        code = _run(values, argv)
+        with interrupt.kept():
+            code = _run(values, argv)
         sys.stdout.flush()
         return code
     except JaxMoeError as e:
@@ -93,12 +101,18 @@ def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
     if prompts is not None and "" in prompts:
         raise ConfigError("--prompt: got an empty text, wanted at least one character")
     given = option_flags.collect(values, os.environ)
+    if prompts is not None and given.sampling.get("logprobs") is not None:
+        raise ConfigError(
+            "logprobs: the text of a --prompt has no place for them; use --input and --output"
+        )
     quiet, verbose = _value(values, "quiet"), _value(values, "verbose")
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING,
+        level=logging.ERROR if quiet else logging.WARNING,
         format="%(levelname).1s %(asctime)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    if verbose:  # our own steps; jax's tell of TPUs that were looked for
+        logging.getLogger("jaxmoe").setLevel(logging.INFO)
     engine = dict(given.engine)
     if quiet:
         engine.setdefault("show_progress", False)

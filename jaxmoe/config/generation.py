@@ -14,7 +14,8 @@ from typing import Any
 from jaxmoe.common.errors import CheckpointError, RequestError
 from jaxmoe.sampling_params import SamplingParams
 
-_SAME_NAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Sampling parameters that generation_config.json calls by the same name.
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GenerationDefaults:
             raise CheckpointError(f"{file}: not valid JSON: {e}") from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{file}: holds a {type(values).__name__}, wanted an object")
-        given = {k: values[k] for k in _SAME_NAME if values.get(k) is not None}
+        given = {k: values[k] for k in RECOMMENDED if values.get(k) is not None}
         try:
             params = SamplingParams(**given)
             longest = SamplingParams(max_tokens=values.get("max_new_tokens")).max_tokens

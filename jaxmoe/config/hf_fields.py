@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.common.errors import ConfigError
+from jaxmoe.common.fields import shown
 
 _REQUIRED: Any = object()
+_LARGEST = 2**63 - 1  # JSON's integers have no end, but floats and arrays do
 
 
 class HfFields:
@@ -45,7 +47,7 @@ class HfFields:
         return self._values.get(name) is not None
 
     def fail(self, name: str, value: Any, wanted: str) -> ConfigError:
-        return ConfigError(f"{self._where}: '{name}' is {value!r}; supported: {wanted}")
+        return ConfigError(f"{self._where}: '{name}' is {shown(value)}; supported: {wanted}")
 
     def integer(self, *names: str, default: Any = _REQUIRED, minimum: int = 1) -> Any:
         value = self.raw(*names, default=default)
@@ -53,6 +55,8 @@ class HfFields:
             return value
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.fail(self._present(names), value, f"an integer of at least {minimum}")
+        if value > _LARGEST:
+            raise self.fail(self._present(names), value, "an integer of at most 2**63 - 1")
         return value
 
     def number(
@@ -68,11 +72,15 @@ class HfFields:
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.fail(self._present(names), value, "a number")
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
         is_low = value <= above if at_least is None else value < at_least
         if not math.isfinite(value) or is_low:
             bound = f"above {above:g}" if at_least is None else f"of at least {at_least:g}"
             raise self.fail(self._present(names), value, f"a finite number {bound}")
-        return float(value)
+        return value
 
     def boolean(self, *names: str, default: Any = _REQUIRED) -> bool:
         value = self.raw(*names, default=default)

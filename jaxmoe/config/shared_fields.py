@@ -40,7 +40,7 @@ _WITHOUT_EFFECT = (
 )
 
 
-_MAX_LAYERS = 10_000  # far beyond any model; a damaged number must not be laid out in memory
+_MAX_LAYERS = 1_000  # far beyond any model; a damaged number must not be laid out in memory
 
 
 def parse_rope(fields: HfFields, dim: int, max_position: int, interleaved: bool) -> RopeConfig:

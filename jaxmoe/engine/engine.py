@@ -183,7 +183,7 @@ class Engine:
         if len(token_ids) > self.layout.max_model_len:
             raise RequestError(
                 f"got {len(token_ids)} tokens, wanted at most {self.layout.max_model_len} "
-                "(max_model_len); shorten the text or raise it"
+                "(max_model_len); shorten the text or, if the model's limit allows, raise it"
             )
         with self.scheduler.borrow(len(token_ids)) as (pages, slot):
             try:
@@ -199,8 +199,8 @@ class Engine:
         if room < 1:
             raise RequestError(
                 f"the prompt has {num_prompt} tokens, but the context holds {limit} "
-                "(max_model_len) and one is needed for the output; shorten the prompt or raise "
-                "max_model_len"
+                "(max_model_len) and one is needed for the output; shorten the prompt or, if the "
+                "model's limit allows, raise max_model_len"
             )
         if params.max_tokens is None:
             return min(room, self.defaults.max_tokens or room)
@@ -208,7 +208,7 @@ class Engine:
             raise RequestError(
                 f"prompt ({num_prompt} tokens) + max_tokens ({params.max_tokens}) = "
                 f"{num_prompt + params.max_tokens}, but the context holds {limit} (max_model_len); "
-                f"lower max_tokens to {room} or raise max_model_len"
+                f"lower max_tokens to {room} or, if the model's limit allows, raise max_model_len"
             )
         return params.max_tokens
 

@@ -26,11 +26,13 @@ from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout, plan_cache
 from jaxmoe.models import registry
 from jaxmoe.models.decoder import cache_spec
+from jaxmoe.sampling_params import MAX_EOS_TOKEN_IDS
 from jaxmoe.text.chat_template import ChatTemplate
 from jaxmoe.text.tokenizer import ByteTokenizer, Tokenizer
 from jaxmoe.weights import memory
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model
+from jaxmoe.weights.prepared import refuse_unfinished
 from jaxmoe.weights.random_init import random_model
 from jaxmoe.weights.safetensors_reader import Checkpoint
 
@@ -73,12 +75,33 @@ class Directory:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """From generation_config.json, else config.json, else the tokenizer."""
+        """From generation_config.json, else config.json, else the tokenizer; without ids beyond the
+        vocabulary, which no step draws.
+        """
+        return tuple(i for i in self._stated_eos if i < self.model_config.vocab_size)
+
+    @property
+    def _stated_eos(self) -> tuple[int, ...]:
         if self.defaults.eos_token_ids is not None:
             return self.defaults.eos_token_ids
         if self.model_config.eos_token_ids:
             return self.model_config.eos_token_ids
         return self.tokenizer.eos_token_ids if self.tokenizer is not None else ()
+
+    def checked(self) -> Directory:
+        """This, once its end-of-text ids were held against the vocabulary."""
+        stated, used = self._stated_eos, self.eos_token_ids
+        if len(used) > MAX_EOS_TOKEN_IDS:
+            raise CheckpointError(
+                f"{self.path}: eos_token_id has {len(used)} ids, wanted at most {MAX_EOS_TOKEN_IDS}"
+            )
+        if len(used) == len(stated):
+            return self
+        note = (
+            f"end-of-text ids beyond the vocabulary of {self.model_config.vocab_size} never come "
+            f"up: {', '.join(str(i) for i in stated if i not in used)[:80]}"
+        )
+        return dataclasses.replace(self, notes=(*self.notes, note))
 
 
 def start(config: EngineConfig) -> Started:
@@ -164,10 +187,18 @@ def model_path(config: EngineConfig) -> Path:
 
 def read_directory(path: Path, *, dummy: bool = False) -> Directory:
     """Everything of a checkpoint but its weights. dummy: `path` may be a config.json."""
+    refuse_unfinished(path)
     config_file = path if dummy and path.suffix == ".json" else path / "config.json"
     if not config_file.is_file():
-        what = "no such directory" if not path.exists() else "no config.json in it"
-        raise CheckpointError(f"{path}: {what}; wanted a checkpoint in Hugging Face layout")
+        wanted = "wanted a checkpoint directory in Hugging Face layout"
+        if path.is_file():
+            what = "is not a directory"
+            wanted += " (a config.json alone runs with load_format=dummy)"
+        elif path.exists():
+            what = "no config.json in it"
+        else:
+            what = "no such directory (nothing is downloaded)"
+        raise CheckpointError(f"{path}: {what}; {wanted}")
     path = config_file.parent
     try:
         values = json.loads(config_file.read_text(encoding="utf-8"))
@@ -192,7 +223,8 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
     if template is None:
         notes.append("no chat template: plain prompts only")
     defaults = GenerationDefaults.from_dir(path)
-    return Directory(path, model_config, defaults, tokenizer, template, tuple(notes))
+    notes = tuple(notes)
+    return Directory(path, model_config, defaults, tokenizer, template, notes).checked()
 
 
 def _require_cache_memory(layout: CacheLayout) -> None:

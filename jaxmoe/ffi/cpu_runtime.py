@@ -7,7 +7,7 @@ a process that creates its objects in the same order compiles the same programs.
 from __future__ import annotations
 
 import types
-from typing import Self
+from typing import Literal, Self
 
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
@@ -62,6 +62,18 @@ class CpuRuntime:
     def describe(self) -> str:
         """One line for the start-up report: threads, topology, instruction set and why."""
         return self._native.describe()
+
+    def kernel_name(
+        self, family: Literal["vector", "matrix"], weight_format: str, *, bf16_activations: bool
+    ) -> str:
+        """The kernel that a program of this family gets: format, arithmetic and instruction set.
+
+        "f32" in the arithmetic's place: activations stay FP32 throughout; "bf16": they are rounded
+        to it, also between an expert's stages.
+        weight_format: "bf16", "f32" or "fp8_block".
+        """
+        code = 0 if family == "vector" else 1
+        return self._native.kernel_name(code, weight_format, bf16_activations)
 
     def stats(self) -> dict[str, int]:
         """Totals since creation: calls, distinct experts, weight and cache bytes read."""

@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from jaxmoe.sampling_params import (
+    MAX_EOS_TOKEN_IDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 
 INT_COLUMNS = (
     "logit_index",  # which of the T tokens the row's logits come from
@@ -28,9 +33,8 @@ INT_COLUMNS = (
     "num_prompt",
 )
 FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
-MAX_BIASES = (
-    MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + 128
-)  # the last: end-of-text ids banned by min_tokens
+# Before min_tokens everything that would end the text is banned, beside the request's own biases.
+MAX_BIASES = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -103,6 +104,10 @@ class ChatTemplate:
         """The prompt of a conversation. `tools`: OpenAI's list, or None. `kwargs` are the
         template's own switches (such as enable_thinking).
         """
+        if not isinstance(add_generation_prompt, bool):
+            raise RequestError(
+                f"add_generation_prompt: got {shown(add_generation_prompt)}, wanted true or false"
+            )
         for name, value in kwargs.items():
             if name in _RESERVED or not isinstance(value, (bool, int, float, str, type(None))):
                 raise RequestError(
@@ -146,11 +151,11 @@ class ChatTemplate:
                 pieces.append(piece)
         except (
             jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
             TypeError,
             ValueError,
-            KeyError,
-            OverflowError,
-            ZeroDivisionError,
         ) as e:
             raise RequestError(f"the chat template refused the messages: {_words(e)}") from None
         except (RecursionError, MemoryError):

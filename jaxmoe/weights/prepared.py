@@ -35,7 +35,7 @@ from jaxmoe.weights.safetensors_header import (
     read_json_file,
     show,
 )
-from jaxmoe.weights.safetensors_reader import MANIFEST, Checkpoint
+from jaxmoe.weights.safetensors_reader import MANIFEST, UNFINISHED, Checkpoint
 from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES
 
 VERSION = 1
@@ -101,12 +101,7 @@ class PreparedCheckpoint(Checkpoint):
     @classmethod
     def open_prepared(cls, directory: Path) -> PreparedCheckpoint:
         """Checks manifest, array headers and file sizes. Raises CheckpointError."""
-        if not (directory / MANIFEST).exists():
-            fail(
-                directory,
-                "the conversion into this directory was not finished; run jaxmoe_convert with the "
-                "same --model and --output again, it goes on where it stopped",
-            )
+        refuse_unfinished(directory)
         _, manifest = read_manifest(directory / MANIFEST)
         tensors: dict[str, TensorInfo] = {}
         files = OpenFiles()
@@ -137,6 +132,16 @@ class PreparedCheckpoint(Checkpoint):
         self, config: ModelConfig, models: ModelRegistry, specs: Mapping[str, ParamSpec]
     ) -> PreparedNames:
         return PreparedNames(specs)
+
+
+def refuse_unfinished(directory: Path) -> None:
+    """Raises CheckpointError where a conversion was interrupted."""
+    if (directory / UNFINISHED).exists() and not (directory / MANIFEST).exists():
+        fail(
+            directory,
+            "the conversion into this directory was not finished; run jaxmoe_convert with the "
+            "same --model and --output again, it goes on where it stopped",
+        )
 
 
 def piece_folder(directory: Path, piece_name: str) -> Path:

@@ -39,7 +39,7 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--model=a"], "--output missing"),
         (["--model=", "--output=b"], "--model missing"),
         (["--model=/none/such", "--output=b"], "/none/such: does not exist"),
-        (["--model=a", "--output=b", "--modle=c"], "modle"),
+        (["--model=a", "--output=b", "--modle=c"], "unknown flag --modle (did you mean 'model'?)"),
         (["--model=a", "--output=b", "--piece_mb=0"], "piece_mb"),
         (["--model=a", "--output=b", "--piece_mb=x"], "piece_mb"),
         (["--model=a", "--output=b", "extra"], "unexpected argument 'extra'"),
@@ -80,5 +80,12 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["jaxmoe_convert", "--help"])
     assert main() == 0
     out = capsys.readouterr().out
-    for flag in ("--model", "--output", "piece_mb", "progress"):
+    for flag in (
+        "--model=...",
+        "--output=...",
+        "--piece_mb=...",
+        "--[no]progress",
+        "(default 256)",
+    ):
         assert flag in out
+    assert "flagfile" not in out and "JAXMOE_" not in out

@@ -31,6 +31,7 @@ def test_every_field_has_a_flag_that_says_its_default():
     for option in options:
         assert option.flag in text and option.rule.help.split()[0] in text
     assert "(default 512)" in text and "from 0.0 to 100.0" in text
+    assert "(default: the checkpoint's, else 1.0)" in text
 
 
 def test_nothing_given_gives_nothing():

@@ -2,6 +2,7 @@
 reversed.
 """
 
+import io
 import json
 import os
 import signal
@@ -62,6 +63,13 @@ def test_a_prompt_streams_to_stdout_and_the_rest_goes_to_stderr(run):
     assert run("--prompt=hello", "--quiet") == (0, "olleh\n", "")
 
 
+def test_a_terminal_without_the_answers_characters_gets_question_marks(run, monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    generate.main(["jaxmoe_generate", "--quiet", "--prompt=é!", "--ignore_eos", "--max_tokens=3"])
+    assert narrow.buffer.getvalue().startswith(b"!??")  # type: ignore[attr-defined]
+
+
 def test_more_prompts_choices_and_chat(run):
     code, out, _ = run("--prompt=ab", "--prompt=cd", "--n=2")
     assert out == "=== ab [0]\nba\n=== ab [1]\nba\n=== cd [0]\ndc\n=== cd [1]\ndc\n"
@@ -82,6 +90,7 @@ def test_more_prompts_choices_and_chat(run):
             ["--prompt=x", "--temprature=1"],
             "unknown flag --temprature (did you mean 'temperature'?)",
         ),
+        (["--prompt=x", "--chat=maybe"], "--chat=maybe: got 'maybe', wanted true or false"),
         (["--prompt=x", "--temperature=nan"], "temperature: got nan"),
         (["--prompt=x", "--top_p=0"], "top_p: got 0.0, wanted a finite number above 0.0 to 1.0"),
         (["--prompt=x", "--max_num_seqs=0"], "max_num_seqs: got 0"),
@@ -91,8 +100,14 @@ def test_more_prompts_choices_and_chat(run):
         (["--prompt=x\ud800"], "lone surrogate"),
         (["--prompt=x", "--config=/no/such.toml"], "config file /no/such.toml: No such file"),
         (["--input=/no/such", "--output=/tmp/x"], "input /no/such: No such file"),
-        (["--input=/dev/null", "--output=/no/such/x"], "output /no/such/x: No such file"),
+        (
+            ["--input=/dev/null", "--output=/tmp/x"],
+            "input /dev/null: is a pipe or a terminal, not a regular file",
+        ),
+        ([f"--input={__file__}", "--output=/no/such/x"], "output /no/such/x: No such file"),
+        ([f"--input={__file__}", "--output=/dev/full"], "output /dev/full: not a regular file"),
         (["--prompt=x", "--logit_bias=300:1"], "logit_bias: entry 0 is 300"),
+        (["--prompt=x", "--logprobs=2"], "logprobs: the text of a --prompt has no place for them"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(run, argv, words):
@@ -100,6 +115,17 @@ def test_bad_input_is_one_line_and_exit_code_1(run, argv, words):
     assert code == 1 and out == ""
     assert err.startswith("jaxmoe_generate: error: ") and words in err
     assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_pipe_is_refused_since_the_input_is_read_twice(run, tmp_path):
+    source = tmp_path / "pipe"
+    os.mkfifo(source)
+    keep = os.open(source, os.O_RDWR)  # a writer, or opening it for reading would wait
+    os.write(keep, b'{"prompt": "a"}\n')
+    code, out, err = run(f"--input={source}", f"--output={tmp_path / 'out'}", "--quiet")
+    os.close(keep)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "is a pipe or a terminal, not a regular file" in err and not (tmp_path / "out").exists()
 
 
 def test_a_missing_model_is_one_line(capsys):
@@ -189,6 +215,7 @@ def test_openai_lines(run, tmp_path):
     assert (first["token"], first["bytes"], first["top_logprobs"][0]["token"]) == (">", [62], ">")
 
 
+CHAT = [{"role": "user", "content": "hi"}]
 BAD_LINES = [
     ("{", "invalid_json", "not valid JSON"),
     ("[1]", "invalid_line", "wanted an object"),
@@ -202,6 +229,16 @@ BAD_LINES = [
     ({"text": "a"}, "invalid_request", "prompt: missing"),
     ({"prompt": "a", "messages": []}, "invalid_request", "not together"),
     ({"messages": "a"}, "invalid_request", "wanted a list of messages"),
+    (
+        {"messages": CHAT, "chat_template_kwargs": {"messages": 1}},
+        "invalid_request",
+        "chat template argument 'messages'",
+    ),
+    (
+        {"messages": CHAT, "chat_template_kwargs": {"add_generation_prompt": 1}},
+        "invalid_request",
+        "add_generation_prompt: got 1, wanted true or false",
+    ),
     ({"prompt": "a", "temprature": 1}, "invalid_request", "did you mean 'temperature'"),
     ({"prompt": "a", "temperature": "1"}, "invalid_request", "temperature: got '1'"),
     ({"prompt": "a", "max_tokens": 99}, "invalid_request", "max_tokens (99) = 100"),

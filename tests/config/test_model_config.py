@@ -229,6 +229,7 @@ REFUSED = [
     ("v3", {"hidden_size": True}, ["hidden_size", "True"]),
     ("v3", {"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
     ("v3", {"num_hidden_layers": 10**30}, ["num_hidden_layers", "at most"]),
+    ("v3", {"num_hidden_layers": 1001}, ["num_hidden_layers", "at most 1000"]),
     ("v3", {"rms_norm_eps": float("nan")}, ["rms_norm_eps", "finite"]),
     ("v3", {"moe_layer_freq": [1, 0]}, ["moe_layer_freq", "61"]),
     ("v3", {"qk_rope_head_dim": 63}, ["even", "63"]),
@@ -287,7 +288,22 @@ def test_refused_by_name(base: str, changes: dict[str, Any], mentions: list[str]
         assert words in str(error.value)
 
 
-ODD_VALUES = [None, True, -1, 0, 1.5, 10**30, float("nan"), "x", [], [1], [[]], {}, {"a": 1}]
+ODD_VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    10**400,
+    float("nan"),
+    "x",
+    [],
+    [1],
+    [[]],
+    {},
+    {"a": 1},
+]
 
 
 @pytest.mark.parametrize("base", BASES)

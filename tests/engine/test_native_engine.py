@@ -157,6 +157,9 @@ def test_missing_files_are_named(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no config.json"):
         load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: is not a directory"):
+        load(tmp_path / "file")
     write(tmp_path, "qwen3_moe")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json: not valid JSON"):

@@ -63,6 +63,8 @@ def test_what_templates_use(source, kwargs, want):
         ("{% for i in range(10**6) %}{% endfor %}", "too large|[Rr]ange"),
         ("{{ messages[0].content + 1 }}", "refused"),
         ("{{ 1 / 0 }}", "division"),
+        ("{{ '{} {}'.format(1) }}", "index"),
+        ("{{ 'x' | dictsort }}", "items"),
     ],
 )
 def test_what_templates_may_not(source, words):

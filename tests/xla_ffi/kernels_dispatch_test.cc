@@ -46,6 +46,33 @@ JAXMOE_TEST(f32_activations_select_the_vector_kernel) {
   }
 }
 
+// How memory is read never enters a result.
+JAXMOE_TEST(reading_one_stream_gives_the_same_bits) {
+  for (int i = 0; i < kNumIsas; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (!isa_supported(isa)) continue;
+    kernel_thread_init(isa);
+    const KernelTable one = isa_tables::make_table(isa, {.one_stream = true});
+    const KernelTable several = isa_tables::make_table(isa, {.one_stream = false});
+    for (Family family : kFamilies) {
+      for (WeightFormat format : kFormats) {
+        const auto entry = [&](const KernelTable& table) -> const MatmulKernel& {
+          return table.matmul[static_cast<int>(family)][static_cast<int>(format)];
+        };
+        Weights weights(format, 150, 1100);
+        weights.randomize(3);
+        for (int64_t m : {1, 2, 3, 4, 5, 8, 100}) {
+          Activations x(m, 1100);
+          const auto want = run(entry(several), weights.view(), 0, 150, x, iota(m));
+          JAXMOE_CHECK(run(entry(one), weights.view(), 0, 150, x, iota(m)) == want, "%s m %d",
+                       entry(one).name, static_cast<int>(m));
+        }
+      }
+    }
+    kernel_thread_release(isa);
+  }
+}
+
 // Threads initialise, compute and release on their own, all at once, and agree bit for bit.
 JAXMOE_TEST(threads_agree) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {

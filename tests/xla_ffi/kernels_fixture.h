@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "kernels/isa_tables.h"
 #include "kernels/kernels.h"
 
 namespace jaxmoe_test {
@@ -19,14 +20,23 @@ using namespace jaxmoe;
 
 inline constexpr WeightFormat kFormats[] = {WeightFormat::kF32, WeightFormat::kBf16,
                                             WeightFormat::kFp8Block};
-inline constexpr Family kFamilies[] = {Family::kVector, Family::kMatrix};
+inline constexpr Family kFamilies[] = {Family::kVector, Family::kMatrix, Family::kVectorBf16};
+
+inline constexpr isa_tables::Traits kTraits[] = {{.one_stream = false, .fast_bf16_dot = false},
+                                                 {.one_stream = true, .fast_bf16_dot = true}};
 
 inline int weight_bytes(WeightFormat format) {
   return format == WeightFormat::kF32 ? 4 : (format == WeightFormat::kBf16 ? 2 : 1);
 }
 
 inline const char* family_name(Family family) {
-  return family == Family::kVector ? "vector" : "matrix";
+  return family == Family::kMatrix ? "matrix"
+                                   : (family == Family::kVector ? "vector" : "vector_bf16");
+}
+
+// Whether activations (and, between an expert's stages, hidden ones) are rounded to BF16.
+inline bool multiplies_bf16(const MatmulKernel& kernel) {
+  return std::strstr(kernel.name, "_f32") == nullptr;
 }
 
 struct Random {
@@ -181,8 +191,8 @@ inline std::vector<int32_t> iota(int64_t m) {
   return ids;
 }
 
-// Runs body(kernel, family, format) for every entry of every table this machine can run; says
-// which.
+// Runs body(kernel, family, format) for every entry of every table this machine can run, whatever
+// its vendor; says which.
 template <class Body>
 void for_each_kernel(Body body) {
   for (int i = 0; i < kNumIsas; ++i) {
@@ -190,10 +200,12 @@ void for_each_kernel(Body body) {
     if (!isa_supported(isa)) continue;
     kernel_thread_init(isa);
     std::printf("  [%s]", isa_name(isa));
-    for (Family family : kFamilies) {
-      for (WeightFormat format : kFormats) {
-        body(kernel_table(isa).matmul[static_cast<int>(family)][static_cast<int>(format)], family,
-             format);
+    for (const isa_tables::Traits traits : kTraits) {
+      const KernelTable table = isa_tables::make_table(isa, traits);
+      for (Family family : kFamilies) {
+        for (WeightFormat format : kFormats) {
+          body(table.matmul[static_cast<int>(family)][static_cast<int>(format)], family, format);
+        }
       }
     }
     kernel_thread_release(isa);

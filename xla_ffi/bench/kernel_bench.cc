@@ -155,7 +155,11 @@ int main(int argc, char** argv) {
         const WeightFormat format = static_cast<WeightFormat>(f);
         const MatmulKernel& kernel = kernel_table(isa).matmul[family][f];
         if (kernel.isa != isa) continue;
-        if (family == 1 && kernel.name == kernel_table(isa).matmul[0][f].name) continue;
+        bool listed = false;
+        for (int before = 0; before < family; ++before) {
+          listed |= kernel.name == kernel_table(isa).matmul[before][f].name;
+        }
+        if (listed) continue;
         const int64_t matrix_bytes = n * k * weight_bytes(format);
         const int64_t matrices = std::max<int64_t>(1, bytes / matrix_bytes);
         const uint8_t* data = static_cast<const uint8_t*>(weights.get());

@@ -4,6 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "kernels/kernels.h"
 #include "runtime/status.h"
 #include "runtime/topology.h"
 
@@ -19,6 +22,8 @@ inline void throw_os_error(const Status& status) {
   throw pybind11::error_already_set();
 }
 
+// "bf16", "f32" or "fp8_block"; a ValueError for others.
+WeightFormat format_from_name(const std::string& name);
 // Of an open runtime object; throws when it is closed.
 const Topology& topology_of(pybind11::handle runtime);
 void bind_host_store(pybind11::module_& module);

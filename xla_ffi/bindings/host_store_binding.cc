@@ -17,14 +17,6 @@ namespace {
 
 using LayerTuple = std::tuple<int64_t, int64_t, int64_t, std::string>;
 
-WeightFormat format_from_name(const std::string& name) {
-  if (name == "bf16") return WeightFormat::kBf16;
-  if (name == "f32") return WeightFormat::kF32;
-  if (name == "fp8_block") return WeightFormat::kFp8Block;
-  throw py::value_error("weight format is \"" + name +
-                        "\"; wanted \"bf16\", \"f32\" or \"fp8_block\"");
-}
-
 Backing backing_from_name(const std::string& name) {
   if (name == "arena") return Backing::kArena;
   if (name == "mmap") return Backing::kMmap;
@@ -184,6 +176,14 @@ class StoreBinding {
 };
 
 }  // namespace
+
+WeightFormat format_from_name(const std::string& name) {
+  if (name == "bf16") return WeightFormat::kBf16;
+  if (name == "f32") return WeightFormat::kF32;
+  if (name == "fp8_block") return WeightFormat::kFp8Block;
+  throw py::value_error("weight format is \"" + name +
+                        "\"; wanted \"bf16\", \"f32\" or \"fp8_block\"");
+}
 
 void bind_host_store(py::module_& module) {
   py::class_<StoreBinding>(module, "HostStore")

@@ -9,6 +9,7 @@
 
 #include "bench/read_bandwidth.h"
 #include "bindings/bindings.h"
+#include "handlers/checks.h"
 #include "handlers/handlers.h"
 #include "handlers/registries.h"
 
@@ -67,6 +68,17 @@ class RuntimeBinding {
   std::shared_ptr<NativeRuntime> runtime_;
   int id_ = -1;
 };
+
+std::string kernel_name(const RuntimeBinding& binding, int64_t family,
+                        const std::string& weight_format, bool bf16_activations) {
+  std::optional<Family> kind = family_of(family);
+  if (!kind) throw py::value_error("family is " + std::to_string(family) + "; wanted 0 or 1");
+  return binding.get()
+      .cpu
+      ->kernel(*kind, format_from_name(weight_format),
+               bf16_activations ? ActivationType::kBf16 : ActivationType::kF32)
+      .name;
+}
 
 py::dict stats(const RuntimeBinding& binding) {
   RuntimeStats& stats = binding.get().cpu->stats();
@@ -140,6 +152,8 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly(
           "isa", [](const RuntimeBinding& r) { return jaxmoe::isa_name(r.get().cpu->isa()); })
       .def("describe", [](const RuntimeBinding& r) { return r.get().cpu->describe(); })
+      .def("kernel_name", &jaxmoe::kernel_name, py::arg("family"), py::arg("weight_format"),
+           py::arg("bf16_activations"))
       .def("stats", &jaxmoe::stats)
       .def("read_bandwidth", &jaxmoe::measure_read_bandwidth, py::arg("total_bytes"),
            py::arg("repeats"))

@@ -41,6 +41,7 @@ struct Support {
   std::string missing[kNumIsas];
   Isa best = Isa::kScalar;
   std::string reason;
+  isa_tables::Traits traits;
 
   static void need(std::string& list, bool present, const char* name) {
     if (present) return;
@@ -85,6 +86,12 @@ struct Support {
     }
     missing[static_cast<int>(Isa::kAmx)] = list;
 
+    const Registers leaf0 = cpuid(0, 0);
+    // "AuthenticAMD"; Hygon's CPUs are Zen too ("HygonGenuine").
+    const bool zen = leaf0.ebx == 0x68747541u || leaf0.ebx == 0x6f677948u;
+    traits.one_stream = zen;
+    traits.fast_bf16_dot = zen;
+
     for (int i = 0; i < kNumIsas; ++i) {
       if (missing[i].empty()) best = static_cast<Isa>(i);
     }
@@ -93,6 +100,7 @@ struct Support {
       const int next = static_cast<int>(best) + 1;
       reason += std::string("; ") + isa_name(static_cast<Isa>(next)) + " lacks " + missing[next];
     }
+    if (traits.one_stream) reason += "; reads one weight row at a time, as Zen's prefetchers like";
   }
 };
 
@@ -105,14 +113,10 @@ struct Tables {
   KernelTable table[kNumIsas];
 
   Tables() {
-    using Fill = void (*)(KernelTable&);
-    constexpr Fill kFill[kNumIsas] = {isa_tables::fill_scalar, isa_tables::fill_avx2,
-                                      isa_tables::fill_avx512, isa_tables::fill_avx512bf16,
-                                      isa_tables::fill_amx};
     for (int i = 0; i < kNumIsas; ++i) {
-      table[i].isa = static_cast<Isa>(i);
+      const Isa isa = static_cast<Isa>(i);
       // Filling runs code of that instruction set's file: only where it is supported.
-      for (int j = 0; j <= i && isa_supported(static_cast<Isa>(i)); ++j) kFill[j](table[i]);
+      if (isa_supported(isa)) table[i] = isa_tables::make_table(isa, support().traits);
     }
   }
 };
@@ -141,15 +145,29 @@ Isa best_isa() { return support().best; }
 
 const char* isa_reason() { return support().reason.c_str(); }
 
+KernelTable isa_tables::make_table(Isa isa, const Traits& traits) {
+  using Fill = void (*)(KernelTable&, const Traits&);
+  constexpr Fill kFill[kNumIsas] = {fill_scalar, fill_avx2, fill_avx512, fill_avx512bf16, fill_amx};
+  KernelTable table;
+  table.isa = isa;
+  for (int i = 0; i <= static_cast<int>(isa); ++i) kFill[i](table, traits);
+  return table;
+}
+
 const KernelTable& kernel_table(Isa isa) {
   static const Tables tables;
   return tables.table[static_cast<int>(isa)];
 }
 
+Family select_family(Family family, ActivationType activation) {
+  if (activation == ActivationType::kF32) return Family::kVector;
+  return family == Family::kVector ? Family::kVectorBf16 : family;
+}
+
 const MatmulKernel& select_kernel(const KernelTable& table, Family family, WeightFormat format,
                                   ActivationType activation) {
-  if (activation == ActivationType::kF32) family = Family::kVector;
-  return table.matmul[static_cast<int>(family)][static_cast<int>(format)];
+  return table
+      .matmul[static_cast<int>(select_family(family, activation))][static_cast<int>(format)];
 }
 
 void kernel_thread_init(Isa isa) {

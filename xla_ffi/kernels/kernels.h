@@ -38,8 +38,12 @@ enum class ActivationType : int { kF32 = 0, kBf16 = 1 };
 //   products. kMatrix: the fastest many-row form the ISA has (AMX tiles, vdpbf16ps) on BF16
 //   activations; where the ISA
 //            has none, or activations are F32, the table holds the kVector kernel.
-enum class Family : int { kVector = 0, kMatrix = 1 };
-inline constexpr int kNumFamilies = 2;
+//   kVectorBf16: what kVector means for BF16 activations, see select_kernel; not for programs to
+//   ask
+//            for. The kVector kernel, or vdpbf16ps where the CPU runs it as fast as an FP32 FMA:
+//            its products are exact too, and it needs half the activations' bytes.
+enum class Family : int { kVector = 0, kMatrix = 1, kVectorBf16 = 2 };
+inline constexpr int kNumFamilies = 3;
 
 inline constexpr int64_t kScaleBlock = 128;
 
@@ -97,9 +101,10 @@ Isa best_isa();               // highest supported
 const char* isa_reason();     // one line: why best_isa() was chosen, what is missing for the next
 const KernelTable& kernel_table(Isa isa);  // isa must be supported
 
-// The entry a program should use: the family's, or the kVector one where activations are F32 and
-// must stay so. (A kMatrix kernel's `prepare` rounds F32 rows to BF16, to nearest even: for callers
-// that mean it.)
+// The family whose entry a program should use: its own, but kVector where activations are F32 and
+// must stay so, and kVectorBf16 for kVector with BF16 ones. (A kMatrix kernel's `prepare` rounds
+// F32 rows to BF16, to nearest even: for callers that mean it.)
+Family select_family(Family family, ActivationType activation);
 const MatmulKernel& select_kernel(const KernelTable& table, Family family, WeightFormat format,
                                   ActivationType activation);
 

@@ -118,7 +118,7 @@ static_assert(sizeof(TileConfig) == 64);
 
 namespace isa_tables {
 
-void fill_amx(KernelTable& table) {
+void fill_amx(KernelTable& table, const Traits&) {
   constexpr int kMatrix = static_cast<int>(Family::kMatrix);
   table.matmul[kMatrix][static_cast<int>(WeightFormat::kFp8Block)] =
       tiles_kernel<AmxFp8>("matmul_fp8block_bf16tile_amx", Isa::kAmx);

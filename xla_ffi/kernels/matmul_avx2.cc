@@ -17,11 +17,18 @@ struct Avx2Base {
   struct Flag {};
   static constexpr int kElems = 8;
   static constexpr int kAccFloats = 8;
-  // 16 registers: 12 sums + 3 activations + 1 weight vector in the many-row form.
+  // 16 registers hold a tile of 12 sums (unscaled) + 3 activations + 1 weight vector.
   static constexpr int kRows = 4;
-  // 48 rows of a block are 24 KiB, about a first-level cache.
-  static constexpr int64_t kTokenChunk = 48;
-  static constexpr int64_t kAheadBytes = 1024;
+  static constexpr int kTokens = 3;
+  // Sums of 96 activation rows are 12 KiB.
+  static constexpr int64_t kTokenChunk = 96;
+  // 4 decoded rows of a chunk are 8 KiB, those of three activation rows 6 KiB: together less than
+  // half a first-level cache.
+  static constexpr int64_t kChunkBlocks = 4;
+  static constexpr int kFewRows = 4;
+  static constexpr int kMaxFew = 2;
+  static constexpr int one_stream_rows(int) { return 2; }
+  static constexpr int kMaxFewOneStream = 2;
   static constexpr bool kScaled = false;
   static constexpr float kScaleFold = 1.0f;
 
@@ -95,14 +102,14 @@ struct Avx2Fp8 : Avx2Base {
 
 namespace isa_tables {
 
-void fill_avx2(KernelTable& table) {
+void fill_avx2(KernelTable& table, const Traits& traits) {
   for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
     family[static_cast<int>(WeightFormat::kF32)] =
-        rows_kernel<Avx2F32>("matmul_f32_f32fma_avx2", Isa::kAvx2);
+        rows_kernel<Avx2F32>(traits, "matmul_f32_f32fma_avx2", Isa::kAvx2);
     family[static_cast<int>(WeightFormat::kBf16)] =
-        rows_kernel<Avx2Bf16>("matmul_bf16_f32fma_avx2", Isa::kAvx2);
+        rows_kernel<Avx2Bf16>(traits, "matmul_bf16_f32fma_avx2", Isa::kAvx2);
     family[static_cast<int>(WeightFormat::kFp8Block)] =
-        rows_kernel<Avx2Fp8>("matmul_fp8block_f32fma_avx2", Isa::kAvx2);
+        rows_kernel<Avx2Fp8>(traits, "matmul_fp8block_f32fma_avx2", Isa::kAvx2);
   }
 }
 

@@ -41,14 +41,14 @@ struct Avx512Fp8 : Avx512Base {
 
 namespace isa_tables {
 
-void fill_avx512(KernelTable& table) {
+void fill_avx512(KernelTable& table, const Traits& traits) {
   for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
     family[static_cast<int>(WeightFormat::kF32)] =
-        rows_kernel<Avx512F32>("matmul_f32_f32fma_avx512", Isa::kAvx512);
+        rows_kernel<Avx512F32>(traits, "matmul_f32_f32fma_avx512", Isa::kAvx512);
     family[static_cast<int>(WeightFormat::kBf16)] =
-        rows_kernel<Avx512Bf16>("matmul_bf16_f32fma_avx512", Isa::kAvx512);
+        rows_kernel<Avx512Bf16>(traits, "matmul_bf16_f32fma_avx512", Isa::kAvx512);
     family[static_cast<int>(WeightFormat::kFp8Block)] =
-        rows_kernel<Avx512Fp8>("matmul_fp8block_f32fma_avx512", Isa::kAvx512);
+        rows_kernel<Avx512Fp8>(traits, "matmul_fp8block_f32fma_avx512", Isa::kAvx512);
   }
 }
 

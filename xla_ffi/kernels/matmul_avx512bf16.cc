@@ -37,6 +37,11 @@ struct DotBase : Avx512Base {
   using Elem = uint16_t;
   using Weights = __m512i;
   static constexpr int kElems = 32;
+  // Elements of half the size: as many bytes as in Avx512Base.
+  static constexpr int64_t kChunkBlocks = 8;
+  // One row is the one stream that hardware follows best. With more activations, several rows share
+  // what is loaded of them: sums, partial sums, decoded vectors and tables take 27 to 29 registers.
+  static constexpr int one_stream_rows(int m) { return m == 1 ? 1 : (m == 2 ? 4 : 2); }
   static __m512i load(const uint16_t* p) { return _mm512_loadu_si512(p); }
   static void store_weights(uint16_t* p, __m512i a) { _mm512_storeu_si512(p, a); }
   static __m512 mac(__m512 sum, __m512i a, __m512i b) {
@@ -67,17 +72,22 @@ struct DotFp8 : DotBase {
 
 namespace isa_tables {
 
-void fill_avx512bf16(KernelTable& table) {
+void fill_avx512bf16(KernelTable& table, const Traits& traits) {
   constexpr int kVector = static_cast<int>(Family::kVector);
   constexpr int kMatrix = static_cast<int>(Family::kMatrix);
   constexpr int kFp8 = static_cast<int>(WeightFormat::kFp8Block);
   constexpr int kBf16 = static_cast<int>(WeightFormat::kBf16);
   table.matmul[kVector][kFp8] =
-      rows_kernel<VbmiFp8>("matmul_fp8block_f32fma_avx512vbmi", Isa::kAvx512Bf16);
+      rows_kernel<VbmiFp8>(traits, "matmul_fp8block_f32fma_avx512vbmi", Isa::kAvx512Bf16);
   table.matmul[kMatrix][kFp8] =
-      rows_kernel<DotFp8>("matmul_fp8block_bf16dot_avx512bf16", Isa::kAvx512Bf16);
+      rows_kernel<DotFp8>(traits, "matmul_fp8block_bf16dot_avx512bf16", Isa::kAvx512Bf16);
   table.matmul[kMatrix][kBf16] =
-      rows_kernel<DotBf16>("matmul_bf16_bf16dot_avx512bf16", Isa::kAvx512Bf16);
+      rows_kernel<DotBf16>(traits, "matmul_bf16_bf16dot_avx512bf16", Isa::kAvx512Bf16);
+  // BF16 weights too: only their subnormals differ, which vdpbf16ps takes as zero.
+  MatmulKernel* const vector_bf16 = table.matmul[static_cast<int>(Family::kVectorBf16)];
+  const MatmulKernel* const source = table.matmul[traits.fast_bf16_dot ? kMatrix : kVector];
+  vector_bf16[kFp8] = source[kFp8];
+  vector_bf16[kBf16] = source[kBf16];
 }
 
 }  // namespace isa_tables

@@ -7,9 +7,11 @@
 //   kElems                    prepared elements a vector
 //   kGroupVecs                vectors that one decode() yields
 //   kWeightBytes              bytes of one stored weight
-//   kRows                     weight rows at a time
-//   kTokenChunk               most activation rows a decoding serves (a multiple of three)
-//   kAheadBytes               prefetch distance along a row
+//   kRows, kTokens            weight and activation rows of the many-row form's register tile
+//   kTokenChunk               most activation rows a decoding serves
+//   kChunkBlocks              blocks of 128 columns decoded at a time in the many-row form
+//   kFewRows, kMaxFew         weight rows, and most activation rows, of the few-row form
+//   one_stream_rows(m), kMaxFewOneStream    the same where memory is read as one stream
 //   kScaled, kScaleFold       block scales; factor the decoder left out of the weights
 //   column(i)                 column within a block of 128 that prepared position i holds
 //   zero, load, load_acc, store_acc, store_weights, decode, mac, flush, reduce
@@ -20,18 +22,31 @@
 // output is the same bits for any m and any n range. The last block is copied and zero-padded, so
 // no read passes a row's end.
 
+// How weight rows are fetched ahead. kOneStream: the next groups of rows, in the order of their
+// addresses, into the second-level cache; else each row for itself, into the first. Zen reads one
+// stream at nearly the rate of its memory and several at half of it (measured on Zen 4); on Intel's
+// it is the other way round (Sapphire and Emerald Rapids).
+template <class Base, int R, bool OneStream>
+struct Fetched : Base {
+  static constexpr int kRows = R;
+  static constexpr bool kOneStream = OneStream;
+};
+
 // A group of kRows weight rows (the last one repeated past the end of the range).
 template <class Ops>
 struct RowGroup {
   static constexpr int kRows = Ops::kRows;
   static constexpr int64_t kBlockBytes = kBlock * Ops::kWeightBytes;
   // Far enough ahead to cover DRAM latency at one thread's bandwidth, shared among kRows streams.
-  static constexpr int64_t kAheadBytes = Ops::kAheadBytes;
+  static constexpr int64_t kAheadBytes = 1024;
+  // One stream: at least 16 KiB, 0.5 us at 30 GB/s; a whole number of groups.
+  static constexpr int64_t kStreamAheadBytes = 16 << 10;
 
   const uint8_t* row[kRows];
   const float* scale[kRows];
   int64_t row_bytes;
   int64_t next_group_bytes;
+  int64_t stream_ahead_bytes;
   int64_t full_blocks;
   int64_t tail_bytes;
   alignas(64) uint8_t tail[kRows][kBlockBytes];
@@ -39,6 +54,8 @@ struct RowGroup {
   RowGroup(const WeightView& w, int64_t n_begin, int64_t n_end) {
     row_bytes = w.k * Ops::kWeightBytes;
     next_group_bytes = kRows * w.row_stride_bytes - row_bytes;
+    const int64_t group_bytes = kRows * w.row_stride_bytes;
+    stream_ahead_bytes = ceil_div(kStreamAheadBytes, group_bytes) * group_bytes;
     full_blocks = w.k / kBlock;
     tail_bytes = (w.k % kBlock) * Ops::kWeightBytes;
     for (int r = 0; r < kRows; ++r) {
@@ -59,14 +76,29 @@ struct RowGroup {
 
   float block_scale(int r, int64_t b) const { return scale[r][b] * Ops::kScaleFold; }
 
-  // Asks for the bytes that lie kAheadBytes after block b: in these rows, or in the group that
-  // follows. A prefetch of an address outside the matrix does nothing.
+  // Asks for bytes that will be wanted later than block b. A prefetch of an address outside the
+  // matrix does nothing.
   void prefetch(int64_t b) const {
-    int64_t offset = b * kBlockBytes + kAheadBytes;
-    if (offset >= row_bytes) offset += next_group_bytes;
-    for (int r = 0; r < kRows; ++r) {
+    if constexpr (Ops::kOneStream && kRows == 1) {
+      // Hardware prefetchers follow a single row by themselves, but stop at the end of a page: the
+      // first lines of the next are asked for a page ahead.
+      const uint8_t* at = row[0] + b * kBlockBytes;
+      if ((reinterpret_cast<uintptr_t>(at) & 4095) >= 1024) return;
       for (int64_t line = 0; line < kBlockBytes; line += 64) {
-        __builtin_prefetch(row[r] + offset + line, 0, 3);
+        __builtin_prefetch(at + 4096 + line, 0, 2);
+      }
+    } else if constexpr (Ops::kOneStream) {
+      const uint8_t* at = row[0] + stream_ahead_bytes + b * kRows * kBlockBytes;
+      for (int64_t line = 0; line < kRows * kBlockBytes; line += 64) {
+        __builtin_prefetch(at + line, 0, 2);
+      }
+    } else {
+      int64_t offset = b * kBlockBytes + kAheadBytes;
+      if (offset >= row_bytes) offset += next_group_bytes;
+      for (int r = 0; r < kRows; ++r) {
+        for (int64_t line = 0; line < kBlockBytes; line += 64) {
+          __builtin_prefetch(row[r] + offset + line, 0, 3);
+        }
       }
     }
   }
@@ -90,25 +122,34 @@ __attribute__((noinline, cold)) void patch_nan(const RowGroup<Ops>& group, int64
   }
 }
 
-// One block of kRows weight rows against M activation rows, decoded weights staying in registers.
+// One block of kRows weight rows times M activation rows. Decoded vectors of kShared rows meet an
+// activation vector loaded once.
 template <class Ops, int M>
 inline __attribute__((always_inline)) void mac_block(const uint8_t* const (&w)[Ops::kRows],
                                                      const typename Ops::Elem* const (&x)[M],
                                                      typename Ops::Acc (&sum)[Ops::kRows][M],
                                                      typename Ops::Flag& flag) {
   constexpr int kGroupElems = Ops::kGroupVecs * Ops::kElems;
+  // Sharing pays where loads would outnumber products (narrow groups of decoded vectors).
+  constexpr int kShared = Ops::kGroupVecs <= 2 ? Ops::kRows : 1;
 #pragma GCC unroll 4
   for (int g = 0; g < kBlock / kGroupElems; ++g) {
 #pragma GCC unroll 8
-    for (int r = 0; r < Ops::kRows; ++r) {
-      typename Ops::Weights decoded[Ops::kGroupVecs];
-      Ops::decode(w[r] + g * kGroupElems * Ops::kWeightBytes, decoded, flag);
+    for (int begin = 0; begin < Ops::kRows; begin += kShared) {
+      typename Ops::Weights decoded[kShared][Ops::kGroupVecs];
+#pragma GCC unroll 8
+      for (int r = 0; r < kShared; ++r) {
+        Ops::decode(w[begin + r] + g * kGroupElems * Ops::kWeightBytes, decoded[r], flag);
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < Ops::kGroupVecs; ++j) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
-          sum[r][i] =
-              Ops::mac(sum[r][i], decoded[j], Ops::load(x[i] + g * kGroupElems + j * Ops::kElems));
+          const typename Ops::Weights xv = Ops::load(x[i] + g * kGroupElems + j * Ops::kElems);
+#pragma GCC unroll 8
+          for (int r = 0; r < kShared; ++r) {
+            sum[begin + r][i] = Ops::mac(sum[begin + r][i], decoded[r][j], xv);
+          }
         }
       }
     }
@@ -157,85 +198,105 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
   }
 }
 
-// kRows x M register tile over one decoded block.
+// kRows x M register tile over the decoded blocks of a chunk; `sums` holds the tile's sums so far,
+// activation rows first.
 template <class Ops, int M>
-inline void mac_decoded(const typename Ops::Elem* decoded, const typename Ops::Elem* const* x,
-                        int64_t x_offset, const float (&scale)[Ops::kRows], float* sums) {
+inline void mac_decoded(const typename Ops::Elem* decoded, int64_t num_blocks,
+                        const typename Ops::Elem* const* x, int64_t x_offset,
+                        const float (*scale)[Ops::kRows], float* sums) {
   constexpr int kRows = Ops::kRows;
-  typename Ops::Acc tile[kRows][M];
+  constexpr int64_t kRowElems = Ops::kChunkBlocks * kBlock;
+  typename Ops::Acc sum[kRows][M];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-      tile[r][i] =
-          Ops::kScaled ? Ops::zero() : Ops::load_acc(sums + (i * kRows + r) * Ops::kAccFloats);
-    }
+    for (int i = 0; i < M; ++i) sum[r][i] = Ops::load_acc(sums + (i * kRows + r) * Ops::kAccFloats);
   }
-#pragma GCC unroll 1
-  for (int v = 0; v < kBlock; v += Ops::kElems) {
-    typename Ops::Weights xv[M];
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) xv[i] = Ops::load(x[i] + x_offset + v);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    typename Ops::Acc part[kRows][M];
+    if constexpr (Ops::kScaled) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const typename Ops::Weights wv = Ops::load(decoded + r * kBlock + v);
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int i = 0; i < M; ++i) tile[r][i] = Ops::mac(tile[r][i], wv, xv[i]);
+        for (int i = 0; i < M; ++i) part[r][i] = Ops::zero();
+      }
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-      float* sum = sums + (i * kRows + r) * Ops::kAccFloats;
-      if constexpr (Ops::kScaled) {
-        Ops::store_acc(sum, Ops::flush(Ops::load_acc(sum), tile[r][i], scale[r]));
-      } else {
-        Ops::store_acc(sum, tile[r][i]);
+    for (int v = 0; v < kBlock; v += Ops::kElems) {
+      typename Ops::Weights xv[M];
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) xv[i] = Ops::load(x[i] + x_offset + b * kBlock + v);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const typename Ops::Weights wv = Ops::load(decoded + r * kRowElems + b * kBlock + v);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) {
+          auto& acc = Ops::kScaled ? part[r][i] : sum[r][i];
+          acc = Ops::mac(acc, wv, xv[i]);
+        }
+      }
+    }
+    if constexpr (Ops::kScaled) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) sum[r][i] = Ops::flush(sum[r][i], part[r][i], scale[b][r]);
       }
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) Ops::store_acc(sums + (i * kRows + r) * Ops::kAccFloats, sum[r][i]);
+  }
 }
 
-// Many rows: each block is decoded once for up to kTokenChunk activation rows.
+// Many rows: each chunk of columns is decoded once for up to kTokenChunk activation rows.
 template <class Ops>
 void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
                  const typename Ops::Elem* const* x, int64_t m, float* y, int64_t ldy) {
   using Elem = typename Ops::Elem;
   constexpr int kRows = Ops::kRows;
   constexpr int kGroupElems = Ops::kGroupVecs * Ops::kElems;
-  alignas(64) Elem decoded[kRows * kBlock];
+  constexpr int64_t kRowElems = Ops::kChunkBlocks * kBlock;
+  alignas(64) Elem decoded[kRows * kRowElems];
   alignas(64) float sums[Ops::kTokenChunk * kRows * Ops::kAccFloats];
+  float scale[Ops::kChunkBlocks][kRows];
   for (int64_t n = n_begin; n < n_end; n += kRows) {
     const RowGroup<Ops> group(w, n, n_end);
     const int64_t rows = min_of(kRows, n_end - n);
     __builtin_memset(sums, 0, static_cast<size_t>(m) * kRows * Ops::kAccFloats * sizeof(float));
     typename Ops::Flag flag = {};
     const int64_t num_blocks = group.num_blocks();
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      group.prefetch(b);
-      float scale[kRows] = {};
-      for (int r = 0; r < kRows; ++r) {
-        if constexpr (Ops::kScaled) scale[r] = group.block_scale(r, b);
-        const uint8_t* block = group.block(r, b);
-        for (int e = 0; e < kBlock; e += kGroupElems) {
-          typename Ops::Weights vecs[Ops::kGroupVecs];
-          Ops::decode(block + e * Ops::kWeightBytes, vecs, flag);
-          for (int j = 0; j < Ops::kGroupVecs; ++j) {
-            Ops::store_weights(decoded + r * kBlock + e + j * Ops::kElems, vecs[j]);
+    for (int64_t first = 0; first < num_blocks; first += Ops::kChunkBlocks) {
+      const int64_t count = min_of(Ops::kChunkBlocks, num_blocks - first);
+      for (int64_t b = 0; b < count; ++b) {
+        group.prefetch(first + b);
+        for (int r = 0; r < kRows; ++r) {
+          if constexpr (Ops::kScaled) scale[b][r] = group.block_scale(r, first + b);
+          const uint8_t* block = group.block(r, first + b);
+          for (int e = 0; e < kBlock; e += kGroupElems) {
+            typename Ops::Weights vecs[Ops::kGroupVecs];
+            Ops::decode(block + e * Ops::kWeightBytes, vecs, flag);
+            for (int j = 0; j < Ops::kGroupVecs; ++j) {
+              Ops::store_weights(decoded + r * kRowElems + b * kBlock + e + j * Ops::kElems,
+                                 vecs[j]);
+            }
           }
         }
       }
-      for (int64_t i = 0, count; i < m; i += count) {
-        // Three at a time, but four as two and two.
-        count = min_of(m - i == 4 ? 2 : 3, m - i);
+      for (int64_t i = 0, tokens; i < m; i += tokens) {
+        // Tiles of three; four are two and two.
+        tokens = min_of(Ops::kTokens == 3 && m - i == 4 ? 2 : Ops::kTokens, m - i);
         float* sum = sums + i * kRows * Ops::kAccFloats;
-        if (count == 3) {
-          mac_decoded<Ops, 3>(decoded, x + i, b * kBlock, scale, sum);
-        } else if (count == 2) {
-          mac_decoded<Ops, 2>(decoded, x + i, b * kBlock, scale, sum);
+        if (tokens == 3) {
+          if constexpr (Ops::kTokens >= 3) {
+            mac_decoded<Ops, 3>(decoded, count, x + i, first * kBlock, scale, sum);
+          }
+        } else if (tokens == 2) {
+          mac_decoded<Ops, 2>(decoded, count, x + i, first * kBlock, scale, sum);
         } else {
-          mac_decoded<Ops, 1>(decoded, x + i, b * kBlock, scale, sum);
+          mac_decoded<Ops, 1>(decoded, count, x + i, first * kBlock, scale, sum);
         }
       }
     }
@@ -249,10 +310,24 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
   }
 }
 
-template <class Ops>
+// The few-row form for the m <= M activation rows there are.
+template <class Ops, bool OneStream, int M>
+void matmul_few_of(const WeightView& w, int64_t n_begin, int64_t n_end,
+                   const typename Ops::Elem* const* rows, int64_t m, float* y, int64_t ldy) {
+  if constexpr (M > 1) {
+    if (m < M) return matmul_few_of<Ops, OneStream, M - 1>(w, n_begin, n_end, rows, m, y, ldy);
+  }
+  const typename Ops::Elem* x[M];
+  for (int i = 0; i < M; ++i) x[i] = rows[i];
+  constexpr int kRows = OneStream ? Ops::one_stream_rows(M) : Ops::kFewRows;
+  matmul_few<Fetched<Ops, kRows, OneStream>, M>(w, n_begin, n_end, x, y, ldy);
+}
+
+template <class Ops, bool OneStream>
 void matmul(const WeightView& w, int64_t n_begin, int64_t n_end, const void* x,
             const int32_t* row_ids, int64_t m, float* y, int64_t ldy) noexcept {
   using Elem = typename Ops::Elem;
+  constexpr int kMaxFew = OneStream ? Ops::kMaxFewOneStream : Ops::kMaxFew;
   const FloatMode mode;
   const size_t row_bytes = spread_row_bytes<Elem>(w.k);
   for (int64_t begin = 0; begin < m; begin += Ops::kTokenChunk) {
@@ -263,18 +338,21 @@ void matmul(const WeightView& w, int64_t n_begin, int64_t n_end, const void* x,
       rows[i] = reinterpret_cast<const Elem*>(static_cast<const char*>(x) + row * row_bytes);
     }
     float* out = y + begin * ldy;
-    if (count == 1) {
-      matmul_few<Ops, 1>(w, n_begin, n_end, {rows[0]}, out, ldy);
-    } else if (count == 2) {
-      matmul_few<Ops, 2>(w, n_begin, n_end, {rows[0], rows[1]}, out, ldy);
+    if (count <= kMaxFew) {
+      matmul_few_of<Ops, OneStream, kMaxFew>(w, n_begin, n_end, rows, count, out, ldy);
     } else {
-      matmul_many<Ops>(w, n_begin, n_end, rows, count, out, ldy);
+      matmul_many<Fetched<Ops, Ops::kRows, OneStream>>(w, n_begin, n_end, rows, count, out, ldy);
     }
   }
 }
 
 template <class Ops>
-MatmulKernel rows_kernel(const char* name, Isa isa) {
-  return {name,    isa,        spread_row_bytes<typename Ops::Elem>, prepare<Ops>, nullptr,
-          nullptr, matmul<Ops>};
+MatmulKernel rows_kernel(const isa_tables::Traits& traits, const char* name, Isa isa) {
+  return {name,
+          isa,
+          spread_row_bytes<typename Ops::Elem>,
+          prepare<Ops>,
+          nullptr,
+          nullptr,
+          traits.one_stream ? matmul<Ops, true> : matmul<Ops, false>};
 }

@@ -39,9 +39,15 @@ struct Scalar {
   static constexpr int kGroupVecs = 1;
   static constexpr int kWeightBytes =
       kFormat == WeightFormat::kF32 ? 4 : (kFormat == WeightFormat::kBf16 ? 2 : 1);
-  static constexpr int kRows = 2;
+  // A tile of sums is six of the sixteen registers, two to a sum.
+  static constexpr int kRows = 1;
+  static constexpr int kTokens = 3;
   static constexpr int64_t kTokenChunk = 24;
-  static constexpr int64_t kAheadBytes = 512;
+  static constexpr int64_t kChunkBlocks = 4;
+  static constexpr int kFewRows = 2;
+  static constexpr int kMaxFew = 2;
+  static constexpr int one_stream_rows(int) { return 2; }
+  static constexpr int kMaxFewOneStream = 2;
   static constexpr bool kScaled = kFormat == WeightFormat::kFp8Block;
   static constexpr float kScaleFold = 1.0f;
 
@@ -87,14 +93,15 @@ struct Scalar {
 
 namespace isa_tables {
 
-void fill_scalar(KernelTable& table) {
+void fill_scalar(KernelTable& table, const Traits& traits) {
   for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
     family[static_cast<int>(WeightFormat::kF32)] =
-        rows_kernel<Scalar<WeightFormat::kF32>>("matmul_f32_f32_scalar", Isa::kScalar);
+        rows_kernel<Scalar<WeightFormat::kF32>>(traits, "matmul_f32_f32_scalar", Isa::kScalar);
     family[static_cast<int>(WeightFormat::kBf16)] =
-        rows_kernel<Scalar<WeightFormat::kBf16>>("matmul_bf16_f32_scalar", Isa::kScalar);
+        rows_kernel<Scalar<WeightFormat::kBf16>>(traits, "matmul_bf16_f32_scalar", Isa::kScalar);
     family[static_cast<int>(WeightFormat::kFp8Block)] =
-        rows_kernel<Scalar<WeightFormat::kFp8Block>>("matmul_fp8block_f32_scalar", Isa::kScalar);
+        rows_kernel<Scalar<WeightFormat::kFp8Block>>(traits, "matmul_fp8block_f32_scalar",
+                                                     Isa::kScalar);
   }
 }
 

@@ -7,12 +7,19 @@ struct Avx512Base {
   struct Flag {};
   static constexpr int kElems = 16;
   static constexpr int kAccFloats = 16;
-  // Eight streams keep memory busy at one row of activations; 32 registers hold 24 sums + 3
-  // activations + 1 weight vector in the many-row form.
-  static constexpr int kRows = 8;
-  // 48 rows of a block are 24 KiB, half a first-level cache.
-  static constexpr int64_t kTokenChunk = 48;
-  static constexpr int64_t kAheadBytes = 1024;
+  // 32 registers hold a tile of 12 sums, 12 partial sums, 3 activations and 1 weight vector.
+  static constexpr int kRows = 4;
+  static constexpr int kTokens = 3;
+  // Sums of 192 activation rows are 48 KiB: second-level cache, touched once a chunk of columns.
+  static constexpr int64_t kTokenChunk = 96;
+  // 4 decoded rows of a chunk are 8 KiB of FP32, those of three activation rows 6 KiB: less than
+  // half a first-level cache.
+  static constexpr int64_t kChunkBlocks = 4;
+  // Eight streams keep memory busy at one row of activations.
+  static constexpr int kFewRows = 8;
+  static constexpr int kMaxFew = 2;
+  static constexpr int one_stream_rows(int m) { return m == 1 ? 4 : 2; }
+  static constexpr int kMaxFewOneStream = 4;
   static constexpr bool kScaled = false;
   static constexpr float kScaleFold = 1.0f;
 

@@ -16,7 +16,10 @@ constexpr Fp8Bytes kFp8Bytes;
 // 64 codes to two vectors of 32 BF16. The bytes are interleaved within 128-bit lanes: each vector
 // holds eight columns of every sixteen (fp8_bf16_column in fp8_e4m3.inl says which).
 inline void fp8_to_bf16(const void* src, __m512i& first, __m512i& second) {
-  const __m512i codes = _mm512_loadu_si512(src);
+  __m512i codes = _mm512_loadu_si512(src);
+  // The compiler would load the codes once for each use that overwrites them, and loads are what
+  // limits this loop; copies of registers are free.
+  asm("" : "+v"(codes));
   const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Bytes.low), codes,
                                                _mm512_load_si512(kFp8Bytes.low + 64));
   const __m512i magnitude = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Bytes.high), codes,

@@ -17,7 +17,6 @@ constexpr int64_t kComputeAlone = 128 << 10;
 // Register tiles of the many-row kernels are up to 16 weight rows; for few tokens the NUMA split's
 // granule does, and leaves more units to share.
 constexpr int64_t kManyTokensStep = 16;
-constexpr int64_t kFewTokens = 4;
 
 }  // namespace
 
@@ -93,11 +92,14 @@ void ExpertsJob::choose_units(const HostStore& store, int num_threads, JobShape*
   const int64_t step = most_pairs_ > kFewTokens ? kManyTokensStep : HostStore::kRowSplit;
   const int64_t row_bytes1 = store.row_bytes(call_.layer, Matrix::kGate);
   const int64_t row_bytes2 = store.row_bytes(call_.layer, Matrix::kDown);
+  threads_on_node_ = (num_threads + num_nodes_ - 1) / num_nodes_;
+  step_ = step;
   // A stage-1 unit reads rows of gate and of up; a stage-2 unit reads its rows of every distinct
   // expert.
-  block1_ = rows_per_unit(num_groups_ * intermediate_, 2 * row_bytes1, num_threads, step);
+  block1_ =
+      rows_per_unit(num_groups_ * intermediate_, 2 * row_bytes1, num_threads, step, most_pairs_);
   block1_ = std::min(block1_, (intermediate_ + step - 1) / step * step);
-  block2_ = rows_per_unit(hidden_, num_groups_ * row_bytes2, num_threads, step);
+  block2_ = rows_per_unit(hidden_, num_groups_ * row_bytes2, num_threads, step, kFewTokens + 1);
 
   prepare_rows_ = std::max<int64_t>(1, kConvertAlone / 2 / hidden_);
   uint32_t prepare_units =
@@ -121,7 +123,9 @@ void ExpertsJob::choose_units(const HostStore& store, int num_threads, JobShape*
     auto [begin2, end2] = node_rows(hidden_, node, num_nodes_);
     blocks1_[node] = (end1 - begin1 + block1_ - 1) / block1_;
     shape->units[kStage1][node] = static_cast<uint32_t>(num_groups_ * blocks1_[node]);
-    shape->units[kStage2][node] = static_cast<uint32_t>((end2 - begin2 + block2_ - 1) / block2_);
+    uint32_t units2 = 0;
+    for (int64_t row = begin2; row < end2; ++units2) row += stage2_rows(end2 - row);
+    shape->units[kStage2][node] = units2;
   }
   alone_ =
       3 * num_groups_ * intermediate_ * hidden_ <= kComputeAlone && num_pairs_ <= 2 * num_groups_;
@@ -141,7 +145,12 @@ Status ExpertsJob::lay_out(const HostStore& store, const std::vector<int32_t>& c
   x_prepared_ = layout.add(x_row_bytes_ * static_cast<size_t>(call_.num_tokens));
   h_ = layout.add(static_cast<size_t>(num_pairs_ * intermediate_) * sizeof(float));
   h_prepared_ = layout.add(h_row_bytes_ * static_cast<size_t>(num_pairs_));
-  tile_floats_ = align_up(static_cast<size_t>(most_pairs_ * std::max(2 * block1_, block2_)), 16);
+  int64_t most_rows2 = 0;  // the first unit's
+  for (int node = 0; node < num_nodes_; ++node) {
+    auto [begin, end] = node_rows(hidden_, node, num_nodes_);
+    most_rows2 = std::max(most_rows2, stage2_rows(end - begin));
+  }
+  tile_floats_ = align_up(static_cast<size_t>(most_pairs_ * std::max(2 * block1_, most_rows2)), 16);
   tiles_ = layout.add(tile_floats_ * sizeof(float) * static_cast<size_t>(num_threads));
   const size_t panels = layout.total();
   if (kernel_->panel_bytes != nullptr) {
@@ -280,11 +289,18 @@ void ExpertsJob::finish_stage1(Group& group) {
   group.stage2_ready.store(1, std::memory_order_release);
 }
 
+// A stage-2 unit's run in each expert's matrix is 1/num_groups of what the unit reads, hence long
+// ones first.
+int64_t ExpertsJob::stage2_rows(int64_t left) const {
+  if (most_pairs_ > kFewTokens) return std::min(left, block2_);
+  return guided_rows(left, threads_on_node_, block2_, step_);
+}
+
 void ExpertsJob::stage2_unit(int node, uint32_t unit, int participant) {
   auto [node_begin, node_end] = node_rows(hidden_, node, num_nodes_);
-  const int64_t d_begin = node_begin + unit * block2_;
-  const int64_t d_end = std::min(node_end, d_begin + block2_);
-  const int64_t d = d_end - d_begin;
+  int64_t d_begin = node_begin;
+  for (uint32_t before = 0; before < unit; ++before) d_begin += stage2_rows(node_end - d_begin);
+  const int64_t d = stage2_rows(node_end - d_begin), d_end = d_begin + d;
   for (int64_t t = 0; t < call_.num_tokens; ++t) {
     std::memset(call_.y + t * hidden_ + d_begin, 0, static_cast<size_t>(d) * sizeof(float));
   }

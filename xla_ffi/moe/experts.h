@@ -67,6 +67,7 @@ class ExpertsJob final : public Job {
   void panel_unit(uint32_t unit);
   void stage1_unit(int node, uint32_t unit, int participant);
   void finish_stage1(Group& group);
+  int64_t stage2_rows(int64_t left) const;  // of the unit that begins where `left` rows are left
   void stage2_unit(int node, uint32_t unit, int participant);
   void wait_prepared();
 
@@ -87,7 +88,9 @@ class ExpertsJob final : public Job {
   int64_t hidden_ = 0, intermediate_ = 0;                    // D, F
   bool alone_ = false, prepare_now_ = false;
   int64_t prepare_rows_ = 0;         // token rows of a prepare unit
-  int64_t block1_ = 0, block2_ = 0;  // weight rows of a stage-1 / stage-2 unit
+  int64_t block1_ = 0, block2_ = 0;  // weight rows of a stage-1 unit / least of a stage-2 unit
+  int64_t step_ = 1;
+  int threads_on_node_ = 1;
   int64_t blocks1_[kMaxNodes] = {};  // stage-1 blocks of one expert
   uint32_t first_prepare_[kMaxNodes] = {}, first_panel_[kMaxNodes] = {};
   // Offsets from base_: pairs sorted by expert, groups, views, activations, per-participant tiles.

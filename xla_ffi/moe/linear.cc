@@ -37,8 +37,8 @@ class LinearJob final : public Job {
     chunks_per_unit_ = std::max<int64_t>(1, kConvertAlone / 2 / (chunk_rows_ * w.k));
 
     const int64_t weight_row_bytes = w.row_stride_bytes;
-    block_rows_ =
-        rows_per_unit(w.n * call_.groups, weight_row_bytes, runtime.num_threads(), kRowStep);
+    block_rows_ = rows_per_unit(w.n * call_.groups, weight_row_bytes, runtime.num_threads(),
+                                kRowStep, call_.m);
     block_rows_ = std::min(block_rows_, (w.n + kRowStep - 1) / kRowStep * kRowStep);
     blocks_ = (w.n + block_rows_ - 1) / block_rows_;
     if (call_.groups * blocks_ > kMaxUnits || chunks > kMaxUnits) {

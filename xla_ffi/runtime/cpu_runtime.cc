@@ -45,8 +45,7 @@ Status CpuRuntime::create(const RuntimeOptions& options, std::shared_ptr<CpuRunt
 
 const MatmulKernel& CpuRuntime::kernel(Family family, WeightFormat format,
                                        ActivationType type) const {
-  if (type == ActivationType::kF32) family = Family::kVector;
-  return table_.matmul[static_cast<int>(family)][static_cast<int>(format)];
+  return select_kernel(table_, family, format, type);
 }
 
 std::string CpuRuntime::describe() const {

@@ -50,7 +50,11 @@ class CpuRuntime {
   // For tests of what other instruction sets' kernels ask of their callers. Not while operations
   // run.
   void replace_kernel_for_tests(Family family, WeightFormat format, const MatmulKernel& kernel) {
-    table_.matmul[static_cast<int>(family)][static_cast<int>(format)] = kernel;
+    for (ActivationType type : {ActivationType::kF32, ActivationType::kBf16}) {
+      if (type == ActivationType::kF32 && family != Family::kVector) continue;
+      table_.matmul[static_cast<int>(select_family(family, type))][static_cast<int>(format)] =
+          kernel;
+    }
   }
 
  private:
