@@ -14,14 +14,24 @@ if TYPE_CHECKING:
     from jaxmoe.llm import LLM
     from jaxmoe.request import CompletionOutput, Delta, RequestOutput
     from jaxmoe.sampling_params import SamplingParams
+    from jaxmoe.structured_output import StructuredOutput
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "Delta", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Delta",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutput",
+]
 
 _HOME = {
     "LLM": "jaxmoe.llm",
     "EngineConfig": "jaxmoe.config.engine_config",
     "SamplingParams": "jaxmoe.sampling_params",
+    "StructuredOutput": "jaxmoe.structured_output",
     "RequestOutput": "jaxmoe.request",
     "CompletionOutput": "jaxmoe.request",
     "Delta": "jaxmoe.request",

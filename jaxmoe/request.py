@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal, Protocol
 
 from jaxmoe.common.timing import Timings
 from jaxmoe.sampling_params import SamplingParams
@@ -34,6 +35,18 @@ class Request:
     prompt: str | None = None
 
 
+class Grammar(Protocol):
+    """Where a sequence is in its grammar (sampling/grammar.py)."""
+
+    complete: bool
+    error: str | None
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+    def mask(self, banned: Collection[int] = ()) -> Any: ...
+    def accept(self, token: int) -> None: ...
+
+
 class Status(enum.Enum):
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -47,7 +60,7 @@ class Sequence:
 
     choice_idx: which of the request's n. num_computed: tokens whose keys and values are in the
     cache. pages: ids of the cache pages it holds, in order of position. slot: its row in
-    per-sequence device state, or -1.
+    per-sequence device state, or -1. grammar: what its text must follow, or None.
     """
 
     request: Request
@@ -60,6 +73,7 @@ class Sequence:
     num_preemptions: int = 0
     started_s: float = 0.0
     first_token_s: float = 0.0
+    grammar: Grammar | None = None
 
     @property
     def num_prompt(self) -> int:
@@ -108,8 +122,11 @@ class Delta:
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One finished completion. stop_reason: the stop string or token id that ended it, None for
-    end-of-text or length. logprobs: one entry a token where they were asked for."""
+    """One finished completion.
+
+    stop_reason: the stop string or token id that ended it, what failed ("error"), or None for
+    end-of-text or length. logprobs: one entry a token where they were asked for.
+    """
 
     index: int
     text: str

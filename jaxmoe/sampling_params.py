@@ -1,9 +1,9 @@
 """How the tokens of one request are chosen and when it ends. Every number has both bounds, checked
 here.
 
-Order of application: repetition, presence and frequency penalties and logit_bias, then
-temperature, top_k, top_p, min_p, then the draw. What it does not do: know a model (ids are checked
-against the vocabulary by the engine).
+Order of application: repetition, presence and frequency penalties and logit_bias, then the mask of
+a grammar, then temperature, top_k, top_p, min_p, then the draw. What it does not do: know a model
+(ids are checked against the vocabulary by the engine).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxmoe.common.errors import RequestError
 from jaxmoe.common.fields import Rule, check_fields, check_value, checked, nearest, rules, shown
+from jaxmoe.structured_output import StructuredOutput
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -101,6 +102,7 @@ class SamplingParams:
         optional=True,
     )
     skip_special_tokens: bool = checked(True, "bool", "leave control tokens out of the text")
+    structured: StructuredOutput | None = None  # a grammar for the text; no flag, built by callers
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)
@@ -109,6 +111,8 @@ class SamplingParams:
         set_("stop", _stop_strings(self.stop))
         set_("stop_token_ids", _stop_token_ids(self.stop_token_ids))
         set_("logit_bias", _logit_bias(self.logit_bias))
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            set_("structured", StructuredOutput.from_json(self.structured))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens: got {self.min_tokens}, wanted at most max_tokens ({self.max_tokens})"
@@ -121,7 +125,7 @@ class SamplingParams:
         """
         known = rules(cls)
         for name in given:
-            if name not in known:
+            if name not in known and name != "structured":
                 raise RequestError(
                     f"unknown sampling parameter {name!r}{nearest(name, known)}; known: "
                     + ", ".join(known)

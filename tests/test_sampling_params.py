@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from jaxmoe.common.errors import RequestError
 from jaxmoe.common.fields import rules
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.structured_output import StructuredOutput
 
 NUMERIC = [(n, r) for n, r in rules(SamplingParams).items() if r.kind in ("int", "float")]
 
@@ -88,3 +90,13 @@ def test_of_replaces_fields_and_names_the_nearest_of_an_unknown_one():
 )
 def test_adjusts_logits(given, adjusts):
     assert SamplingParams(**given).adjusts_logits is adjusts
+
+
+def test_structured_output_is_part_of_it_and_crosses_as_plain_json():
+    spec = StructuredOutput(kind="regex", value="[ab]", thoughts=("<t>", "</t>"))
+    params = SamplingParams.of({"structured": spec, "seed": 2})
+    assert params.structured == spec and hash(params) == hash(dataclasses.replace(params))
+    wire = json.loads(json.dumps(dataclasses.asdict(params)))
+    assert SamplingParams(**wire) == params
+    with pytest.raises(RequestError, match="structured output: got 3"):
+        SamplingParams(structured=3)

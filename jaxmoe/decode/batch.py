@@ -25,7 +25,8 @@ class StepRow:
 
     token_ids: the tokens fed, from position `start`. pages: ids of the pages the sequence holds.
     slot: its row in per-sequence state. settings: how its next token is drawn; biases: see
-    `sampling.inputs.pack_biases`, None where the row's logits are not adjusted.
+    `sampling.inputs.pack_biases`, None where the row's logits are not adjusted. mask: bits of the
+    tokens that may be drawn, `[ceil(V / 32)]` uint32, None where all may.
     """
 
     token_ids: Sequence[int]
@@ -34,6 +35,7 @@ class StepRow:
     slot: int
     settings: RowSettings
     biases: dict[int, float] | None = None
+    mask: np.ndarray | None = None
 
 
 def decode_size(num_rows: int) -> int:
@@ -102,3 +104,16 @@ def pack_step(
         kv_slots[span] = table[where // page_size] * page_size + where % page_size
         at += count
     return StepInputs(token_ids, positions, token_rows, kv_slots, block_tables)  # pyright: ignore
+
+
+def pack_masks(rows: Sequence[StepRow], num_rows: int, vocab_size: int) -> np.ndarray | None:
+    """`[num_rows, ceil(V / 32)]` uint32, all ones for rows without a mask; None where no row has
+    one.
+    """
+    if all(row.mask is None for row in rows):
+        return None
+    masks = np.full((num_rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+    for i, row in enumerate(rows):
+        if row.mask is not None:
+            masks[i] = row.mask
+    return masks

@@ -18,10 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoe.decode.batch import BlockTables, StepRow, decode_size, pack_step, prefill_size
+from jaxmoe.decode.batch import (
+    BlockTables,
+    StepRow,
+    decode_size,
+    pack_masks,
+    pack_step,
+    prefill_size,
+)
 from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.sampling.inputs import Biases, RowInputs, pack_biases, pack_rows
-from jaxmoe.sampling.logits import TokenCounts, adjust, clear_slot, count_tokens
+from jaxmoe.sampling.logits import TokenCounts, adjust, apply_masks, clear_slot, count_tokens
 from jaxmoe.sampling.sampler import Drawn, sample
 
 Kind = Literal["prefill", "decode"]
@@ -83,6 +90,7 @@ class HybridStep:
             step: StepInputs,
             rows: RowInputs,
             biases: Biases | None,
+            masks: jax.Array | None,
             kind: Kind,
         ) -> tuple[Drawn, list[tuple[jax.Array, ...]], TokenCounts | None]:
             raw, caches = forward(leaves, caches, step, kind, rows.logit_index)
@@ -90,6 +98,8 @@ class HybridStep:
             if counts is not None and biases is not None:
                 counts = count_tokens(counts, step.token_ids, step.positions, step.token_rows, rows)
                 adjusted = adjust(raw, counts, rows, biases)
+            if masks is not None:
+                adjusted = apply_masks(adjusted, masks)
             return sample(raw, adjusted, rows), caches, counts
 
         def logits(leaves, caches, step):
@@ -139,8 +149,9 @@ class HybridStep:
                 self._counts = jax.device_put(counts, jax.local_devices(backend="cpu")[0])
             counts = self._counts
             biases = pack_biases([row.biases or {} for row in rows], num_rows)
+        masks = pack_masks(rows, num_rows, self._vocab_size)
         drawn, self._caches, counts = self._run(
-            self._leaves, self._caches, counts, step, settings, biases, kind=kind
+            self._leaves, self._caches, counts, step, settings, biases, masks, kind=kind
         )
         if counts is not None:
             self._counts = counts

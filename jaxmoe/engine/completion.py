@@ -35,12 +35,17 @@ class Completion:
             top = tuple(zip(result.top_ids, result.top_logprobs, strict=True))
             entry = TokenLogprob(token, result.logprob, top)
             self._logprobs.append(entry)
+        grammar = seq.grammar
+        if grammar is not None:
+            grammar.accept(token)
         count = len(seq.output_token_ids)
         may_stop = count > request.params.min_tokens
         if may_stop and token in request.stop_ids:
             if token in request.params.stop_token_ids:
                 self._stop_reason = token
             return self._finish("", (token,), entry, "stop", now_s)
+        if grammar is not None and grammar.complete and token in grammar.eos_token_ids:
+            return self._finish("", (token,), entry, "stop", now_s)  # also where eos is ignored
         text = ""
         if self._tokenizer is not None:
             skip = request.params.skip_special_tokens
@@ -48,6 +53,11 @@ class Completion:
             text = self._text.push(piece, may_stop=count >= request.params.min_tokens)
         if self._text.stopped_by is not None:
             self._stop_reason = self._text.stopped_by
+            return self._finish(text, (token,), entry, "stop", now_s)
+        if grammar is not None and grammar.error is not None:
+            self._stop_reason = f"the grammar failed: {grammar.error}"
+            return self._finish(text, (token,), entry, "error", now_s)
+        if grammar is not None and grammar.complete:
             return self._finish(text, (token,), entry, "stop", now_s)
         if count >= request.max_tokens:
             return self._finish(text, (token,), entry, "length", now_s)

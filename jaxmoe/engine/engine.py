@@ -27,12 +27,14 @@ from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.request import Delta, Request, RequestOutput
 from jaxmoe.request import Sequence as RequestSequence
+from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.scheduler.scheduler import Row, Scheduler, StepPlan
 from jaxmoe.text.tokenizer import Tokenizer, check_ids
 
 _log = logging.getLogger(__name__)
+NOT_FINITE = "the model's logits are not finite"
 
 
 class StepRunner(Protocol):
@@ -82,6 +84,11 @@ class Engine:
         self.scheduler = Scheduler(
             self.pages, max_num_seqs=max_num_seqs, prefill_chunk_tokens=prefill_chunk_tokens
         )
+        self.grammars = None
+        if tokenizer is not None:
+            self.grammars = GrammarCompiler.of(
+                tokenizer, eos_token_ids=self.eos_token_ids, vocab_size=vocab_size
+            )
         self._runner = runner
         self._clock = clock
         self._seeds = (seed + 0x9E3779B97F4A7C15 * i for i in itertools.count())
@@ -115,12 +122,27 @@ class Engine:
             raise RequestError(f"request_id: {request_id!r} is in use; choose another")
         request = self._make_request(request_id, prompt_token_ids, params, prompt)
         completions = []
+        self.prepare(request.params)  # raises before anything is queued
         for i in range(request.params.n):
-            seq = RequestSequence(request, choice_idx=i)
+            seq = RequestSequence(request, choice_idx=i, grammar=self._grammar(request))
             completions.append(Completion(seq, self.tokenizer))
             self.scheduler.add(seq)
         self._completions[request_id] = completions
         return request_id
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compiles a request's grammar; RequestError where that fails. Thread-safe: called from
+        another thread first, it keeps the time that takes (usually milliseconds, at worst
+        `grammar_check.CHECK_TIMEOUT_S` and a start) out of the steps.
+        """
+        if params.structured is not None:
+            if self.grammars is None:
+                raise RequestError("structured output: this engine has no tokenizer")
+            self.grammars.prepare(params.structured)
+
+    def _grammar(self, request: Request) -> SequenceGrammar | None:
+        spec = request.params.structured
+        return None if spec is None or self.grammars is None else self.grammars.matcher(spec)
 
     def abort(self, request_id: str) -> None:
         """Ends a request; pages and slots are free at once, no delta follows. Unknown ids
@@ -247,8 +269,9 @@ class Engine:
         self.scheduler.cancel(row.seq)
         if delta.finish_reason == "error":
             _log.error(
-                "request %s: the model's logits are not finite after %d tokens",
+                "request %s: %s after %d tokens",
                 request.request_id,
+                completion.output and completion.output.stop_reason or NOT_FINITE,
                 row.seq.num_tokens,
             )
         if any(c.output is None for c in completions):
@@ -291,17 +314,32 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
             tokens = request.prompt_token_ids[row.start : row.start + row.count]
         else:
             tokens = (seq.token(row.start),)
-        biases = _biases(seq) if adjusts else None
-        rows.append(StepRow(tokens, row.start, seq.pages, seq.slot, settings, biases))
+        mask = _mask(seq) if row.samples and seq.grammar is not None else None
+        biases = _biases(seq, masked=mask is not None) if adjusts else None
+        rows.append(StepRow(tokens, row.start, seq.pages, seq.slot, settings, biases, mask))
     return rows
 
 
-def _biases(seq: RequestSequence) -> dict[int, float]:
+def _mask(seq: RequestSequence) -> np.ndarray | None:
+    """The tokens that the sequence's grammar allows next. Ends of text are left out before
+    min_tokens and where they are ignored, unless the grammar allows nothing else.
+    """
+    request, grammar = seq.request, seq.grammar
+    assert grammar is not None
+    banned: set[int] = set()
+    if len(seq.output_token_ids) < request.params.min_tokens:
+        banned |= request.stop_ids | grammar.eos_token_ids
+    elif request.params.ignore_eos:
+        banned |= grammar.eos_token_ids - set(request.params.stop_token_ids)
+    return grammar.mask(banned)
+
+
+def _biases(seq: RequestSequence, *, masked: bool) -> dict[int, float]:
     """The request's own biases, and bans of everything that would end the text before
-    min_tokens.
+    min_tokens (a mask bans it itself, where the grammar can go on).
     """
     params = seq.request.params
     biases = dict(params.logit_bias)
-    if len(seq.output_token_ids) < params.min_tokens:
+    if not masked and len(seq.output_token_ids) < params.min_tokens:
         biases |= dict.fromkeys(seq.request.stop_ids, -math.inf)
     return biases

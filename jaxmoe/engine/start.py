@@ -55,6 +55,8 @@ class Started:
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
+        if self.engine.grammars is not None:
+            self.engine.grammars.close()
         self.step.close()
         self.loaded.close()
         self.runtime.close()

@@ -1,4 +1,4 @@
-"""Adjustments of logits that depend on the text so far: penalties, biases, bans.
+"""Adjustments of logits that depend on the text so far: penalties, biases, bans, grammars' masks.
 
 The counts of tokens live on the device, one row a running sequence, and are kept up to date with
 the tokens that a step is fed, so that nothing but the new tokens travels. Only steps with a row
@@ -117,3 +117,15 @@ def adjust(
             biases.values,
         ),
     )
+
+
+def apply_masks(
+    logits: jax.Array,  # [R, V] f32
+    masks: jax.Array,  # [R, ceil(V / 32)] uint32, bit i % 32 of word i // 32: token i is allowed
+) -> jax.Array:
+    """`[R, V]` logits with minus infinity where a row's mask forbids. NaN stays, for it says that
+    the model is broken.
+    """
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1  # [R, W, 32]
+    allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] == 1
+    return jnp.where(allowed | jnp.isnan(logits), logits, -jnp.inf)

@@ -11,6 +11,7 @@ loops for ever is the checkpoint's own fault), and take templates from requests.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,15 @@ import jinja2.sandbox
 from jaxmoe.common.errors import CheckpointError, RequestError
 from jaxmoe.common.fields import shown
 from jaxmoe.text.tokenizer import check_text, read_json, token_text
+from jaxmoe.text.tools import (
+    PROBE,
+    PROBE_KEY,
+    PROBE_VALUE,
+    ArgumentsForm,
+    check_tool_calls,
+    check_tools,
+    in_form,
+)
 
 MAX_CHARS = 16 << 20
 MAX_MESSAGES = 100_000
@@ -49,6 +59,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as e:
             raise CheckpointError(f"chat template: {_words(e)}") from None
+        self.source = source
         self._special_tokens = dict(special_tokens or {})
 
     @classmethod
@@ -87,10 +98,11 @@ class ChatTemplate:
         /,
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt of a conversation. `kwargs` are the template's own switches (such as
-        enable_thinking).
+        """The prompt of a conversation. `tools`: OpenAI's list, or None. `kwargs` are the
+        template's own switches (such as enable_thinking).
         """
         if not isinstance(add_generation_prompt, bool):
             raise RequestError(
@@ -102,17 +114,35 @@ class ChatTemplate:
                     f"chat template argument {name!r}: got {shown(value)}, wanted a plain value "
                     "under a name that is not " + ", ".join(sorted(_RESERVED))
                 )
-        variables = {
-            **self._special_tokens,
-            **kwargs,
-            "messages": check_messages(messages),
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        checked = check_messages(messages)
+        if any(m.get("tool_calls") for m in checked):
+            checked = in_form(checked, self._arguments_form)
+        return self._render(
+            {
+                **self._special_tokens,
+                **kwargs,
+                "messages": checked,
+                "tools": check_tools(tools) if tools else None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
+
+    @functools.cached_property
+    def _arguments_form(self) -> ArgumentsForm:
+        variables = {**self._special_tokens, "tools": None, "documents": None}
+        variables |= {"add_generation_prompt": False, "messages": PROBE}
+        try:
+            text = self._render(variables)
+        except RequestError:
+            return "text"
+        # Glued to text, an object shows as Python prints it.
+        return "object" if PROBE_VALUE in text and f"'{PROBE_KEY}'" not in text else "text"
+
+    def _render(self, variables: Mapping[str, Any]) -> str:
         pieces, length = [], 0
         try:
-            for piece in self._template.generate(variables):
+            for piece in self._template.generate(dict(variables)):
                 length += len(piece)
                 if length > MAX_CHARS:
                     raise RequestError(
@@ -152,7 +182,10 @@ def _check_message(at: int, message: Any) -> dict[str, Any]:
     check_text(role, f"{name}.role")
     copy = dict(message)
     content = message.get("content")
+    if copy.get("tool_calls") is not None:
+        copy["tool_calls"] = check_tool_calls(f"{name}.tool_calls", copy["tool_calls"])
     if content is None and role == "assistant":
+        copy["content"] = None  # templates ask whether it is none, not whether it is there
         return copy
     copy["content"] = _content_text(f"{name}.content", content)
     return copy

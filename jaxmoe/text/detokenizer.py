@@ -10,6 +10,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from jaxmoe.text.tags import unfinished
+
 
 class Detokenizer:
     """The text of one completion.
@@ -60,7 +62,7 @@ class Detokenizer:
                 keep = start + (len(stop) if self._include_stop else 0)
                 pending = pending[:keep]
             else:
-                keep -= self._possible_stop(pending)
+                keep -= unfinished(pending, self._stops)
         given, self._held = pending[:keep], pending[keep:]
         self.text += given
         return given
@@ -74,12 +76,3 @@ class Detokenizer:
             if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
                 best = (start + len(stop), start, stop)
         return None if best is None else (best[1], best[2])
-
-    def _possible_stop(self, pending: str) -> int:
-        """Length of the longest end of `pending` that begins a stop string."""
-        longest = max(map(len, self._stops)) - 1
-        for length in range(min(longest, len(pending)), 0, -1):
-            tail = pending[-length:]
-            if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0

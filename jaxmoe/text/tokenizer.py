@@ -68,6 +68,15 @@ class Tokenizer:
     def token_id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
 
+    def tag_ids(self) -> frozenset[int]:
+        """Tokens that are marks and no text: the special ones, and added ones such as `<think>`
+        that some checkpoints do not call special.
+        """
+        added = self._backend.get_added_tokens_decoder()
+        return self._special | {
+            i for i, t in added.items() if t.content.startswith("<") and t.content.endswith(">")
+        }
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens=False` for texts that a chat template wrote."""
         check_text(text, "prompt")
@@ -108,6 +117,9 @@ class ByteTokenizer(Tokenizer):
 
     def token_id(self, token: str | None) -> int | None:
         return None
+
+    def tag_ids(self) -> frozenset[int]:
+        return frozenset()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         check_text(text, "prompt")

@@ -1,0 +1,215 @@
+"""Grammars that make a model call tools: for tool_choice "required" or a named function.
+
+The text is then exactly one or more calls in the model's own format, each with the name of an
+offered function and arguments valid under its JSON schema, and nothing else. Marks that are single
+tokens of the tokenizer are forced as these tokens; where the tokenizer has none, as text.
+
+`tool_grammar` is for one request; the parsers of tool_calls.py read the result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxmoe.common.errors import ConfigError, RequestError
+from jaxmoe.common.fields import shown
+from jaxmoe.structured_output import JSON_OPTIONS, StructuredOutput, lark_literal
+from jaxmoe.text.tool_calls import TOOL_FORMATS
+from jaxmoe.text.tool_calls_marked import DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, Marks
+from jaxmoe.text.tool_calls_xml import PARAMETER_END, parameter_types
+from jaxmoe.text.tools import check_tools
+
+MAX_CALLS = 32  # in one text; a model that never stops calling must end somewhere
+ToolChoice = str | Mapping[str, Any] | None
+
+
+def chosen_tools(
+    tools: Sequence[Mapping[str, Any]], tool_choice: ToolChoice
+) -> list[Mapping[str, Any]] | None:
+    """The tools that must be called, one of them at least: all ("required"), the named one, or
+    None where the model is free ("auto", "none", None).
+
+    tool_choice: OpenAI's, also in the forms {"type": "function", "function": {"name": ...}} and
+    {"type": "function", "name": ...}. RequestError where it names no offered tool.
+    """
+    if tool_choice in (None, "auto", "none"):
+        return None
+    tools = check_tools(tools)
+    if not tools:
+        raise RequestError("tool_choice: needs tools")
+    if tool_choice == "required":
+        return list(tools)
+    name = None
+    if isinstance(tool_choice, Mapping) and tool_choice.get("type", "function") == "function":
+        function = tool_choice.get("function", tool_choice)
+        name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise RequestError(
+            f"tool_choice: got {shown(tool_choice)}, wanted 'auto', 'none', 'required' or a "
+            "function by name"
+        )
+    found = [t for t in tools if t["function"]["name"] == name]
+    if not found:
+        known = ", ".join(t["function"]["name"] for t in tools)
+        raise RequestError(f"tool_choice: got {name!r}, wanted one of the tools: {known}")
+    return list(found)
+
+
+def tool_grammar(
+    format: str,
+    tools: Sequence[Mapping[str, Any]],
+    tool_choice: ToolChoice,
+    token_id: Callable[[str], int | None],
+    *,
+    parallel: bool = True,
+) -> StructuredOutput | None:
+    """The grammar of a request's text; None where the model is free.
+
+    Args:
+        format: one of tool_calls.TOOL_FORMATS.
+        token_id: the id of a text that is one token, else None (`Tokenizer.token_id`).
+        parallel: whether several calls are allowed (parallel_tool_calls); a named function is
+            called once.
+
+    Raises RequestError for a bad tool_choice or tool, ConfigError for an unknown format.
+    """
+    chosen = chosen_tools(tools, tool_choice)
+    if chosen is None:
+        return None
+    functions = [t["function"] for t in chosen]
+    many = parallel and tool_choice == "required"
+    marked = {"deepseek_v3": DEEPSEEK_V3, "deepseek_v31": DEEPSEEK_V31, "kimi_k2": KIMI_K2}
+    lark = _Lark(token_id)
+    if format in marked:
+        _marked(lark, marked[format], functions, many)
+    elif format == "hermes":
+        _hermes(lark, functions, many)
+    elif format == "qwen3_coder":
+        _coder(lark, functions, many)
+    else:
+        raise ConfigError(f"tool format: got {format!r}, wanted one of {', '.join(TOOL_FORMATS)}")
+    return StructuredOutput.grammar(lark.text())
+
+
+class _Lark:
+    """A Lark grammar as it is written."""
+
+    def __init__(self, token_id: Callable[[str], int | None]) -> None:
+        self._token_id = token_id
+        self._rules: dict[str, str] = {}
+
+    def rule(self, name: str, body: str) -> str:
+        self._rules[name] = body
+        return name.partition("[")[0]
+
+    def mark(self, text: str) -> str:
+        """A mark as its token, or as text."""
+        token = self._token_id(text)
+        return lark_literal(text) if token is None else f"<[{token}]>"
+
+    def calls(self, names: Sequence[str], between: str = "", *, many: bool) -> str:
+        """One or, with `many`, up to MAX_CALLS of some rules."""
+        one = self.rule("call", " | ".join(names))
+        if not many:
+            return one
+        return f"{one} ({between} {one}){{0,{MAX_CALLS - 1}}}"
+
+    def text(self) -> str:
+        return "\n".join(f"{name}: {body}" for name, body in self._rules.items())
+
+
+def _marked(lark: _Lark, marks: Marks, functions: Sequence[Mapping[str, Any]], many: bool) -> None:
+    names = []
+    for i, function in enumerate(functions):
+        arguments = lark.rule(f"arguments_{i}", _json(_parameters(function)))
+        head, after = lark_literal(function["name"]), ""
+        if marks.fenced:
+            head = f"{lark_literal('function')} {lark.mark(marks.separator)} "
+            head += lark_literal(f"{function['name']}\n```json\n")
+            after = lark_literal("\n```")
+        elif marks is KIMI_K2:
+            head = f"{lark_literal('functions.' + function['name'] + ':')} /[0-9]{{1,4}}/"
+            head += f" {lark.mark(marks.separator)}"
+        else:
+            head += f" {lark.mark(marks.separator)}"
+        names.append(
+            lark.rule(
+                f"call_{i}",
+                f"{lark.mark(marks.call_begin)} {head} {arguments} {after} "
+                f"{lark.mark(marks.call_end)}",
+            )
+        )
+    between = lark_literal("\n") if marks.fenced else ""
+    calls = lark.calls(names, between, many=many)
+    lark.rule("start", f"{lark.mark(marks.section_begin)} {calls} {lark.mark(marks.section_end)}")
+
+
+def _hermes(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> None:
+    names = []
+    for i, function in enumerate(functions):
+        arguments = lark.rule(f"arguments_{i}", _json(_parameters(function)))
+        head = lark_literal('\n{"name": ' + json.dumps(function["name"]) + ', "arguments": ')
+        tail = lark_literal("}\n")
+        begin, end = lark.mark("<tool_call>"), lark.mark("</tool_call>")
+        names.append(lark.rule(f"call_{i}", f"{begin} {head} {arguments} {tail} {end}"))
+    lark.rule("start", lark.calls(names, lark_literal("\n"), many=many))
+
+
+def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> None:
+    names = []
+    for i, function in enumerate(functions):
+        schema = _parameters(function)
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        required = schema.get("required")
+        required = required if isinstance(required, (list, tuple)) else ()
+        types = parameter_types(function)
+        parts = []
+        for j, (key, value) in enumerate(properties.items()):
+            if types.get(key) == {"string"}:
+                body = _string_value(lark, f"value_{i}_{j}", value)
+            else:
+                inner = lark.rule(f"value_{i}_{j}", _json(_with_definitions(value, schema)))
+                body = f"{inner} {lark_literal(f'{chr(10)}{PARAMETER_END}{chr(10)}')}"
+            part = lark.rule(
+                f"parameter_{i}_{j}", f"{lark_literal(f'<parameter={key}>{chr(10)}')} {body}"
+            )
+            parts.append(part if key in required else f"{part}?")
+        begin, end = lark.mark("<tool_call>"), lark.mark("</tool_call>")
+        head = lark_literal(f"\n<function={function['name']}>\n")
+        body = " ".join(parts)
+        tail = lark_literal("</function>\n")
+        names.append(lark.rule(f"call_{i}", f"{begin} {head} {body} {tail} {end}"))
+    lark.rule("start", lark.calls(names, lark_literal("\n"), many=many))
+
+
+def _string_value(lark: _Lark, name: str, schema: Mapping[str, Any]) -> str:
+    """Raw text up to the closing tag; of a string's restrictions, only enum and const are kept."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(values, (list, tuple)) and values and all(isinstance(v, str) for v in values):
+        return lark.rule(name, " | ".join(lark_literal(f"{v}\n{PARAMETER_END}\n") for v in values))
+    # Ends at the first closing tag, as the parser does; the newline before it is the model's.
+    return lark.rule(f"{name}[suffix={lark_literal(PARAMETER_END)}]", r"/(.|\n)*/") + ' "\\n"'
+
+
+def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments: always an object, and without one an empty one."""
+    schema = function.get("parameters")
+    if not schema:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object", **schema} if "type" not in schema else dict(schema)
+
+
+def _with_definitions(value: Any, schema: Mapping[str, Any]) -> Any:
+    """A property's schema with the definitions that its references point to."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {**{k: schema[k] for k in ("$defs", "definitions") if k in schema}, **value}
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    # Depth and size are checked where the whole grammar is (StructuredOutput).
+    StructuredOutput.json_schema(schema)
+    return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS}, ensure_ascii=False)
