@@ -22,6 +22,7 @@ class Request:
     """A validated request: everything that was left open (max_tokens, seed, ends) is resolved.
 
     max_tokens: fits the context. stop_ids: end-of-text ids (unless ignored) and the request's own.
+    cache_salt: the request shares cached prefixes only with those of the same salt.
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class Request:
     seed: int
     arrival_s: float
     prompt: str | None = None
+    cache_salt: str | None = None
 
 
 class Status(enum.Enum):

@@ -67,6 +67,12 @@ class EngineConfig:
         low_open=True,
         optional=True,
     )
+    max_queued_requests: int = checked(
+        256, "int", "requests a server lets wait before it refuses more", low=1, high=2**20
+    )
+    max_queued_tokens: int = checked(
+        2**20, "int", "prompt tokens a server lets wait before it refuses more", low=1, high=2**40
+    )
     page_size: int = checked(16, "int", "tokens of a KV cache page", low=1, high=1024)
     prefill_chunk_tokens: int = checked(
         512, "int", "prompt tokens computed in one step at most", low=16, high=16384

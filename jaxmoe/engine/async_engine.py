@@ -22,7 +22,8 @@ class EngineInfo:
     """What does not change while an engine lives; known once it is ready.
 
     eos_token_ids: end of text unless a request ignores it. default_params: what requests that say
-    nothing get. report: the start-up report, for people.
+    nothing get; default_max_tokens: their longest output where the room allows it. has_tokenizer:
+    whether deltas carry text. report: the start-up report, for people.
     """
 
     model: str
@@ -34,6 +35,8 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     default_params: SamplingParams
     report: str
+    default_max_tokens: int | None = None
+    has_tokenizer: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

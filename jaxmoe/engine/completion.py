@@ -53,6 +53,10 @@ class Completion:
             return self._finish(text, (token,), entry, "length", now_s)
         return self._delta(text, (token,), entry, None)
 
+    def abort(self, now_s: float) -> Delta:
+        """Ends it where it is; what was held back for a stop string is given out."""
+        return self._finish("", (), None, "abort", now_s)
+
     def _finish(
         self,
         text: str,
@@ -76,7 +80,7 @@ class Completion:
                 prompt_tokens=seq.num_prompt,
                 output_tokens=len(seq.output_token_ids),
                 arrival_s=seq.request.arrival_s,
-                started_s=seq.started_s,
+                started_s=seq.started_s or now_s,  # aborted in the queue
                 first_token_s=seq.first_token_s or now_s,
                 finished_s=now_s,
             ),

@@ -77,6 +77,7 @@ def load_model(
     backing: Backing = "arena",
     num_threads: int | None = None,
     progress: bool | None = None,
+    on_percent: Callable[[float], None] | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint as shipped, or a prepared one (`Checkpoint.open` tells them apart).
 
@@ -89,6 +90,7 @@ def load_model(
       backing: see host_store.py; "mmap" starts at once and dies if a file is truncated meanwhile.
       num_threads: parallel reads.
       progress: draw a bar on stderr; None does where it is a terminal.
+      on_percent: told how many percent of the bytes are read.
 
     Raises:
       CheckpointError: before reading, if the tensors are not the model's; while reading, if a
@@ -111,7 +113,7 @@ def load_model(
         read_bytes = plan.table.read_bytes
         if backing == "mmap":
             read_bytes -= sum(matrix.weight.nbytes for matrix in plan.table.matrices)
-        with ByteProgress(read_bytes, "loading weights", progress) as bar:
+        with ByteProgress(read_bytes, "loading weights", progress, on_percent) as bar:
             buffers = _read(checkpoint, plan.table, store, backing, num_threads, bar)
             leaves = {path: to_jax(buffer) for path, buffer in buffers.items()}
         for info in {info.file: info for info in checkpoint.tensors.values()}.values():
