@@ -49,7 +49,9 @@ class Sequence:
 
     choice_idx: which of the request's n. num_computed: tokens whose keys and values are in the
     cache. pages: ids of the cache pages it holds, in order of position. slot: its row in
-    per-sequence device state, or -1.
+    per-sequence device state, or -1. is_new: whether no step has had it in that slot yet.
+    num_cached: prompt tokens that were found in the prefix cache when it was first admitted; -1
+    before. page_keys: of the prompt's whole pages, once they were asked for.
     """
 
     request: Request
@@ -59,6 +61,9 @@ class Sequence:
     num_computed: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     slot: int = -1
+    is_new: bool = True
+    num_cached: int = -1
+    page_keys: list[bytes] | None = None
     num_preemptions: int = 0
     started_s: float = 0.0
     first_token_s: float = 0.0
@@ -66,6 +71,12 @@ class Sequence:
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether its prompt's log probabilities have to be computed: once a request."""
+        wanted = self.request.params.prompt_logprobs is not None and self.choice_idx == 0
+        return wanted and not self.output_token_ids
 
     @property
     def num_tokens(self) -> int:
@@ -96,7 +107,9 @@ class TokenLogprob:
 class Delta:
     """What one step added to one completion. The last one carries the finish_reason.
 
-    output: the whole answer, on the last delta of the request's last completion.
+    output: the whole answer, on the last delta of the request's last completion. prompt_logprobs:
+    where asked for, on the first delta of the first completion: one entry a prompt token, None for
+    the first one, which nothing comes before.
     """
 
     request_id: str
@@ -106,6 +119,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +138,13 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """All n completions of a request, by index."""
+    """All n completions of a request, by index. prompt_logprobs: as on the first delta."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     @property
     def text(self) -> str:

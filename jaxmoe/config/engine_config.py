@@ -74,6 +74,12 @@ class EngineConfig:
         2**20, "int", "prompt tokens a server lets wait before it refuses more", low=1, high=2**40
     )
     page_size: int = checked(16, "int", "tokens of a KV cache page", low=1, high=1024)
+    prefix_cache: bool = checked(
+        True,
+        "bool",
+        "keep the KV pages of prompts and share them with later prompts that begin alike; texts "
+        "are the same without it",
+    )
     prefill_chunk_tokens: int = checked(
         512, "int", "prompt tokens computed in one step at most", low=16, high=16384
     )

@@ -25,7 +25,9 @@ class StepRow:
 
     token_ids: the tokens fed, from position `start`. pages: ids of the pages the sequence holds.
     slot: its row in per-sequence state. settings: how its next token is drawn; biases: see
-    `sampling.inputs.pack_biases`, None where the row's logits are not adjusted.
+    `sampling.inputs.pack_biases`, None where the row's logits are not adjusted. targets: the prompt
+    tokens that follow those fed, where their log probabilities are wanted; the row is then the
+    step's only one.
     """
 
     token_ids: Sequence[int]
@@ -34,6 +36,7 @@ class StepRow:
     slot: int
     settings: RowSettings
     biases: dict[int, float] | None = None
+    targets: Sequence[int] | None = None
 
 
 def decode_size(num_rows: int) -> int:

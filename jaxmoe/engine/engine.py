@@ -21,12 +21,13 @@ import numpy as np
 from jaxmoe.common.errors import EngineDeadError, RequestError
 from jaxmoe.config.generation import GenerationDefaults
 from jaxmoe.decode.batch import StepRow
-from jaxmoe.decode.hybrid_step import Kind, RowResult
+from jaxmoe.decode.hybrid_step import LOGITS_CHUNK_TOKENS, Kind, RowResult
 from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.engine.checks import check_params, check_prompt, resolve_max_tokens
 from jaxmoe.engine.completion import Completion
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.kv_cache.pages import PageAllocator
+from jaxmoe.kv_cache.prefix import PrefixCache
 from jaxmoe.request import Delta, Request, RequestOutput
 from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.inputs import RowSettings
@@ -42,7 +43,7 @@ class StepRunner(Protocol):
 
     @property
     def usable(self) -> bool: ...
-    def assign(self, slot: int) -> None: ...
+    def assign(self, slot: int, seen: Sequence[int] = ()) -> None: ...
     def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]: ...
     def logits(self, token_ids: Sequence[int], pages: Sequence[int], slot: int) -> np.ndarray: ...
 
@@ -58,6 +59,7 @@ class Engine:
         eos_token_ids: end of text, unless a request ignores it.
         defaults: what requests that say nothing get.
         seed: where the seeds of requests that bring none start.
+        prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Engine:
         prefill_chunk_tokens: int,
         defaults: GenerationDefaults | None = None,
         seed: int = 0,
+        prefix_cache: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.layout = layout
@@ -81,8 +84,13 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.defaults = defaults or GenerationDefaults()
         self.pages = PageAllocator(layout.num_pages, layout.page_size)
+        self.prefix = PrefixCache(self.pages) if prefix_cache else None
         self.scheduler = Scheduler(
-            self.pages, max_num_seqs=max_num_seqs, prefill_chunk_tokens=prefill_chunk_tokens
+            self.pages,
+            max_num_seqs=max_num_seqs,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            prefix=self.prefix,
+            prompt_logprobs_tokens=LOGITS_CHUNK_TOKENS,
         )
         self._runner = runner
         self._clock = clock
@@ -150,8 +158,10 @@ class Engine:
             return []
         now = self._clock()
         for row in plan.rows:
-            if row.start == 0:
-                self._runner.assign(row.seq.slot)
+            if row.seq.is_new:
+                # Tokens found in the prefix cache are never fed, but penalties count them.
+                counted = row.start if row.seq.request.params.adjusts_logits else 0
+                self._runner.assign(row.seq.slot, row.seq.request.prompt_token_ids[:counted])
             if not row.seq.started_s:
                 row.seq.started_s = now
         try:
@@ -161,6 +171,10 @@ class Engine:
             raise
         self.scheduler.advance(plan)
         self._note_progress(plan)
+        for row, result in zip(plan.rows, results, strict=True):
+            if result.prompt_logprobs is not None:
+                completion = self._completions[row.seq.request.request_id][row.seq.choice_idx]
+                completion.add_prompt_logprobs(row.start + 1, result.prompt_logprobs)
         now = self._clock()
         return [
             self._take(row, result, now)
@@ -296,7 +310,14 @@ class Engine:
                 t.tpot_s,
                 output.finish_reason,
             )
-        done = RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, outputs)
+        known = completions[0].prompt_logprobs
+        done = RequestOutput(
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            outputs,
+            None if known is None else tuple(known),
+        )
         return dataclasses.replace(delta, output=done)
 
 
@@ -321,7 +342,10 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
         else:
             tokens = (seq.token(row.start),)
         biases = _biases(seq) if adjusts else None
-        rows.append(StepRow(tokens, row.start, seq.pages, seq.slot, settings, biases))
+        targets = None
+        if plan.kind == "prefill" and seq.wants_prompt_logprobs:
+            targets = request.prompt_token_ids[row.start + 1 : row.start + row.count + 1]
+        rows.append(StepRow(tokens, row.start, seq.pages, seq.slot, settings, biases, targets))
     return rows
 
 

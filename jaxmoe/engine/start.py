@@ -164,6 +164,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         defaults=directory.defaults,
         seed=config.seed,
+        prefix_cache=config.prefix_cache,
     )
     report = describe(config, directory, layout, loaded, runtime, programs)
     _log.info("%s", report)
