@@ -10,7 +10,7 @@ microsecond a leaf. What it does not do: decide what takes part (scheduler), or 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -57,6 +57,9 @@ class HybridStep:
         ops: the operations for each kind of step.
         caches: page arrays of every layer, handed over for good.
         num_slots: sequences that can be running.
+
+    on_compile: may be set; called with True before a step whose program has to be compiled first,
+    and with False after it.
     """
 
     def __init__(
@@ -80,6 +83,9 @@ class HybridStep:
         self._num_slots = num_slots
         self._chunk_tokens = chunk_tokens
         self._vocab_size = vocab_size
+        self._shapes: set[tuple[Any, ...]] = set()  # of the steps that were compiled
+        self.last_compiled = False  # whether the last step had to be
+        self.on_compile: Callable[[bool], None] = lambda begins: None
 
         def forward(leaves, caches, step, kind, logit_indices):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
@@ -156,11 +162,13 @@ class HybridStep:
             self._counts = self._count_prompt(self._counts, np.int32(slot), ids)
 
     def _need_counts(self) -> TokenCounts:
-        if self._counts is None:
+        counts = self._counts
+        if counts is None:
             counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
             # Committed like the caches, so that the first call is no program of its own.
-            self._counts = jax.device_put(counts, jax.local_devices(backend="cpu")[0])
-        return self._counts
+            counts = jax.device_put(counts, jax.local_devices(backend="cpu")[0])
+            self._counts = counts
+        return counts
 
     def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]:
         """Computes the rows' tokens and draws the next one of each."""
@@ -185,12 +193,21 @@ class HybridStep:
         if targets is not None:
             padded = np.full(num_tokens, -1, np.int32)
             padded[: len(targets)] = targets
+        # A mask or a bias of another kind makes another program, as do all shapes.
+        inputs = (step, settings, counts, biases, padded)
+        shapes = kind, jax.tree.structure(inputs), *(x.shape for x in jax.tree.leaves(inputs))
+        self.last_compiled = shapes not in self._shapes
+        if self.last_compiled:
+            self._shapes.add(shapes)
+            self.on_compile(True)
         drawn, prompt, self._caches, counts = self._run(
             self._leaves, self._caches, counts, step, settings, biases, padded, kind=kind
         )
         if counts is not None:
             self._counts = counts
         results = _results(drawn, rows)
+        if self.last_compiled:
+            self.on_compile(False)
         if targets is not None and prompt is not None:
             entries = _prompt_entries(prompt, targets, rows[0].settings.params.prompt_logprobs or 0)
             results = [dataclasses.replace(results[0], prompt_logprobs=entries)]

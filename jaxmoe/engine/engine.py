@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from jaxmoe.decode.hybrid_step import LOGITS_CHUNK_TOKENS, Kind, RowResult
 from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.engine.checks import check_params, check_prompt, resolve_max_tokens
 from jaxmoe.engine.completion import Completion
+from jaxmoe.engine.stats import Stats
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
@@ -43,6 +44,8 @@ class StepRunner(Protocol):
 
     @property
     def usable(self) -> bool: ...
+    @property
+    def last_compiled(self) -> bool: ...
     def assign(self, slot: int, seen: Sequence[int] = ()) -> None: ...
     def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]: ...
     def logits(self, token_ids: Sequence[int], pages: Sequence[int], slot: int) -> np.ndarray: ...
@@ -59,6 +62,7 @@ class Engine:
         eos_token_ids: end of text, unless a request ignores it.
         defaults: what requests that say nothing get.
         seed: where the seeds of requests that bring none start.
+        counters: of the native runtime (`CpuRuntime.stats`), for figures.
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
     """
 
@@ -75,6 +79,7 @@ class Engine:
         defaults: GenerationDefaults | None = None,
         seed: int = 0,
         prefix_cache: bool = True,
+        counters: Callable[[], Mapping[str, int]] = dict,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.layout = layout
@@ -94,6 +99,8 @@ class Engine:
         )
         self._runner = runner
         self._clock = clock
+        self._counters = counters
+        self._stats = Stats()
         self._seeds = (seed + 0x9E3779B97F4A7C15 * i for i in itertools.count())
         self._ids = (f"req-{i}" for i in itertools.count())
         self._completions: dict[str, list[Completion]] = {}
@@ -175,7 +182,10 @@ class Engine:
             if result.prompt_logprobs is not None:
                 completion = self._completions[row.seq.request.request_id][row.seq.choice_idx]
                 completion.add_prompt_logprobs(row.start + 1, result.prompt_logprobs)
-        now = self._clock()
+        started, now = now, self._clock()
+        self._stats.note_step(
+            plan, now - started, self._counters(), compiled=self._runner.last_compiled
+        )
         return [
             self._take(row, result, now)
             for row, result in zip(plan.rows, results, strict=True)
@@ -229,7 +239,13 @@ class Engine:
         )
 
     def stats(self) -> dict[str, float]:
-        return {}
+        """Figures as of the last step (stats.py); always the same names in the same order."""
+        return self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+
+    @property
+    def longest_step_s(self) -> float:
+        """Of the steps that compiled nothing."""
+        return self._stats.longest_step_s
 
     def _note_progress(self, plan: StepPlan) -> None:
         self._progress = [
@@ -279,6 +295,9 @@ class Engine:
         request = row.seq.request
         completion = self._completions[request.request_id][row.seq.choice_idx]
         delta = completion.push(result, now)
+        self._stats.note_tokens(len(delta.token_ids))
+        if delta.token_ids and len(row.seq.output_token_ids) == 1:
+            self._stats.note_first_token(now - request.arrival_s)
         if delta.finish_reason is None:
             return delta
         self.scheduler.cancel(row.seq)
@@ -292,7 +311,11 @@ class Engine:
 
     def _close_request(self, completion: Completion, delta: Delta) -> Delta:
         """The delta of a completion that ended, with the output if it was the request's last."""
-        request = completion.seq.request
+        request, output = completion.seq.request, completion.output
+        assert output is not None and delta.finish_reason is not None
+        self._stats.note_finished(
+            output.timings, delta.finish_reason, completion.seq.num_preemptions
+        )
         completions = self._completions[request.request_id]
         if any(c.output is None for c in completions):
             return delta

@@ -6,18 +6,28 @@ Commands go down, events come up; both are immutable. How they cross a socket is
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
-from jaxmoe.common.errors import CapacityError, EngineDeadError, JaxMoeError, RequestError
-from jaxmoe.engine.async_engine import PrefillProgress
+from jaxmoe.common.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    JaxMoeError,
+    RequestError,
+)
+from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
 
-ErrorKind = Literal["request", "capacity", "dead", "other"]
+ErrorKind = Literal["request", "capacity", "dead", "config", "checkpoint", "other"]
 ERRORS: dict[ErrorKind, type[JaxMoeError]] = {
     "request": RequestError,
     "capacity": CapacityError,
     "dead": EngineDeadError,
+    "config": ConfigError,
+    "checkpoint": CheckpointError,
     "other": JaxMoeError,
 }
 
@@ -50,12 +60,47 @@ class Failed:
 
     @classmethod
     def of(cls, request_id: str, error: JaxMoeError) -> Failed:
-        kinds = (kind for kind, known in ERRORS.items() if isinstance(error, known))
-        return cls(request_id, next(kinds), str(error))
+        return cls(request_id, error_kind(error), str(error))
 
     def error(self) -> JaxMoeError:
         return ERRORS[self.kind](self.message)
 
 
+@dataclasses.dataclass(frozen=True)
+class Configure:
+    """The first message to an engine process: `EngineConfig`'s fields."""
+
+    options: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How far loading is."""
+
+    stage: str
+    percent: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """Requests are taken from now on. stat_names: of the figures in the pulse, in their order."""
+
+    info: EngineInfo
+    stat_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fatal:
+    """The last message of an engine process that ends itself."""
+
+    kind: ErrorKind
+    message: str
+
+
+def error_kind(error: BaseException) -> ErrorKind:
+    return next((kind for kind, known in ERRORS.items() if isinstance(error, known)), "other")
+
+
 Command: TypeAlias = AddRequest | AbortRequest | Stop
 Event: TypeAlias = Delta | PrefillProgress | Failed
+Message: TypeAlias = Command | Event | Configure | Stage | Started | Fatal

@@ -165,6 +165,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         defaults=directory.defaults,
         seed=config.seed,
         prefix_cache=config.prefix_cache,
+        counters=runtime.stats,
     )
     report = describe(config, directory, layout, loaded, runtime, programs)
     _log.info("%s", report)

@@ -21,22 +21,11 @@ from jaxmoe.engine.driver import Driver
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.mailboxes import Mailboxes
 from jaxmoe.engine.messages import AbortRequest, AddRequest, Event, Stop
+from jaxmoe.engine.ready import OnStage, Ready
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
 
 _log = logging.getLogger(__name__)
-OnStage = Callable[[str, float], None]
-
-
-class Ready:
-    """A loaded engine: what `make` of a ThreadEngine returns. close: gives its memory back."""
-
-    def __init__(
-        self, engine: Engine, info: EngineInfo, close: Callable[[], None] = lambda: None
-    ) -> None:
-        self.engine = engine
-        self.info = info
-        self.close = close
 
 
 class ThreadEngine:

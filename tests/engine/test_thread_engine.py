@@ -11,7 +11,8 @@ from support import fake_step
 from jaxmoe.common.errors import CapacityError, EngineDeadError, RequestError
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import PrefillProgress
-from jaxmoe.engine.thread_engine import Ready, ThreadEngine
+from jaxmoe.engine.ready import Ready
+from jaxmoe.engine.thread_engine import ThreadEngine
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
 

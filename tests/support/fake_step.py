@@ -25,6 +25,7 @@ class FakeStep:
         self.memory = {}
         self.calls = []
         self.usable = True
+        self.last_compiled = False
         self.fail_with = None
 
     def assign(self, slot, seen=()):
