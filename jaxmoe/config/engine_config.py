@@ -42,6 +42,13 @@ class EngineConfig:
         "once and reads from the files, which must not be changed or truncated meanwhile",
         choices=("arena", "mmap"),
     )
+    shared_weights: bool | None = checked(
+        None,
+        "bool",
+        "keep the routed experts in named shared memory (/dev/shm), so that a restarted engine "
+        "attaches to them in seconds; default: only where the engine is a process of its own",
+        optional=True,
+    )
     compute_dtype: str = checked(
         "bfloat16",
         "str",

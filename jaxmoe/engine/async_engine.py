@@ -24,6 +24,7 @@ class EngineInfo:
     eos_token_ids: end of text unless a request ignores it. default_params: what requests that say
     nothing get; default_max_tokens: their longest output where the room allows it. has_tokenizer:
     whether deltas carry text. report: the start-up report, for people.
+    store_name: of the shared memory with the experts, if there is one.
     """
 
     model: str
@@ -37,6 +38,7 @@ class EngineInfo:
     report: str
     default_max_tokens: int | None = None
     has_tokenizer: bool = True
+    store_name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

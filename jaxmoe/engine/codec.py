@@ -170,8 +170,11 @@ _COUNTS = {"prompt_tokens", "output_tokens", "cached_tokens"}
 
 
 def _timings_in(value: Any) -> Timings:
-    fields = zip(_TIMINGS, value, strict=True)
-    return Timings(**{n: _int(v) if n in _COUNTS else _float(v) for n, v in fields})
+    fields: dict[str, Any] = {
+        name: _int(given) if name in _COUNTS else _float(given)
+        for name, given in zip(_TIMINGS, value, strict=True)
+    }
+    return Timings(**fields)
 
 
 def _completion_out(c: CompletionOutput) -> list[Any]:
@@ -269,6 +272,7 @@ def _info_in(value: Any) -> EngineInfo:
         report=_str(value["report"]),
         default_max_tokens=_optional(_int, value["default_max_tokens"]),
         has_tokenizer=_bool(value["has_tokenizer"]),
+        store_name=_optional(_str, value["store_name"]),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -17,6 +18,9 @@ from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import PrefillProgress
 from jaxmoe.engine.messages import Event, Failed
 from jaxmoe.request import Delta
+
+# A reader this far behind gets tokens in larger pieces, so that what waits for it stays small.
+_MERGE_FROM, _MERGED_TOKENS = 32, 64
 
 
 class Mailbox(AsyncIterator[Delta | PrefillProgress]):
@@ -37,6 +41,11 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
         if isinstance(item, PrefillProgress) and self._items:
             if isinstance(self._items[-1], PrefillProgress):
                 self._items.pop()
+        elif isinstance(item, Delta) and len(self._items) >= _MERGE_FROM:
+            merged = _merge(self._items[-1], item)
+            if merged is not None:
+                self._items.pop()
+                item = merged
         self._items.append(item)
         self.done = self.done or (isinstance(item, Delta) and item.output is not None)
         self._wake()
@@ -78,6 +87,28 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
 
     def __del__(self) -> None:
         self._close()
+
+
+def _merge(last: Delta | PrefillProgress, new: Delta) -> Delta | None:
+    """Two deltas as one, where nothing but tokens and text is added."""
+    if (
+        not isinstance(last, Delta)
+        or last.index != new.index
+        or last.finish_reason is not None
+        or new.prompt_logprobs is not None
+        or len(last.token_ids) >= _MERGED_TOKENS
+    ):
+        return None
+    logprobs = None
+    if last.logprobs is not None and new.logprobs is not None:
+        logprobs = last.logprobs + new.logprobs
+    return dataclasses.replace(
+        new,
+        text=last.text + new.text,
+        token_ids=last.token_ids + new.token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=last.prompt_logprobs,
+    )
 
 
 class Mailboxes:

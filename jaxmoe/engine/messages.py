@@ -98,7 +98,10 @@ class Fatal:
 
 
 def error_kind(error: BaseException) -> ErrorKind:
-    return next((kind for kind, known in ERRORS.items() if isinstance(error, known)), "other")
+    for kind, known in ERRORS.items():
+        if isinstance(error, known):
+            return kind
+    return "other"
 
 
 Command: TypeAlias = AddRequest | AbortRequest | Stop

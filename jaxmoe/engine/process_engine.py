@@ -50,6 +50,7 @@ from jaxmoe.engine.pulse import Pulse
 from jaxmoe.engine.watchdog import Patience, Watchdog
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.weights.shared_store import Hold
 
 _log = logging.getLogger(__name__)
 ENGINE_COMMAND = (sys.executable, "-m", "jaxmoe.engine.engine_process")
@@ -93,6 +94,7 @@ class ProcessEngine:
         self._info: EngineInfo | None = None
         self._child: _Child | None = None
         self._closing = False
+        self._hold: Hold | None = None
         self._restarts: collections.deque[float] = collections.deque()
         self._num_restarts = 0
         self._last_stats: dict[str, float] = {}
@@ -164,6 +166,7 @@ class ProcessEngine:
         if self._child is not None:
             await self._child.kill()
             self._child = None
+        self._release_store()
         self._status = EngineStatus("dead", error="closed")
         self._fail_all("the engine was closed")
 
@@ -224,6 +227,8 @@ class ProcessEngine:
         child = await _Child.start(self._loop, self._command, self._on_message)
         self._child = child
         options = {name: getattr(self._config, name) for name in rules(EngineConfig)}
+        if options["shared_weights"] is None:
+            options["shared_weights"] = True
         child.send(Configure(options))
         try:
             hang = await self._watch(child)
@@ -278,8 +283,24 @@ class ProcessEngine:
                 )
         elif isinstance(message, Started):
             self._info = message.info
+            self._hold_store(message.info.store_name)
             if not self._closing:
                 self._status = EngineStatus("ready", percent=100.0)
+
+    def _hold_store(self, name: str | None) -> None:
+        """Keeps the weights while there is no child that does."""
+        if name is None or (self._hold is not None and self._hold.name == name):
+            return
+        self._release_store()
+        try:
+            self._hold = Hold(name)
+        except OSError as error:
+            _log.warning("the shared weights %s will not outlive the engine: %s", name, error)
+
+    def _release_store(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release(remove=True)
 
 
 class _Child(asyncio.Protocol):

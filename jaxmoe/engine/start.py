@@ -58,7 +58,8 @@ class Started:
 
     @property
     def info(self) -> EngineInfo:
-        return self.engine.info(model_path(self.config).resolve().name, self.report)
+        info = self.engine.info(model_path(self.config).resolve().name, self.report)
+        return dataclasses.replace(info, store_name=self.loaded.report.shared_name)
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
@@ -267,6 +268,7 @@ def _load(
             runtime,
             compute_dtype=config.compute_dtype,
             backing="mmap" if config.backing == "mmap" else "arena",
+            shared=bool(config.shared_weights),
             progress=progress,
             on_percent=lambda percent: on_stage("loading weights", percent),
         )
@@ -283,7 +285,7 @@ def describe(
     """The start-up report: what runs, where it lies, and what is slower than it could be."""
     model, params = directory.model_config, directory.defaults.params
     experts = model.moe.router
-    slower = list(directory.notes)
+    slower = [*directory.notes, *loaded.report.notes]
     if config.compute_dtype == "float32":
         slower.append("float32 activations and cache: for audits, about half as fast")
     if config.backing == "mmap" and config.load_format != "dummy":

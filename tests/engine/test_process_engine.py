@@ -4,7 +4,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from support import fake_engine_child
@@ -148,6 +151,43 @@ def test_a_child_that_hangs_is_replaced_within_the_limit(capfd):
     run(test())
     # A stopped process cannot write where it is, a hanging one does.
     assert "fake_engine_child.py" in capfd.readouterr().err
+
+
+def test_a_child_does_not_outlive_its_front():
+    code = f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from support import fake_engine_child
+from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.engine.process_engine import ProcessEngine
+async def main():
+    front = ProcessEngine(EngineConfig(model="fake"), command=fake_engine_child.COMMAND)
+    await front.wait_ready()
+    front.generate("a", list(b"hang"), front.info.default_params)
+    print(front.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    front = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    with front:
+        pid = int(front.stdout.readline())
+        os.kill(pid, 0)
+        front.kill()
+    for _ in range(500):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] == "Z":
+            return  # nobody here to take its exit code
+        time.sleep(0.01)
+    raise AssertionError("the child lives on")
+
+
+def test_the_front_needs_no_jax():
+    code = "import sys, jaxmoe.engine.process_engine; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert not {"jax", "jaxlib", "flax", "numpy"} & set(loaded.stdout.decode().split())
 
 
 def test_too_many_restarts_leave_it_dead():

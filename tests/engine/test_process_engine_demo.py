@@ -18,11 +18,13 @@ from jaxmoe.engine.process_engine import ProcessEngine, Supervision
 from jaxmoe.engine.watchdog import Patience
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.weights import shared_store
 
 PROGRAMS = Path(__file__).parents[2] / "build" / "test_programs"
 OPTIONS = dict(
     max_num_seqs=4,
     max_model_len=256,
+    page_size=4,
     prefill_chunk_tokens=64,
     cache_dir=str(PROGRAMS),
     show_progress=False,
@@ -82,15 +84,20 @@ def drive(expected, signals, patience_s):
             await front.wait_ready()
             assert "model:" in front.info.report and front.info.has_tokenizer
             await check_texts(front, expected, "first")
+            store = front.info.store_name
+            assert store in front.info.report
             for i, number in enumerate(signals):
                 limit = 2.0 if number != signal.SIGSTOP else patience_s + 4.0
                 await kill_and_recover(front, expected, number, f"after{i}", limit, rng)
+                # The experts were still there: only the other weights were read again.
+                assert front.info.store_name == store and "loaded 0.00 GiB" in front.info.report
             stats = front.stats()
             assert stats["prefix_cache_hit_tokens_total"] > 0 and stats["kv_pages_used"] == 0
             assert stats["weight_bytes_read_total"] > 1e6
             assert stats["last_decode_step_weight_bytes"] > 1e4
         finally:
             await front.close()
+        assert shared_store.present_bytes(store) == 0
 
     asyncio.run(asyncio.wait_for(test(), 550))
 

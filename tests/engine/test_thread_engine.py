@@ -195,6 +195,24 @@ def test_abort_gives_what_was_written_with_its_reason():
     run(test())
 
 
+def test_a_slow_reader_gets_larger_pieces():
+    async def test():
+        text = b"0123456789" * 20
+        async with serving(script=lambda p: text, max_model_len=300, num_pages=80) as front:
+            stream = front.generate("a", [7], SamplingParams(temperature=0, logprobs=1))
+            await anext(stream)
+            await settle(front)
+            await asyncio.sleep(0.05)
+            assert len(stream._items) < 40
+            got, last, items = await collect(stream)
+            assert got == text.decode() and last.output.text == got
+            assert tuple(t for d in items for t in d.token_ids) == last.output.outputs[0].token_ids
+            entries = tuple(e for d in items for e in d.logprobs)
+            assert entries == last.output.outputs[0].logprobs
+
+    run(test())
+
+
 def test_a_failed_step_ends_every_request_and_later_ones():
     async def test():
         engine, step = fake_step.make_engine(lambda prompt: LONG)
