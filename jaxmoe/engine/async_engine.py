@@ -73,7 +73,7 @@ class AsyncEngine(Protocol):
     def status(self) -> EngineStatus: ...
 
     def stats(self) -> Mapping[str, float]:
-        """Counters and gauges as of the last step: names as in /metrics without their prefix."""
+        """Counters and gauges, at most 0.1 s old: names as in /metrics without their prefix."""
         ...
 
     def generate(

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 from collections.abc import Callable
 
 from jaxmoe.common.errors import JaxMoeError
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.messages import AbortRequest, AddRequest, Command, Event, Failed, Stop
 
+STATS_S = 0.1  # making them takes about as long as a hundredth of a small model's step
+
 
 class Driver:
     """`emit` is called in the driving thread with what a step and the commands before it gave.
 
-    on_step: called after every step, and before `emit`.
+    on_step: called after every step, and before `emit`. on_stats: given the engine's figures then,
+    whenever it falls idle and every STATS_S while it works.
     """
 
     def __init__(
@@ -27,10 +31,12 @@ class Driver:
         engine: Engine,
         emit: Callable[[list[Event]], None],
         on_step: Callable[[], None] = lambda: None,
+        on_stats: Callable[[dict[str, float]], None] = lambda stats: None,
     ) -> None:
         self._engine = engine
         self._emit = emit
         self._on_step = on_step
+        self._on_stats = on_stats
         self._commands: collections.deque[Command] = collections.deque()
         self._changed = threading.Condition()
 
@@ -43,6 +49,7 @@ class Driver:
     def run(self) -> None:
         """Steps until `Stop`. What a failing step raises comes out; the engine is dead then."""
         engine = self._engine
+        stats_due_s = 0.0
         while True:
             events: list[Event] = []
             for command in self._take():
@@ -56,6 +63,9 @@ class Driver:
                 events += engine.take_progress()
                 events += deltas
             self._on_step()
+            if not engine.has_work or time.monotonic() >= stats_due_s:
+                self._on_stats(engine.stats())
+                stats_due_s = time.monotonic() + STATS_S
             if events:
                 self._emit(events)
 

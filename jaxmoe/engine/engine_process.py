@@ -74,15 +74,12 @@ def serve(sock: socket.socket, pulse: Pulse, load: Load = load) -> int:
         )
         engine = ready.engine
 
-        def beat() -> None:
-            pulse.beat(engine.longest_step_s, engine.stats())
-
         def emit(events: list[Event]) -> None:
             channel.send(events)
 
-        driver = Driver(engine, emit, beat)
+        driver = Driver(engine, emit, lambda: pulse.beat(engine.longest_step_s), pulse.set_stats)
         commands.to(driver)
-        beat()
+        pulse.set_stats(engine.stats())
         channel.send([Started(ready.info, tuple(engine.stats()))])
         driver.run()
         ready.close()

@@ -53,14 +53,16 @@ from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.weights.shared_store import Hold
 
 _log = logging.getLogger(__name__)
-ENGINE_COMMAND = (sys.executable, "-m", "jaxmoe.engine.engine_process")
+# -P: the working directory is no place to import from.
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "jaxmoe.engine.engine_process")
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
     """max_restarts in restart_window_s: more, and the engine stays dead. pauses_s: before the
     first, second ... restart of a window. check_s: between looks at the pulse. dump_s: given to a
-    hanging child to write its stacks. stop_s: given to a child to end by itself.
+    hanging child to write its stacks. stop_s: given to a closing child to abort requests, and
+    again to end by itself; together less than the 2 s that a service manager is promised.
     """
 
     patience: Patience = Patience()
@@ -69,7 +71,7 @@ class Supervision:
     pauses_s: tuple[float, ...] = (0.0, 2.0, 10.0)
     check_s: float = 0.5
     dump_s: float = 1.0
-    stop_s: float = 5.0
+    stop_s: float = 0.8
 
 
 class ProcessEngine:

@@ -1,4 +1,4 @@
-"""An engine's pulse: a page of memory that the engine writes after every step and the front reads
+"""An engine's pulse: a page of memory that the engine writes while it works and the front reads
 whenever it likes, so that progress and figures need no message and no lock.
 
 Every field is 8 aligned bytes, written one at a time; a reader may see a step's figures half new,
@@ -29,15 +29,18 @@ class Pulse:
         os.ftruncate(fd, _BYTES)
         return cls(fd)
 
-    def beat(self, longest_step_s: float, stats: Mapping[str, float]) -> None:
-        """Notes a step; `stats` has the same names in the same order every time."""
+    def beat(self, longest_step_s: float) -> None:
+        """Notes a step."""
+        self._values[_LONGEST_STEP] = longest_step_s
+        self._values[_STEPS] += 1
+
+    def set_stats(self, stats: Mapping[str, float]) -> None:
+        """Figures; the same names in the same order every time."""
         values = self._values
         assert _FIRST_STAT + len(stats) <= len(values)
         for i, value in enumerate(stats.values(), _FIRST_STAT):
             values[i] = value
         values[_NUM_STATS] = len(stats)
-        values[_LONGEST_STEP] = longest_step_s
-        values[_STEPS] += 1
 
     def set_compiling(self, compiling: bool) -> None:
         self._values[_COMPILING] = compiling

@@ -151,12 +151,12 @@ class ThreadEngine:
         if self._status.state == "dead":  # closed meanwhile
             return
 
-        def note_stats() -> None:
-            self._stats = ready.engine.stats()
+        def note(stats: dict[str, float]) -> None:
+            self._stats = stats
 
-        note_stats()
+        note(ready.engine.stats())
         self._info = ready.info
-        self._driver = Driver(ready.engine, self._emit, note_stats)
+        self._driver = Driver(ready.engine, self._emit, on_stats=note)
         self._status = EngineStatus("ready", percent=100.0)
         self._driver.run()
 

@@ -122,12 +122,11 @@ def load_model(
     )
     store, name = _make_store(runtime, plan, backing, name, notes)
     try:
-        read_bytes = plan.table.read_bytes
+        read_bytes, found_bytes = plan.table.read_bytes, 0
         if store is not None and name is not None:
             found = [m for m in plan.table.matrices if _is_loaded(store, m)]
-            read_bytes -= sum(m.weight.nbytes + (m.scale.nbytes if m.scale else 0) for m in found)
-            if found:
-                _log.info("%d of %d matrices are loaded", len(found), len(plan.table.matrices))
+            found_bytes = sum(m.weight.nbytes + (m.scale.nbytes if m.scale else 0) for m in found)
+            read_bytes -= found_bytes
         if backing == "mmap":
             read_bytes -= sum(matrix.weight.nbytes for matrix in plan.table.matrices)
         with ByteProgress(read_bytes, "loading weights", progress, on_percent) as bar:
@@ -152,6 +151,7 @@ def load_model(
         seconds=bar.seconds,
         planned_bytes=planned,
         peak_rss_bytes=memory.peak_rss_bytes(),
+        found_bytes=found_bytes,
         shared_name=name.name if name is not None else None,
         notes=tuple(notes),
     )

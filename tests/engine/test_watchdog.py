@@ -37,7 +37,8 @@ def test_a_pulse_is_read_as_it_was_written():
     pulse = Pulse.create()
     other = Pulse(pulse.fd)
     assert (other.steps, other.compiling, other.stats(["a"])) == (0, False, {})
-    pulse.beat(1.5, {"a": 2.0, "b": 3.0})
+    pulse.beat(1.5)
+    pulse.set_stats({"a": 2.0, "b": 3.0})
     pulse.set_compiling(True)
     assert (other.steps, other.longest_step_s, other.compiling) == (1, 1.5, True)
     assert other.stats(["a", "b"]) == {"a": 2.0, "b": 3.0} and other.stats(["a"]) == {}
