@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 
 from jaxmoe.common.errors import JaxMoeError, RequestError
 from jaxmoe.engine.admission import QueueBounds
-from jaxmoe.engine.async_engine import PrefillProgress
+from jaxmoe.engine.async_engine import EngineStatus, PrefillProgress
 from jaxmoe.engine.messages import Event, Failed
 from jaxmoe.request import Delta
 
@@ -121,6 +121,7 @@ class Mailboxes:
     def __init__(self, bounds: QueueBounds, abort: Callable[[str], None]) -> None:
         self._bounds = bounds
         self._abort = abort
+        self._to_drain = 1
         # Weak: whoever iterates owns the mailbox, and dropping it ends the request.
         self._open: weakref.WeakValueDictionary[str, Mailbox] = weakref.WeakValueDictionary()
 
@@ -164,6 +165,15 @@ class Mailboxes:
 
     def request_ids(self) -> list[str]:
         return list(self._open)
+
+    def begin_drain(self) -> None:
+        self._to_drain = max(len(self._open), 1)
+
+    def draining_status(self) -> EngineStatus:
+        """How much of what there was at `begin_drain` is done."""
+        left = len(self._open)
+        percent = 100.0 * (1 - left / self._to_drain)
+        return EngineStatus("draining", f"{left} requests left", percent)
 
     async def wait_empty(self, timeout_s: float) -> None:
         """Returns when no request is left, or after `timeout_s`."""

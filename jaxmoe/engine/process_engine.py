@@ -114,6 +114,8 @@ class ProcessEngine:
         return self._child.process.pid if self._child is not None else None
 
     def status(self) -> EngineStatus:
+        if self._status.state == "draining":
+            return self._mailboxes.draining_status()
         return self._status
 
     def stats(self) -> Mapping[str, float]:
@@ -155,7 +157,8 @@ class ProcessEngine:
         """See AsyncEngine. The child is gone when this returns."""
         self._closing = True
         if self._status.state == "ready":
-            self._status = EngineStatus("draining", f"{len(self._mailboxes)} requests left")
+            self._status = EngineStatus("draining")
+            self._mailboxes.begin_drain()
             await self._mailboxes.wait_empty(drain_s)
             for request_id in self._mailboxes.request_ids():
                 self._abort(request_id)
@@ -184,7 +187,8 @@ class ProcessEngine:
         status = self._status
         if status.state == "dead":
             return EngineDeadError(f"the engine is dead: {status.error}")
-        return CapacityError(f"the engine is {status.state} ({status.stage}); try again later")
+        stage = f" ({status.stage})" if status.stage else ""
+        return CapacityError(f"the engine is {status.state}{stage}; try again later")
 
     def _fail_all(self, why: str) -> None:
         self._mailboxes.fail_all(lambda: EngineDeadError(why))
@@ -328,15 +332,19 @@ class _Child(asyncio.Protocol):
         pulse = Pulse.create()
         with theirs:
             fds = (theirs.fileno(), pulse.fd)
-            process = await asyncio.to_thread(
-                subprocess.Popen[bytes],
-                [*command, *map(str, fds)],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
+            # Not in a thread: it takes milliseconds, and nobody may be left with half a child.
+            process = subprocess.Popen[bytes](
+                [*command, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL
             )
         child = cls(process, pulse, on_message)
         ours.setblocking(False)
-        await loop.create_connection(lambda: child, sock=ours)
+        try:
+            await loop.create_connection(lambda: child, sock=ours)
+        except BaseException:
+            process.kill()
+            process.wait()
+            pulse.close()
+            raise
         return child
 
     def send(self, message: Message) -> None:

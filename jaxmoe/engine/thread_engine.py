@@ -73,6 +73,8 @@ class ThreadEngine:
         return self._info
 
     def status(self) -> EngineStatus:
+        if self._status.state == "draining":
+            return self._mailboxes.draining_status()
         return self._status
 
     def stats(self) -> Mapping[str, float]:
@@ -108,7 +110,8 @@ class ThreadEngine:
 
     async def close(self, drain_s: float = 0.0) -> None:
         if self._status.state == "ready":
-            self._status = EngineStatus("draining", f"{len(self._mailboxes)} requests left")
+            self._status = EngineStatus("draining")
+            self._mailboxes.begin_drain()
             await self._mailboxes.wait_empty(drain_s)
             for request_id in self._mailboxes.request_ids():
                 self._post_abort(request_id)
@@ -128,7 +131,8 @@ class ThreadEngine:
         status = self._status
         if status.state == "dead":
             return EngineDeadError(f"the engine is dead: {status.error}")
-        return CapacityError(f"the engine is {status.state} ({status.stage}); try again later")
+        stage = f" ({status.stage})" if status.stage else ""
+        return CapacityError(f"the engine is {status.state}{stage}; try again later")
 
     # The rest runs in the engine's thread.
 
