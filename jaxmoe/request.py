@@ -23,6 +23,7 @@ class Request:
     """A validated request: everything that was left open (max_tokens, seed, ends) is resolved.
 
     max_tokens: fits the context. stop_ids: end-of-text ids (unless ignored) and the request's own.
+    cache_salt: the request shares cached prefixes only with those of the same salt.
     """
 
     request_id: str
@@ -33,6 +34,7 @@ class Request:
     seed: int
     arrival_s: float
     prompt: str | None = None
+    cache_salt: str | None = None
 
 
 class Grammar(Protocol):
@@ -60,7 +62,10 @@ class Sequence:
 
     choice_idx: which of the request's n. num_computed: tokens whose keys and values are in the
     cache. pages: ids of the cache pages it holds, in order of position. slot: its row in
-    per-sequence device state, or -1. grammar: what its text must follow, or None.
+    per-sequence device state, or -1. grammar: what its text must follow, or None. is_new: whether
+    no step has had it in that slot yet. num_cached: prompt tokens that were found in the prefix
+    cache when it was first admitted; -1 before. page_keys: of the prompt's whole pages, once they
+    were asked for.
     """
 
     request: Request
@@ -70,6 +75,9 @@ class Sequence:
     num_computed: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     slot: int = -1
+    is_new: bool = True
+    num_cached: int = -1
+    page_keys: list[bytes] | None = None
     num_preemptions: int = 0
     started_s: float = 0.0
     first_token_s: float = 0.0
@@ -78,6 +86,12 @@ class Sequence:
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether its prompt's log probabilities have to be computed: once a request."""
+        wanted = self.request.params.prompt_logprobs is not None and self.choice_idx == 0
+        return wanted and not self.output_token_ids
 
     @property
     def num_tokens(self) -> int:
@@ -108,7 +122,9 @@ class TokenLogprob:
 class Delta:
     """What one step added to one completion. The last one carries the finish_reason.
 
-    output: the whole answer, on the last delta of the request's last completion.
+    output: the whole answer, on the last delta of the request's last completion. prompt_logprobs:
+    where asked for, on the first delta of the first completion: one entry a prompt token, None for
+    the first one, which nothing comes before.
     """
 
     request_id: str
@@ -118,6 +134,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +156,13 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """All n completions of a request, by index."""
+    """All n completions of a request, by index. prompt_logprobs: as on the first delta."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     @property
     def text(self) -> str:

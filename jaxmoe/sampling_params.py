@@ -101,6 +101,15 @@ class SamplingParams:
         high=MAX_LOGPROBS,
         optional=True,
     )
+    prompt_logprobs: int | None = checked(
+        None,
+        "int",
+        "log probabilities of the prompt's own tokens, each given those before it, and of so many "
+        "likeliest ones in its place; the whole prompt is computed for them",
+        low=0,
+        high=MAX_LOGPROBS,
+        optional=True,
+    )
     skip_special_tokens: bool = checked(True, "bool", "leave control tokens out of the text")
     structured: StructuredOutput | None = None  # a grammar for the text; no flag, built by callers
 

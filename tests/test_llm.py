@@ -75,6 +75,48 @@ def test_greedy_tokens_are_the_argmax_of_the_logits(llm):
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
+def test_prompt_logprobs_are_those_of_the_logits(llm):
+    text = "In the beginning God created the heaven and the earth and"
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=3)
+    output = llm.generate(text, params)[0]
+    first, *entries = output.prompt_logprobs
+    ids = output.prompt_token_ids
+    assert first is None and [e.token_id for e in entries] == list(ids[1:]) and len(ids) > 16
+    raw = llm.logits(ids)[:-1].astype(np.float64)
+    want = raw - np.log(np.exp(raw).sum(-1, keepdims=True))
+    for row, entry in zip(want, entries, strict=True):
+        np.testing.assert_allclose(entry.logprob, row[entry.token_id], rtol=1e-4, atol=1e-4)
+        top_ids, top = zip(*entry.top, strict=True)
+        assert list(top_ids) == list(np.argsort(-row)[:3])
+        np.testing.assert_allclose(top, row[list(top_ids)], rtol=1e-4, atol=1e-4)
+    plain = llm.generate(text, SamplingParams(temperature=0, max_tokens=2))[0]
+    assert plain.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    "more", [dict(temperature=0), dict(seed=3, repetition_penalty=1.7, frequency_penalty=0.4)]
+)
+def test_texts_are_the_same_with_and_without_the_prefix_cache(llm, more, monkeypatch):
+    params = SamplingParams(max_tokens=6, **more)
+    common = "In the beginning God created the heaven and the earth"
+    prompts = [common + end for end in ("", " and", " was void", " and the")]
+
+    def answers():
+        outputs = llm.generate(prompts, params)
+        return [o.outputs[0].token_ids for o in outputs], [
+            o.outputs[0].timings.cached_tokens for o in outputs
+        ]
+
+    with monkeypatch.context() as off:
+        off.setattr(llm.engine.scheduler, "prefix", None)
+        want, cached = answers()
+        assert cached == [0] * 4
+    first, _ = answers()
+    again, cached = answers()
+    assert first == want and again == want
+    assert min(cached) > 0 and all(count % 4 == 0 for count in cached)
+
+
 PROMPTS = ["the earth", "In the beginning God", "x", "darkness was upon", "deep", "你好"]
 
 

@@ -42,6 +42,13 @@ class EngineConfig:
         "once and reads from the files, which must not be changed or truncated meanwhile",
         choices=("arena", "mmap"),
     )
+    shared_weights: bool | None = checked(
+        None,
+        "bool",
+        "keep the routed experts in named shared memory (/dev/shm), so that a restarted engine "
+        "attaches to them in seconds; default: only where the engine is a process of its own",
+        optional=True,
+    )
     compute_dtype: str = checked(
         "bfloat16",
         "str",
@@ -67,7 +74,19 @@ class EngineConfig:
         low_open=True,
         optional=True,
     )
+    max_queued_requests: int = checked(
+        256, "int", "requests a server lets wait before it refuses more", low=1, high=2**20
+    )
+    max_queued_tokens: int = checked(
+        2**20, "int", "prompt tokens a server lets wait before it refuses more", low=1, high=2**40
+    )
     page_size: int = checked(16, "int", "tokens of a KV cache page", low=1, high=1024)
+    prefix_cache: bool = checked(
+        True,
+        "bool",
+        "keep the KV pages of prompts and share them with later prompts that begin alike; texts "
+        "are the same without it",
+    )
     prefill_chunk_tokens: int = checked(
         512, "int", "prompt tokens computed in one step at most", low=16, high=16384
     )

@@ -26,7 +26,9 @@ class StepRow:
     token_ids: the tokens fed, from position `start`. pages: ids of the pages the sequence holds.
     slot: its row in per-sequence state. settings: how its next token is drawn; biases: see
     `sampling.inputs.pack_biases`, None where the row's logits are not adjusted. mask: bits of the
-    tokens that may be drawn, `[ceil(V / 32)]` uint32, None where all may.
+    tokens that may be drawn, `[ceil(V / 32)]` uint32, None where all may. targets: the prompt
+    tokens that follow those fed, where their log probabilities are wanted; the row is then the
+    step's only one.
     """
 
     token_ids: Sequence[int]
@@ -36,6 +38,7 @@ class StepRow:
     settings: RowSettings
     biases: dict[int, float] | None = None
     mask: np.ndarray | None = None
+    targets: Sequence[int] | None = None
 
 
 def decode_size(num_rows: int) -> int:

@@ -10,7 +10,7 @@ microsecond a leaf. What it does not do: decide what takes part (scheduler), or 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,24 +27,34 @@ from jaxmoe.decode.batch import (
     prefill_size,
 )
 from jaxmoe.ffi.ops import Ops, StepInputs
+from jaxmoe.request import TokenLogprob
 from jaxmoe.sampling.inputs import Biases, RowInputs, pack_biases, pack_rows
-from jaxmoe.sampling.logits import TokenCounts, adjust, apply_masks, clear_slot, count_tokens
-from jaxmoe.sampling.sampler import Drawn, sample
+from jaxmoe.sampling.logits import (
+    TokenCounts,
+    adjust,
+    apply_masks,
+    clear_slot,
+    count_prompt,
+    count_tokens,
+)
+from jaxmoe.sampling.sampler import Drawn, PromptLogprobs, prompt_logprobs, sample
 
 Kind = Literal["prefill", "decode"]
+COUNT_CHUNK_TOKENS = 1024  # of a cached prompt, in one call
 LOGITS_CHUNK_TOKENS = 64  # [T, V] float32 at V = 150,000 is 38 MB
 
 
 @dataclasses.dataclass(frozen=True)
 class RowResult:
     """What a step drew for one row: -1 where its logits were not finite. The rest only
-    where asked for.
+    where asked for; prompt_logprobs: of the row's targets.
     """
 
     token_id: int
     logprob: float
     top_ids: Sequence[int]
     top_logprobs: Sequence[float]
+    prompt_logprobs: Sequence[TokenLogprob] | None = None
 
 
 class HybridStep:
@@ -55,6 +65,9 @@ class HybridStep:
         ops: the operations for each kind of step.
         caches: page arrays of every layer, handed over for good.
         num_slots: sequences that can be running.
+
+    on_compile: may be set; called with True before a step whose program has to be compiled first,
+    and with False after it.
     """
 
     def __init__(
@@ -78,6 +91,9 @@ class HybridStep:
         self._num_slots = num_slots
         self._chunk_tokens = chunk_tokens
         self._vocab_size = vocab_size
+        self._shapes: set[tuple[Any, ...]] = set()  # of the steps that were compiled
+        self.last_compiled = False  # whether the last step had to be
+        self.on_compile: Callable[[bool], None] = lambda begins: None
 
         def forward(leaves, caches, step, kind, logit_indices):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
@@ -91,16 +107,24 @@ class HybridStep:
             rows: RowInputs,
             biases: Biases | None,
             masks: jax.Array | None,
+            targets: jax.Array | None,
             kind: Kind,
-        ) -> tuple[Drawn, list[tuple[jax.Array, ...]], TokenCounts | None]:
-            raw, caches = forward(leaves, caches, step, kind, rows.logit_index)
+        ) -> tuple[Drawn, PromptLogprobs | None, list[tuple[jax.Array, ...]], TokenCounts | None]:
+            indices = rows.logit_index
+            if targets is not None:
+                indices = jnp.concatenate([indices, jnp.arange(targets.shape[0], dtype=jnp.int32)])
+            raw, caches = forward(leaves, caches, step, kind, indices)
+            prompt = None
+            if targets is not None:
+                raw, own = jnp.split(raw, [rows.logit_index.shape[0]])
+                prompt = prompt_logprobs(own, targets)
             adjusted = raw
             if counts is not None and biases is not None:
                 counts = count_tokens(counts, step.token_ids, step.positions, step.token_rows, rows)
                 adjusted = adjust(raw, counts, rows, biases)
             if masks is not None:
                 adjusted = apply_masks(adjusted, masks)
-            return sample(raw, adjusted, rows), caches, counts
+            return sample(raw, adjusted, rows), prompt, caches, counts
 
         def logits(leaves, caches, step):
             indices = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32)
@@ -109,6 +133,7 @@ class HybridStep:
         self._run = jax.jit(run, static_argnames=("kind",), donate_argnames=("caches", "counts"))
         self._logits = jax.jit(logits, donate_argnames=("caches",))
         self._clear_slot = jax.jit(clear_slot, donate_argnums=0)
+        self._count_prompt = jax.jit(count_prompt, donate_argnums=0)
 
     @property
     def usable(self) -> bool:
@@ -117,24 +142,54 @@ class HybridStep:
 
     def close(self) -> None:
         """Drops the weights, the caches and the compiled programs that name the native store."""
-        programs: tuple[Any, ...] = (self._run, self._logits, self._clear_slot)
+        programs: tuple[Any, ...] = (
+            self._run,
+            self._logits,
+            self._clear_slot,
+            self._count_prompt,
+        )
         for program in programs:
             program.clear_cache()
         self._leaves.clear()
         self._caches.clear()
         self._counts = None
 
-    def assign(self, slot: int) -> None:
-        """Call when a slot has a new owner, before the first step with it."""
+    def assign(self, slot: int, seen: Sequence[int] = ()) -> None:
+        """Call when a slot has a new owner, before the first step with it.
+
+        seen: prompt tokens that penalties have to count though no step is fed them.
+        """
         self._tables.assign(slot)
-        if self._counts is not None:
-            self._counts = self._clear_slot(self._counts, np.int32(slot))
+        if seen:
+            self._need_counts()
+        if self._counts is None:
+            return
+        self._counts = self._clear_slot(self._counts, np.int32(slot))
+        for start in range(0, len(seen), COUNT_CHUNK_TOKENS):
+            # Padded with an id that no token has, so that one program serves all.
+            ids = np.full(COUNT_CHUNK_TOKENS, self._vocab_size, np.int32)
+            chunk = seen[start : start + COUNT_CHUNK_TOKENS]
+            ids[: len(chunk)] = chunk
+            self._counts = self._count_prompt(self._counts, np.int32(slot), ids)
+
+    def _need_counts(self) -> TokenCounts:
+        counts = self._counts
+        if counts is None:
+            counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
+            # Committed like the caches, so that the first call is no program of its own.
+            counts = jax.device_put(counts, jax.local_devices(backend="cpu")[0])
+            self._counts = counts
+        return counts
 
     def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]:
         """Computes the rows' tokens and draws the next one of each."""
         total = sum(len(row.token_ids) for row in rows)
+        targets = rows[0].targets
         if kind == "decode":
             num_tokens = num_rows = decode_size(len(rows))
+        elif targets is not None:
+            assert len(rows) == 1
+            num_tokens, num_rows = min(LOGITS_CHUNK_TOKENS, self._chunk_tokens), 1
         else:
             num_tokens, num_rows = prefill_size(
                 total, len(rows), chunk=self._chunk_tokens, max_rows=self._num_slots
@@ -143,19 +198,32 @@ class HybridStep:
         settings = pack_rows([row.settings for row in rows], num_rows)
         counts = biases = None
         if any(row.biases is not None for row in rows):
-            if self._counts is None:
-                counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
-                # Committed like the caches, so that the first call is no program of its own.
-                self._counts = jax.device_put(counts, jax.local_devices(backend="cpu")[0])
-            counts = self._counts
+            counts = self._need_counts()
             biases = pack_biases([row.biases or {} for row in rows], num_rows)
         masks = pack_masks(rows, num_rows, self._vocab_size)
-        drawn, self._caches, counts = self._run(
-            self._leaves, self._caches, counts, step, settings, biases, masks, kind=kind
+        padded = None
+        if targets is not None:
+            padded = np.full(num_tokens, -1, np.int32)
+            padded[: len(targets)] = targets
+        # A mask or a bias of another kind makes another program, as do all shapes.
+        inputs = (step, settings, counts, biases, masks, padded)
+        shapes = kind, jax.tree.structure(inputs), *(x.shape for x in jax.tree.leaves(inputs))
+        self.last_compiled = shapes not in self._shapes
+        if self.last_compiled:
+            self._shapes.add(shapes)
+            self.on_compile(True)
+        drawn, prompt, self._caches, counts = self._run(
+            self._leaves, self._caches, counts, step, settings, biases, masks, padded, kind=kind
         )
         if counts is not None:
             self._counts = counts
-        return _results(drawn, rows)
+        results = _results(drawn, rows)
+        if self.last_compiled:
+            self.on_compile(False)
+        if targets is not None and prompt is not None:
+            entries = _prompt_entries(prompt, targets, rows[0].settings.params.prompt_logprobs or 0)
+            results = [dataclasses.replace(results[0], prompt_logprobs=entries)]
+        return results
 
     def logits(self, token_ids: Sequence[int], pages: Sequence[int], slot: int) -> np.ndarray:
         """Float32 logits `[T, V]` after every token of a text, through the given pages and slot."""
@@ -172,6 +240,18 @@ class HybridStep:
 
 
 _NOTHING_DRAWN: Any = None
+
+
+def _prompt_entries(
+    prompt: PromptLogprobs, targets: Sequence[int], num_top: int
+) -> list[TokenLogprob]:
+    logprobs = np.asarray(prompt.logprobs).tolist()
+    top_ids = np.asarray(prompt.top_ids)[:, :num_top].tolist()
+    top_logprobs = np.asarray(prompt.top_logprobs)[:, :num_top].tolist()
+    return [
+        TokenLogprob(token, logprobs[i], tuple(zip(top_ids[i], top_logprobs[i], strict=True)))
+        for i, token in enumerate(targets)
+    ]
 
 
 def _results(drawn: Drawn, rows: Sequence[StepRow]) -> list[RowResult]:

@@ -22,7 +22,9 @@ class EngineInfo:
     """What does not change while an engine lives; known once it is ready.
 
     eos_token_ids: end of text unless a request ignores it. default_params: what requests that say
-    nothing get. report: the start-up report, for people.
+    nothing get; default_max_tokens: their longest output where the room allows it. has_tokenizer:
+    whether deltas carry text. report: the start-up report, for people.
+    store_name: of the shared memory with the experts, if there is one.
     """
 
     model: str
@@ -34,6 +36,9 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     default_params: SamplingParams
     report: str
+    default_max_tokens: int | None = None
+    has_tokenizer: bool = True
+    store_name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ class AsyncEngine(Protocol):
     def status(self) -> EngineStatus: ...
 
     def stats(self) -> Mapping[str, float]:
-        """Counters and gauges as of the last step: names as in /metrics without their prefix."""
+        """Counters and gauges, at most 0.1 s old: names as in /metrics without their prefix."""
         ...
 
     def generate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from jaxmoe.common.timing import Timings
 from jaxmoe.decode.hybrid_step import RowResult
 from jaxmoe.request import CompletionOutput, Delta, FinishReason, Sequence, TokenLogprob
@@ -18,6 +20,8 @@ class Completion:
         self._tokenizer = tokenizer
         self._text = Detokenizer(params.stop, include_stop=params.include_stop_str_in_output)
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self._is_first = True  # whether no delta was made yet
         self._stop_reason: str | int | None = None
         self.output: CompletionOutput | None = None
 
@@ -63,6 +67,19 @@ class Completion:
             return self._finish(text, (token,), entry, "length", now_s)
         return self._delta(text, (token,), entry, None)
 
+    def add_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprob]) -> None:
+        """Takes the entries of prompt tokens from position `start` on (1 at least), in order.
+
+        After a preemption the same ones come again.
+        """
+        known = [None] if self.prompt_logprobs is None else self.prompt_logprobs[:start]
+        assert len(known) == start
+        self.prompt_logprobs = [*known, *entries]
+
+    def abort(self, now_s: float) -> Delta:
+        """Ends it where it is; what was held back for a stop string is given out."""
+        return self._finish("", (), None, "abort", now_s)
+
     def _finish(
         self,
         text: str,
@@ -86,9 +103,10 @@ class Completion:
                 prompt_tokens=seq.num_prompt,
                 output_tokens=len(seq.output_token_ids),
                 arrival_s=seq.request.arrival_s,
-                started_s=seq.started_s,
+                started_s=seq.started_s or now_s,  # aborted in the queue
                 first_token_s=seq.first_token_s or now_s,
                 finished_s=now_s,
+                cached_tokens=max(seq.num_cached, 0),
             ),
         )
         return self._delta(text, token_ids, entry, reason)
@@ -103,6 +121,16 @@ class Completion:
         logprobs = None
         if self._logprobs is not None:
             logprobs = () if entry is None else (entry,)
+        prompt_logprobs = None
+        if self._is_first and self.prompt_logprobs is not None:
+            prompt_logprobs = tuple(self.prompt_logprobs)
+        self._is_first = False
         return Delta(
-            self.seq.request.request_id, self.seq.choice_idx, text, token_ids, logprobs, reason
+            self.seq.request.request_id,
+            self.seq.choice_idx,
+            text,
+            token_ids,
+            logprobs,
+            reason,
+            prompt_logprobs=prompt_logprobs,
         )

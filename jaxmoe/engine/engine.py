@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,17 +21,21 @@ import numpy as np
 from jaxmoe.common.errors import EngineDeadError, RequestError
 from jaxmoe.config.generation import GenerationDefaults
 from jaxmoe.decode.batch import StepRow
-from jaxmoe.decode.hybrid_step import Kind, RowResult
+from jaxmoe.decode.hybrid_step import LOGITS_CHUNK_TOKENS, Kind, RowResult
+from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
+from jaxmoe.engine.checks import check_params, check_prompt, resolve_max_tokens
 from jaxmoe.engine.completion import Completion
+from jaxmoe.engine.stats import Stats
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.kv_cache.pages import PageAllocator
+from jaxmoe.kv_cache.prefix import PrefixCache
 from jaxmoe.request import Delta, Request, RequestOutput
 from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.scheduler.scheduler import Row, Scheduler, StepPlan
-from jaxmoe.text.tokenizer import Tokenizer, check_ids
+from jaxmoe.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 NOT_FINITE = "the model's logits are not finite"
@@ -42,7 +46,9 @@ class StepRunner(Protocol):
 
     @property
     def usable(self) -> bool: ...
-    def assign(self, slot: int) -> None: ...
+    @property
+    def last_compiled(self) -> bool: ...
+    def assign(self, slot: int, seen: Sequence[int] = ()) -> None: ...
     def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]: ...
     def logits(self, token_ids: Sequence[int], pages: Sequence[int], slot: int) -> np.ndarray: ...
 
@@ -58,6 +64,8 @@ class Engine:
         eos_token_ids: end of text, unless a request ignores it.
         defaults: what requests that say nothing get.
         seed: where the seeds of requests that bring none start.
+        counters: of the native runtime (`CpuRuntime.stats`), for figures.
+        prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
     """
 
     def __init__(
@@ -72,6 +80,8 @@ class Engine:
         prefill_chunk_tokens: int,
         defaults: GenerationDefaults | None = None,
         seed: int = 0,
+        prefix_cache: bool = True,
+        counters: Callable[[], Mapping[str, int]] = dict,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.layout = layout
@@ -81,8 +91,13 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.defaults = defaults or GenerationDefaults()
         self.pages = PageAllocator(layout.num_pages, layout.page_size)
+        self.prefix = PrefixCache(self.pages) if prefix_cache else None
         self.scheduler = Scheduler(
-            self.pages, max_num_seqs=max_num_seqs, prefill_chunk_tokens=prefill_chunk_tokens
+            self.pages,
+            max_num_seqs=max_num_seqs,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            prefix=self.prefix,
+            prompt_logprobs_tokens=LOGITS_CHUNK_TOKENS,
         )
         self.grammars = None
         if tokenizer is not None:
@@ -91,9 +106,12 @@ class Engine:
             )
         self._runner = runner
         self._clock = clock
+        self._counters = counters
+        self._stats = Stats()
         self._seeds = (seed + 0x9E3779B97F4A7C15 * i for i in itertools.count())
         self._ids = (f"req-{i}" for i in itertools.count())
         self._completions: dict[str, list[Completion]] = {}
+        self._progress: list[PrefillProgress] = []
         self._dead: str | None = None
 
     @property
@@ -107,6 +125,7 @@ class Engine:
         *,
         request_id: str | None = None,
         prompt: str | None = None,
+        cache_salt: str | None = None,
     ) -> str:
         """Queues a request and returns its id; a RequestError leaves the engine as it was.
 
@@ -115,12 +134,13 @@ class Engine:
             params: default: what the checkpoint recommends.
             request_id: unique among unfinished requests; default: a fresh one.
             prompt: the text the ids came from, handed through to the output.
+            cache_salt: prefixes are shared only among requests of the same salt.
         """
         self._check_alive()
         request_id = next(self._ids) if request_id is None else request_id
         if request_id in self._completions:
             raise RequestError(f"request_id: {request_id!r} is in use; choose another")
-        request = self._make_request(request_id, prompt_token_ids, params, prompt)
+        request = self._make_request(request_id, prompt_token_ids, params, prompt, cache_salt)
         completions = []
         self.prepare(request.params)  # raises before anything is queued
         for i in range(request.params.n):
@@ -144,12 +164,20 @@ class Engine:
         spec = request.params.structured
         return None if spec is None or self.grammars is None else self.grammars.matcher(spec)
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request; pages and slots are free at once, no delta follows. Unknown ids
-        do nothing.
+    def abort(self, request_id: str) -> list[Delta]:
+        """Ends a request wherever it is; pages and slots are free at once. Unknown ids do nothing.
+
+        Returns the last deltas of its unfinished completions, finish_reason "abort"; the last one
+        carries the output.
         """
-        for completion in self._completions.pop(request_id, []):
-            self.scheduler.cancel(completion.seq)
+        now = self._clock()
+        completions = self._completions.get(request_id, [])
+        deltas = []
+        for completion in completions:
+            if completion.output is None:
+                self.scheduler.cancel(completion.seq)
+                deltas.append(self._close_request(completion, completion.abort(now)))
+        return deltas
 
     def step(self) -> list[Delta]:
         """Computes one step; what it added to each completion it completed a token of."""
@@ -159,8 +187,10 @@ class Engine:
             return []
         now = self._clock()
         for row in plan.rows:
-            if row.start == 0:
-                self._runner.assign(row.seq.slot)
+            if row.seq.is_new:
+                # Tokens found in the prefix cache are never fed, but penalties count them.
+                counted = row.start if row.seq.request.params.adjusts_logits else 0
+                self._runner.assign(row.seq.slot, row.seq.request.prompt_token_ids[:counted])
             if not row.seq.started_s:
                 row.seq.started_s = now
         try:
@@ -169,17 +199,30 @@ class Engine:
             self._note_failure(e)
             raise
         self.scheduler.advance(plan)
-        now = self._clock()
+        self._note_progress(plan)
+        for row, result in zip(plan.rows, results, strict=True):
+            if result.prompt_logprobs is not None:
+                completion = self._completions[row.seq.request.request_id][row.seq.choice_idx]
+                completion.add_prompt_logprobs(row.start + 1, result.prompt_logprobs)
+        started, now = now, self._clock()
+        self._stats.note_step(
+            plan, now - started, self._counters(), compiled=self._runner.last_compiled
+        )
         return [
             self._take(row, result, now)
             for row, result in zip(plan.rows, results, strict=True)
             if row.samples
         ]
 
+    def take_progress(self) -> list[PrefillProgress]:
+        """How far the prompts of the last step are, each request's first completion; once."""
+        progress, self._progress = self._progress, []
+        return progress
+
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Float32 logits `[T, V]` after every token of a text; needs a free slot and pages."""
         self._check_alive()
-        self._check_prompt(token_ids)
+        check_prompt(token_ids, self.vocab_size)
         if len(token_ids) > self.layout.max_model_len:
             raise RequestError(
                 f"got {len(token_ids)} tokens, wanted at most {self.layout.max_model_len} "
@@ -194,23 +237,44 @@ class Engine:
 
     def resolve_max_tokens(self, num_prompt: int, params: SamplingParams) -> int:
         """Longest output of a request; RequestError with both numbers where it does not fit."""
-        limit = self.layout.max_model_len
-        room = limit - num_prompt
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens, but the context holds {limit} "
-                "(max_model_len) and one is needed for the output; shorten the prompt or, if the "
-                "model's limit allows, raise max_model_len"
-            )
-        if params.max_tokens is None:
-            return min(room, self.defaults.max_tokens or room)
-        if params.max_tokens > room:
-            raise RequestError(
-                f"prompt ({num_prompt} tokens) + max_tokens ({params.max_tokens}) = "
-                f"{num_prompt + params.max_tokens}, but the context holds {limit} (max_model_len); "
-                f"lower max_tokens to {room} or, if the model's limit allows, raise max_model_len"
-            )
-        return params.max_tokens
+        return resolve_max_tokens(
+            num_prompt,
+            params,
+            max_model_len=self.layout.max_model_len,
+            default=self.defaults.max_tokens,
+        )
+
+    def info(self, model: str, report: str = "") -> EngineInfo:
+        """What a front is told about this engine."""
+        return EngineInfo(
+            model=model,
+            vocab_size=self.vocab_size,
+            max_model_len=self.layout.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            num_pages=self.layout.num_pages,
+            page_size=self.layout.page_size,
+            eos_token_ids=self.eos_token_ids,
+            default_params=self.defaults.params,
+            report=report,
+            default_max_tokens=self.defaults.max_tokens,
+            has_tokenizer=self.tokenizer is not None,
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Figures as of the last step (stats.py); always the same names in the same order."""
+        return self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+
+    @property
+    def longest_step_s(self) -> float:
+        """Of the steps that compiled nothing."""
+        return self._stats.longest_step_s
+
+    def _note_progress(self, plan: StepPlan) -> None:
+        self._progress = [
+            PrefillProgress(seq.request.request_id, seq.num_computed, seq.num_prompt)
+            for seq in (row.seq for row in plan.rows if plan.kind == "prefill")
+            if seq.choice_idx == 0
+        ]
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -223,29 +287,18 @@ class Engine:
         if isinstance(e, Exception) or not self._runner.usable:
             self._dead = f"{type(e).__name__}: {e}"
 
-    def _check_prompt(self, token_ids: Sequence[int]) -> None:
-        if not len(token_ids):
-            raise RequestError("the prompt is empty; wanted at least one token")
-        check_ids(token_ids, self.vocab_size, "prompt token ids")
-
     def _make_request(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
         params: SamplingParams | None,
         prompt: str | None,
+        cache_salt: str | None,
     ) -> Request:
         params = self.defaults.params if params is None else params
-        self._check_prompt(prompt_token_ids)
-        check_ids(params.stop_token_ids, self.vocab_size, "stop_token_ids")
-        check_ids([i for i, _ in params.logit_bias], self.vocab_size, "logit_bias")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop: this engine has no tokenizer; use stop_token_ids")
+        check_prompt(prompt_token_ids, self.vocab_size)
+        check_params(params, self.vocab_size, has_tokenizer=self.tokenizer is not None)
         max_tokens = self.resolve_max_tokens(len(prompt_token_ids), params)
-        if params.min_tokens > max_tokens:
-            raise RequestError(
-                f"min_tokens: got {params.min_tokens}, but at most {max_tokens} tokens have room"
-            )
         eos = () if params.ignore_eos else self.eos_token_ids
         seed = next(self._seeds) if params.seed is None else params.seed
         return Request(
@@ -257,13 +310,16 @@ class Engine:
             seed=seed & (2**64 - 1),
             arrival_s=self._clock(),
             prompt=prompt,
+            cache_salt=cache_salt,
         )
 
     def _take(self, row: Row, result: RowResult, now: float) -> Delta:
         request = row.seq.request
-        completions = self._completions[request.request_id]
-        completion = completions[row.seq.choice_idx]
+        completion = self._completions[request.request_id][row.seq.choice_idx]
         delta = completion.push(result, now)
+        self._stats.note_tokens(len(delta.token_ids))
+        if delta.token_ids and len(row.seq.output_token_ids) == 1:
+            self._stats.note_first_token(now - request.arrival_s)
         if delta.finish_reason is None:
             return delta
         self.scheduler.cancel(row.seq)
@@ -274,6 +330,16 @@ class Engine:
                 completion.output and completion.output.stop_reason or NOT_FINITE,
                 row.seq.num_tokens,
             )
+        return self._close_request(completion, delta)
+
+    def _close_request(self, completion: Completion, delta: Delta) -> Delta:
+        """The delta of a completion that ended, with the output if it was the request's last."""
+        request, output = completion.seq.request, completion.output
+        assert output is not None and delta.finish_reason is not None
+        self._stats.note_finished(
+            output.timings, delta.finish_reason, completion.seq.num_preemptions
+        )
+        completions = self._completions[request.request_id]
         if any(c.output is None for c in completions):
             return delta
         del self._completions[request.request_id]
@@ -290,7 +356,14 @@ class Engine:
                 t.tpot_s,
                 output.finish_reason,
             )
-        done = RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, outputs)
+        known = completions[0].prompt_logprobs
+        done = RequestOutput(
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            outputs,
+            None if known is None else tuple(known),
+        )
         return dataclasses.replace(delta, output=done)
 
 
@@ -316,7 +389,21 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
             tokens = (seq.token(row.start),)
         mask = _mask(seq) if row.samples and seq.grammar is not None else None
         biases = _biases(seq, masked=mask is not None) if adjusts else None
-        rows.append(StepRow(tokens, row.start, seq.pages, seq.slot, settings, biases, mask))
+        targets = None
+        if plan.kind == "prefill" and seq.wants_prompt_logprobs:
+            targets = request.prompt_token_ids[row.start + 1 : row.start + row.count + 1]
+        rows.append(
+            StepRow(
+                tokens,
+                row.start,
+                seq.pages,
+                seq.slot,
+                settings,
+                biases,
+                mask=mask,
+                targets=targets,
+            )
+        )
     return rows
 
 

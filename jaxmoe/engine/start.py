@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jaxmoe.config.generation import GenerationDefaults
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import compile_cache
+from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.engine import Engine
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.native_ops import NativeOps
@@ -37,6 +39,7 @@ from jaxmoe.weights.random_init import random_model
 from jaxmoe.weights.safetensors_reader import Checkpoint
 
 _log = logging.getLogger(__name__)
+OnStage = Callable[[str, float], None]
 
 
 @dataclasses.dataclass
@@ -52,6 +55,11 @@ class Started:
     step: HybridStep
     loaded: LoadedModel
     runtime: CpuRuntime
+
+    @property
+    def info(self) -> EngineInfo:
+        info = self.engine.info(model_path(self.config).resolve().name, self.report)
+        return dataclasses.replace(info, store_name=self.loaded.report.shared_name)
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
@@ -104,10 +112,13 @@ class Directory:
         return dataclasses.replace(self, notes=(*self.notes, note))
 
 
-def start(config: EngineConfig) -> Started:
+def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None) -> Started:
     """Starts the engine that `config` describes; raises ConfigError, CheckpointError,
     CapacityError.
+
+    on_stage: told what is being done and how many percent of it are; from any thread.
     """
+    on_stage("reading the configuration", 0.0)
     _log.info("options: %s", config.describe())
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
     model_config = directory.model_config
@@ -118,7 +129,7 @@ def start(config: EngineConfig) -> Started:
     runtime = CpuRuntime(num_threads=config.num_threads, isa=config.isa)
     loaded = None
     try:
-        loaded = _load(config, directory, runtime)
+        loaded = _load(config, directory, runtime, on_stage)
         _require_cache_memory(layout)  # again: now the weights have taken theirs
         step = HybridStep(
             loaded.graphdef,
@@ -149,6 +160,8 @@ def start(config: EngineConfig) -> Started:
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         defaults=directory.defaults,
         seed=config.seed,
+        prefix_cache=config.prefix_cache,
+        counters=runtime.stats,
     )
     report = describe(config, directory, layout, loaded, runtime, programs)
     _log.info("%s", report)
@@ -240,7 +253,9 @@ def _require_cache_memory(layout: CacheLayout) -> None:
     )
 
 
-def _load(config: EngineConfig, directory: Directory, runtime: CpuRuntime) -> LoadedModel:
+def _load(
+    config: EngineConfig, directory: Directory, runtime: CpuRuntime, on_stage: OnStage
+) -> LoadedModel:
     progress = None if config.show_progress else False
     if config.load_format == "dummy":
         return random_model(
@@ -251,6 +266,7 @@ def _load(config: EngineConfig, directory: Directory, runtime: CpuRuntime) -> Lo
             seed=config.seed,
             progress=progress,
         )
+    on_stage("loading weights", 0.0)
     with Checkpoint.open(directory.path) as checkpoint:
         return load_model(
             checkpoint,
@@ -259,7 +275,9 @@ def _load(config: EngineConfig, directory: Directory, runtime: CpuRuntime) -> Lo
             runtime,
             compute_dtype=config.compute_dtype,
             backing="mmap" if config.backing == "mmap" else "arena",
+            shared=bool(config.shared_weights),
             progress=progress,
+            on_percent=lambda percent: on_stage("loading weights", percent),
         )
 
 
@@ -274,7 +292,7 @@ def describe(
     """The start-up report: what runs, where it lies, and what is slower than it could be."""
     model, params = directory.model_config, directory.defaults.params
     experts = model.moe.router
-    slower = list(directory.notes)
+    slower = [*directory.notes, *loaded.report.notes]
     if config.compute_dtype == "float32":
         slower.append("float32 activations and cache: for audits, about half as fast")
     if config.backing == "mmap" and config.load_format != "dummy":

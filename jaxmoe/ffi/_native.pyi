@@ -30,6 +30,8 @@ class HostStore:
         runtime: Runtime,
         layers: list[tuple[int, int, int, str]],
         backing: str = "arena",
+        shared_name: str = "",
+        fingerprint: bytes = b"",
     ) -> None:
         """layers: (num_experts, intermediate, hidden, "bf16" | "f32" | "fp8_block") each."""
 
@@ -56,6 +58,8 @@ class HostStore:
     ) -> list[tuple[int, int, npt.NDArray[np.uint8]]]:
         """(row_begin, row_end, rows) of each NUMA node; rows are writable with arena backing."""
 
+    def is_loaded(self, layer: int, expert: int, which: int) -> bool: ...
+    def seal(self) -> None: ...
     def mark_loaded(self, layer: int, expert: int, which: int) -> None:
         """After the matrix was filled through a view."""
 

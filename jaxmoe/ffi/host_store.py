@@ -13,7 +13,11 @@ NativeHostStore: TypeAlias = _native.HostStore
 
 
 def native_host_store(
-    runtime: CpuRuntime, layers: Sequence[tuple[int, int, int, str]], backing: str
+    runtime: CpuRuntime,
+    layers: Sequence[tuple[int, int, int, str]],
+    backing: str,
+    shared_name: str = "",
+    fingerprint: bytes = b"",
 ) -> NativeHostStore:
     """A store for these MoE layers, split as `runtime`'s NUMA nodes are.
 
@@ -21,11 +25,14 @@ def native_host_store(
         runtime: whose topology counts.
         layers: num_experts, intermediate, hidden and weight format of each.
         backing: "arena" or "mmap".
+        shared_name: of the shared memory that holds the arena; empty: private memory.
+        fingerprint: 32 bytes that say whose weights a shared arena holds.
 
     Raises:
-        ConfigError: for impossible sizes, formats or backings, and where a node has no memory.
+        ConfigError: for impossible sizes, formats or backings, where a node has no memory, and
+            where the shared memory cannot be used.
     """
     try:
-        return _native.HostStore(runtime.native, list(layers), backing)
+        return _native.HostStore(runtime.native, list(layers), backing, shared_name, fingerprint)
     except ValueError as error:
         raise ConfigError(str(error)) from None

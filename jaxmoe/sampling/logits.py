@@ -34,6 +34,12 @@ def clear_slot(counts: TokenCounts, slot: jax.Array) -> TokenCounts:
     return TokenCounts(counts.written.at[slot].set(0), counts.in_prompt.at[slot].set(False))
 
 
+def count_prompt(counts: TokenCounts, slot: jax.Array, token_ids: jax.Array) -> TokenCounts:
+    """Counts with these tokens in the slot's prompt; ids outside the vocabulary are left out."""
+    in_prompt = counts.in_prompt.at[slot, token_ids].set(True, mode="drop")
+    return TokenCounts(counts.written, in_prompt)
+
+
 def count_tokens(
     counts: TokenCounts,
     token_ids: jax.Array,  # [T]

@@ -42,6 +42,38 @@ class Drawn:
     top_logprobs: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PromptLogprobs:
+    """Of T prompt tokens: logprobs `[T]` f32, and the likeliest tokens in their places, `top_ids`
+    int32 and `top_logprobs` f32 `[T, MAX_LOGPROBS]`.
+    """
+
+    logprobs: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def prompt_logprobs(logits: jax.Array, targets: jax.Array) -> PromptLogprobs:
+    """What `logits [T, V]` f32 say of the tokens that really follow, `targets [T]` int32 (-1: none
+    wanted, zeros). Row by row, like `sample`.
+    """
+
+    def one(args):
+        row, target = args
+        return lax.cond(
+            target >= 0,
+            lambda: PromptLogprobs(*log_probabilities(row, target)),
+            lambda: PromptLogprobs(
+                jnp.float32(0),
+                jnp.zeros(_num_top(row), jnp.int32),
+                jnp.zeros(_num_top(row), jnp.float32),
+            ),
+        )
+
+    return lax.map(one, (logits, targets))
+
+
 def sample(raw: jax.Array, adjusted: jax.Array, rows: RowInputs) -> Drawn:
     """Draws a token a row from `adjusted [R, V]` f32; log probabilities are taken from `raw [R,
     V]`.

@@ -7,7 +7,8 @@ be computed by the same one whatever else is in the batch. Where both kinds of w
 alternate, so neither starves the other.
 
 Admission is first come, first served: a sequence enters when a slot is free and its known tokens
-and one more fit the free pages. Pages for output are taken one by one. When none is left, the
+and one more fit the free pages; pages of its prompt that the prefix cache knows need no room and
+no prefill. Pages for output are taken one by one. When none is left, the
 latest arrival gives all of its pages back and returns to the head of the queue; later its prompt is
 computed again and its output is fed again token by token, which repeats the same arithmetic, so
 preemption never changes a text.
@@ -24,6 +25,7 @@ from typing import Literal
 
 from jaxmoe.common.errors import CapacityError
 from jaxmoe.kv_cache.pages import PageAllocator
+from jaxmoe.kv_cache.prefix import PrefixCache
 from jaxmoe.request import Sequence, Status
 
 
@@ -52,12 +54,24 @@ class StepPlan:
 
 
 class Scheduler:
-    """Owns the queue, the slots and the pages of the sequences it was given."""
+    """Owns the queue, the slots and the pages of the sequences it was given.
+
+    prefix: where pages of prompts are shared; None: nowhere. prompt_logprobs_tokens: of a prompt
+    whose log probabilities are wanted, in one step; such a step has no other row.
+    """
 
     def __init__(
-        self, pages: PageAllocator, *, max_num_seqs: int, prefill_chunk_tokens: int
+        self,
+        pages: PageAllocator,
+        *,
+        max_num_seqs: int,
+        prefill_chunk_tokens: int,
+        prefix: PrefixCache | None = None,
+        prompt_logprobs_tokens: int = 64,
     ) -> None:
         self.pages = pages
+        self.prefix = prefix
+        self._prompt_logprobs_tokens = min(prompt_logprobs_tokens, prefill_chunk_tokens)
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
@@ -102,7 +116,10 @@ class Scheduler:
     def advance(self, plan: StepPlan) -> None:
         """Notes that the step was computed. Call it before the drawn tokens are appended."""
         for row in plan.rows:
+            row.seq.is_new = False
             row.seq.num_computed = row.start + row.count
+            if plan.kind == "prefill":
+                self._publish(row)
             if row.seq.num_computed >= row.seq.num_prompt:
                 row.seq.status = Status.DECODE
 
@@ -127,17 +144,68 @@ class Scheduler:
             need = self.pages.pages_for(seq.num_tokens + 1)
             # A prompt that fills the context has no position after its last token.
             need = min(need, self.pages.num_pages)
-            if need > self.pages.num_free:
+            found = self._find(seq)
+            if self._is_on_its_way(seq, len(found)):
+                self.pages.free(found)
+                return
+            if need - len(found) > self.pages.num_free:
+                self.pages.free(found)
                 return
             self.waiting.popleft()
-            seq.pages = self.pages.allocate(need)
+            seq.num_computed = len(found) * self.pages.page_size
+            seq.pages = found + self.pages.allocate(need - len(found))
             seq.slot = heapq.heappop(self._free_slots)
-            seq.num_computed = 0
+            seq.is_new = True
             seq.status = Status.PREFILL
             self.running.append(seq)
+            if seq.num_cached < 0:  # once: a preempted sequence finding its own pages is no hit
+                seq.num_cached = seq.num_computed
+                if self.prefix is not None:
+                    self.prefix.count(seq.num_prompt, seq.num_cached)
+
+    def _find(self, seq: Sequence) -> list[int]:
+        """Pages with the beginning of the prompt, held; none where every token must be computed."""
+        if self.prefix is None:
+            return []
+        if seq.page_keys is None:
+            request = seq.request
+            seq.page_keys = self.prefix.page_keys(request.prompt_token_ids, request.cache_salt)
+        if seq.wants_prompt_logprobs:
+            return []
+        return self.prefix.hold(seq.page_keys, seq.num_prompt)
+
+    def _is_on_its_way(self, seq: Sequence, page_idx: int) -> bool:
+        """Whether an earlier sequence is computing the page `seq` would have to compute first.
+
+        Waiting for it costs nothing: prompts are computed in order of arrival.
+        """
+        keys = seq.page_keys
+        if (
+            not keys
+            or seq.wants_prompt_logprobs
+            or (page_idx + 1) * self.pages.page_size >= seq.num_prompt
+        ):
+            return False
+        return any(
+            s.status is Status.PREFILL
+            and s.page_keys
+            and s.page_keys[page_idx:][:1] == [keys[page_idx]]
+            for s in self.running
+        )
+
+    def _publish(self, row: Row) -> None:
+        """Shares the pages whose last position this prefill has written."""
+        if self.prefix is not None and row.seq.page_keys is not None:
+            size = self.pages.page_size
+            span = slice(row.start // size, (row.start + row.count) // size)
+            self.prefix.publish(row.seq.page_keys[span], row.seq.pages[span])
 
     def _plan_prefill(self, prefilling: list[Sequence]) -> StepPlan:
         rows, room = [], self.prefill_chunk_tokens
+        if prefilling[0].wants_prompt_logprobs:
+            prefilling, room = prefilling[:1], self._prompt_logprobs_tokens
+        else:
+            prefilling = [s for s in prefilling if not s.wants_prompt_logprobs]
         for seq in prefilling:
             count = min(room, seq.num_prompt - seq.num_computed)
             if count == 0:

@@ -5,7 +5,8 @@ A store holds, for every MoE layer and expert, three row-major matrices (gate an
 reach it by its registry `id`; nothing here ever makes a second copy.
 
 Backings:
-  arena: anonymous memory, huge pages, split over the NUMA nodes, filled by pread. The default.
+  arena: anonymous memory, huge pages, split over the NUMA nodes, filled by pread. The default. It
+    may lie in named shared memory instead (shared_store.py), which a later process finds filled.
   mmap: the checkpoint's own files, mapped. Starts at once and shares the page cache, but a file
   that is
     truncated or replaced in place while mapped kills the process (SIGBUS), and one NUMA node holds
@@ -25,6 +26,7 @@ from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.host_store import NativeHostStore, native_host_store
 from jaxmoe.weights.name_map import Matrix
 from jaxmoe.weights.param_spec import DTYPE_OF_FORMAT, WeightFormat, num_blocks
+from jaxmoe.weights.shared_store import StoreName
 
 Backing = Literal["arena", "mmap"]
 _WHICH: dict[Matrix, int] = {"gate": 0, "up": 1, "down": 2}
@@ -77,10 +79,20 @@ class HostStore:
 
     @classmethod
     def create(
-        cls, runtime: CpuRuntime, layouts: Sequence[ExpertLayout], backing: Backing = "arena"
+        cls,
+        runtime: CpuRuntime,
+        layouts: Sequence[ExpertLayout],
+        backing: Backing = "arena",
+        shared: StoreName | None = None,
     ) -> HostStore:
-        """Allocates (arena) or prepares (mmap) the store. Nothing is filled yet."""
-        return cls(native_host_store(runtime, layouts, backing), layouts, backing)
+        """Allocates (arena) or prepares (mmap) the store, or attaches to a shared one. Nothing is
+        filled yet but what an earlier process has filled.
+
+        Raises: ConfigError, also where a shared one cannot be had.
+        """
+        name, fingerprint = ("", b"") if shared is None else shared
+        native = native_host_store(runtime, layouts, backing, name, fingerprint)
+        return cls(native, layouts, backing)
 
     @property
     def id(self) -> int:
@@ -99,6 +111,14 @@ class HostStore:
         Raises OSError where the file fails or ends early.
         """
         self.native.read_matrix(layer, expert, _WHICH[which], fd, offset)
+
+    def is_loaded(self, layer: int, expert: int, which: Matrix) -> bool:
+        """Whether the matrix and its scales are there."""
+        return self.native.is_loaded(layer, expert, _WHICH[which])
+
+    def seal(self) -> None:
+        """All is loaded: a shared store is read-only from now on, and others may attach."""
+        self.native.seal()
 
     def map_file(self, path: Path | str) -> int:
         """Maps a file of a store backed by mmap; the result is for `set_mapped`."""

@@ -21,6 +21,8 @@ class LoadReport:
     read_bytes: bytes taken from the checkpoint's files (0 for random weights).
     planned_bytes: memory the plan said it would take.
     peak_rss_bytes: the most resident memory the process has had up to the end of loading.
+    found_bytes: what an earlier process had loaded into shared memory.
+    shared_name: of the shared memory that holds the experts. notes: what is not as it could be.
     """
 
     source: str
@@ -33,16 +35,25 @@ class LoadReport:
     seconds: float
     planned_bytes: int
     peak_rss_bytes: int
+    found_bytes: int = 0
+    shared_name: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_per_s(self) -> float:
         return self.read_bytes / max(self.seconds, 1e-9)
 
+    @property
+    def place(self) -> str:
+        if self.shared_name is not None:
+            return f"{self.backing} in shared memory {self.shared_name}"
+        return self.backing
+
     def describe(self) -> str:
         """A few lines for people."""
         lines = [
             f"weights: {self.source}: {self.num_tensors} tensors, experts {gib(self.expert_bytes)} "
-            f"({self.backing}), the rest {gib(self.leaf_bytes)}"
+            f"({self.place}), the rest {gib(self.leaf_bytes)}"
         ]
         if self.read_bytes:
             lines.append(
@@ -54,6 +65,8 @@ class LoadReport:
         lines[-1] += (
             f"; memory planned {gib(self.planned_bytes)}, peak {gib(self.peak_rss_bytes)} resident"
         )
+        if self.found_bytes:
+            lines.append(f"{gib(self.found_bytes)} of experts were in shared memory already")
         if self.ignored:
             lines.append(
                 f"{len(self.ignored)} tensors not needed and not read, such as {self.ignored[0]}"

@@ -22,10 +22,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxmoe.common.errors import CheckpointError
+from jaxmoe.common.errors import CheckpointError, ConfigError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
-from jaxmoe.weights import memory
+from jaxmoe.weights import memory, shared_store
 from jaxmoe.weights.buffers import aligned_empty, is_aligned, to_jax
 from jaxmoe.weights.host_store import Backing, HostStore
 from jaxmoe.weights.loaded_model import LoadedModel, LoadReport
@@ -36,6 +36,8 @@ from jaxmoe.weights.read_pool import default_threads, run_all
 from jaxmoe.weights.safetensors_header import TensorInfo, fail
 from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES
+from jaxmoe.weights.shared_store import StoreName
+from jaxmoe.weights.store_name import store_name
 from jaxmoe.weights.tensor_table import (
     LeafPlan,
     MatrixPlan,
@@ -75,8 +77,10 @@ def load_model(
     *,
     compute_dtype: jax.typing.DTypeLike = "bfloat16",
     backing: Backing = "arena",
+    shared: bool = False,
     num_threads: int | None = None,
     progress: bool | None = None,
+    on_percent: Callable[[float], None] | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint as shipped, or a prepared one (`Checkpoint.open` tells them apart).
 
@@ -87,8 +91,11 @@ def load_model(
       runtime: decides how the arena is split over NUMA nodes.
       compute_dtype: of the model's activations; weights keep their stored formats.
       backing: see host_store.py; "mmap" starts at once and dies if a file is truncated meanwhile.
+      shared: keep the arena in named shared memory (shared_store.py), and take from there what an
+        earlier process has loaded; where that cannot be, the report says why.
       num_threads: parallel reads.
       progress: draw a bar on stderr; None does where it is a terminal.
+      on_percent: told how many percent of the bytes are read.
 
     Raises:
       CheckpointError: before reading, if the tensors are not the model's; while reading, if a
@@ -98,6 +105,13 @@ def load_model(
     num_threads = default_threads() if num_threads is None else num_threads
     plan = plan_load(checkpoint, config, models, compute_dtype, num_threads)
     planned = plan.memory_bytes(backing)
+    name, notes = None, []
+    if shared and backing == "arena" and plan.table.layouts:
+        name = store_name(checkpoint, plan.table)
+        removed = shared_store.remove_unused(keep=[name.name])
+        notes += [f"removed {n}: shared weights that nobody used" for n in removed]
+        # What an earlier process has loaded is no longer available, and no longer needed.
+        planned -= min(shared_store.present_bytes(name.name), plan.expert_bytes)
     room = memory.require(planned, f"loading {checkpoint.directory}")
     _log.info(
         "%s: loading %s into %s of memory, of %s available",
@@ -106,16 +120,22 @@ def load_model(
         memory.gib(planned),
         memory.gib(room),
     )
-    store = HostStore.create(runtime, plan.table.layouts, backing) if plan.table.layouts else None
+    store, name = _make_store(runtime, plan, backing, name, notes)
     try:
-        read_bytes = plan.table.read_bytes
+        read_bytes, found_bytes = plan.table.read_bytes, 0
+        if store is not None and name is not None:
+            found = [m for m in plan.table.matrices if _is_loaded(store, m)]
+            found_bytes = sum(m.weight.nbytes + (m.scale.nbytes if m.scale else 0) for m in found)
+            read_bytes -= found_bytes
         if backing == "mmap":
             read_bytes -= sum(matrix.weight.nbytes for matrix in plan.table.matrices)
-        with ByteProgress(read_bytes, "loading weights", progress) as bar:
+        with ByteProgress(read_bytes, "loading weights", progress, on_percent) as bar:
             buffers = _read(checkpoint, plan.table, store, backing, num_threads, bar)
             leaves = {path: to_jax(buffer) for path, buffer in buffers.items()}
         for info in {info.file: info for info in checkpoint.tensors.values()}.values():
             checkpoint.check_unchanged(info)
+        if store is not None:
+            store.seal()
     except BaseException:
         if store is not None:
             store.close()
@@ -131,11 +151,53 @@ def load_model(
         seconds=bar.seconds,
         planned_bytes=planned,
         peak_rss_bytes=memory.peak_rss_bytes(),
+        found_bytes=found_bytes,
+        shared_name=name.name if name is not None else None,
+        notes=tuple(notes),
     )
     _log.info("%s", report.describe())
     description = plan.description
     state = description.fill(leaves)
     return LoadedModel(description.graphdef, state, description.specs, store, report)
+
+
+def _make_store(
+    runtime: CpuRuntime,
+    plan: LoadPlan,
+    backing: Backing,
+    name: StoreName | None,
+    notes: list[str],
+) -> tuple[HostStore | None, StoreName | None]:
+    """The store, shared under `name` if that can be; what cannot is noted."""
+    layouts = plan.table.layouts
+    if not layouts:
+        return None, None
+    if name is not None:
+        room, present = shared_store.room_bytes(), shared_store.present_bytes(name.name)
+        why = None
+        if plan.expert_bytes - present > room:
+            why = (
+                f"/dev/shm has {memory.gib(room)} free and they need "
+                f"{memory.gib(plan.expert_bytes - present)} (enlarge it: mount -o remount,size=...)"
+            )
+        else:
+            try:
+                store = HostStore.create(runtime, layouts, backing, name)
+            except ConfigError as error:
+                why = str(error)
+            else:
+                if not shared_store.has_huge_pages():
+                    notes.append(
+                        "experts in shared memory without huge pages: reading them is a little "
+                        "slower (echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled)"
+                    )
+                return store, name
+        notes.append(f"experts in private memory, so a restart reads them again: {why}")
+    return HostStore.create(runtime, layouts, backing), None
+
+
+def _is_loaded(store: HostStore, plan: MatrixPlan) -> bool:
+    return store.is_loaded(plan.moe_layer_idx, plan.expert, plan.which)
 
 
 def plan_load(
@@ -220,7 +282,11 @@ def _read(
             files = {plan.weight.file: plan.weight for plan in table.matrices}
             mapped = {file: _map(checkpoint, store, info) for file, info in files.items()}
             fill = partial(_map_matrix, mapped)
-        tasks += [(m.weight, partial(fill, checkpoint, store, m, bar)) for m in table.matrices]
+        tasks += [
+            (m.weight, partial(fill, checkpoint, store, m, bar))
+            for m in table.matrices
+            if not _is_loaded(store, m)
+        ]
     tasks.sort(key=lambda task: (task[0].file, task[0].offset))
     run_all([task for _, task in tasks], num_threads)
     return buffers

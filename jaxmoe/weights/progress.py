@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,13 +19,21 @@ class ByteProgress:
       total: bytes to come.
       title: what is going on, in front of the bar.
       show: draw the bar; None draws it if stderr is a terminal.
+      on_percent: told the percentage done whenever it is another whole number.
     """
 
-    def __init__(self, total: int, title: str, show: bool | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        title: str,
+        show: bool | None = None,
+        on_percent: Callable[[float], None] | None = None,
+    ) -> None:
         self.total, self.done = total, 0
         self._lock = threading.Lock()
         self._start = time.perf_counter()
         show = sys.stderr.isatty() if show is None else show
+        self._on_percent, self._percent = on_percent, 0
         self._bar = None
         if show:
             self._bar = tqdm(
@@ -36,6 +45,10 @@ class ByteProgress:
             self.done += count
             if self._bar is not None:
                 self._bar.update(count)
+            percent = 100 * self.done // max(self.total, 1)
+            if self._on_percent is not None and percent != self._percent:
+                self._percent = percent
+                self._on_percent(float(percent))
 
     @property
     def seconds(self) -> float:

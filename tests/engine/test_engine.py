@@ -124,6 +124,36 @@ def test_logprobs_are_given_for_each_token_when_asked():
     assert ask(b"x", SamplingParams(logprobs=0)).logprobs[0].top == ()
 
 
+@pytest.mark.parametrize("num_prompt", [1, 2, 16, 17, 35])
+def test_prompt_logprobs_come_with_the_first_delta_of_the_first_completion(num_prompt):
+    engine, step = fake_step.make_engine(lambda prompt: b"yz")
+    prompt = list(range(10, 10 + num_prompt))
+    engine.add_request(prompt, GREEDY, request_id="before")  # its pages must not be used
+    drain(engine)
+    engine.add_request(
+        prompt, SamplingParams(n=2, prompt_logprobs=1, temperature=0), request_id="a"
+    )
+    engine.add_request(prompt, GREEDY, request_id="b")
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step()
+    given = [d for d in deltas if d.prompt_logprobs is not None]
+    assert [(d.request_id, d.index) for d in given] == [("a", 0)]
+    assert given[0] is next(d for d in deltas if (d.request_id, d.index) == ("a", 0))
+    first, *rest = given[0].prompt_logprobs
+    assert first is None
+    assert [(e.token_id, e.logprob, e.top) for e in rest] == [
+        (t, -float(i), ((t, -float(i)),)) for i, t in enumerate(prompt[1:], 1)
+    ]
+    outputs = {d.request_id: d.output for d in deltas if d.output is not None}
+    assert outputs["a"].prompt_logprobs == given[0].prompt_logprobs
+    assert outputs["b"].prompt_logprobs is None
+    assert {c.text for o in outputs.values() for c in o.outputs} == {"yz"}
+    cached = (num_prompt - 1) // 4 * 4
+    assert [c.timings.cached_tokens for c in outputs["a"].outputs] == [0, cached]
+    assert outputs["b"].outputs[0].timings.cached_tokens == cached
+
+
 def test_timings_come_from_the_clock():
     t = ask(b"x").timings
     # The clock ticks once at arrival and twice a step; three steps draw the three tokens.

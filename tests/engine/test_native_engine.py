@@ -3,6 +3,7 @@ same bits alone and in any mix, after preemption and in any chunking, and a step
 once a shape.
 """
 
+import dataclasses
 import json
 import logging
 import random
@@ -71,10 +72,17 @@ def test_same_bits_alone_and_in_any_mix_and_after_preemption(directory):
         for order in orders:
             mixed = llm.generate([prompts[i] for i in order], [params[i] for i in order])
             assert results(mixed) == [alone[i] for i in order]
+        # The same prompts again found their pages; without them the bits are the same.
+        assert llm.engine.prefix.hit_tokens > 300
+        hits, llm.engine.scheduler.prefix = llm.engine.prefix.hit_tokens, None
+        assert results(llm.generate(prompts, params)) == alone
+        assert llm.engine.prefix.hit_tokens == hits
+        llm.engine.scheduler.prefix = llm.engine.prefix
         # Every shape was compiled once: prefill of one row or four, decode of 1, 2 and 4 rows,
         # each with and without adjusted logits.
         assert llm._started.step._run._cache_size() <= 10
         want = llm.logits(llm.prompt_ids(prompts[0]))
+        _check_prompt_logprobs(llm, prompts[0], params[0], alone[0], want)
         # Hardly more pages than one sequence needs: the others are preempted and replayed.
         pages = llm.engine.pages
         held = pages.allocate(pages.num_free - 20)
@@ -82,6 +90,16 @@ def test_same_bits_alone_and_in_any_mix_and_after_preemption(directory):
         np.testing.assert_array_equal(llm.logits(llm.prompt_ids(prompts[0])), want)
         pages.free(held)
         assert pages.num_free == pages.num_pages
+
+
+def _check_prompt_logprobs(llm, prompt, params, alone, logits):
+    params = dataclasses.replace(params, prompt_logprobs=2)
+    output = llm.generate(prompt, params)[0]
+    assert results([output]) == [alone]
+    for row, entry in zip(logits, output.prompt_logprobs[1:], strict=False):
+        want = row - np.log(np.exp(row.astype(np.float64)).sum())
+        np.testing.assert_allclose(entry.logprob, want[entry.token_id], rtol=1e-4, atol=1e-4)
+        assert entry.top[0][0] == row.argmax()
 
 
 def test_the_start_up_report_says_what_runs_where(directory, caplog):

@@ -1,6 +1,7 @@
 """The scheduler driven by an engine computable by hand: the next token is a hash of all tokens
 before it, read back from a dictionary keyed by (page, offset), so a wrong page, position or replay
-gives a wrong text.
+gives a wrong text. Every entry also says which kind of step wrote it and for whom: a sequence
+must meet nothing but what it would have written itself.
 """
 
 import random
@@ -8,6 +9,7 @@ import random
 import pytest
 
 from jaxmoe.kv_cache.pages import PageAllocator
+from jaxmoe.kv_cache.prefix import PrefixCache
 from jaxmoe.request import Request, Sequence, Status
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.scheduler.scheduler import Scheduler
@@ -28,15 +30,21 @@ def alone(prompt, count):
 
 
 class FakeEngine:
-    def __init__(self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8):
+    def __init__(self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8, prefix=False):
         self.allocator = PageAllocator(pages, page_size)
+        self.prefix = PrefixCache(self.allocator) if prefix else None
         self.scheduler = Scheduler(
-            self.allocator, max_num_seqs=max_num_seqs, prefill_chunk_tokens=chunk
+            self.allocator,
+            max_num_seqs=max_num_seqs,
+            prefill_chunk_tokens=chunk,
+            prefix=self.prefix,
         )
+        self.origin = {}
+        self.num_prefilled = 0
         self.memory = {}
         self.plans = []
 
-    def add(self, name, prompt, max_tokens):
+    def add(self, name, prompt, max_tokens, salt=None):
         request = Request(
             request_id=name,
             prompt_token_ids=tuple(prompt),
@@ -45,6 +53,7 @@ class FakeEngine:
             stop_ids=frozenset(),
             seed=0,
             arrival_s=0.0,
+            cache_salt=salt,
         )
         seq = Sequence(request)
         self.scheduler.add(seq)
@@ -60,10 +69,19 @@ class FakeEngine:
         drawn = []
         for row in plan.rows:
             seq = row.seq
-            for position in range(row.start, row.start + row.count):
-                slot = (seq.pages[position // size], position % size)
-                self.memory[slot] = seq.token(position)
             end = row.start + row.count
+            tokens = [seq.token(p) for p in range(end)]
+            salt = seq.request.cache_salt
+            self.num_prefilled += row.count if plan.kind == "prefill" else 0
+            for position in range(row.start, end):
+                slot = (seq.pages[position // size], position % size)
+                assert self.allocator.holders(slot[0]) == 1, "a shared page is written"
+                self.memory[slot] = seq.token(position)
+                self.origin[slot] = plan.kind, salt, tuple(tokens[: position + 1])
+            for position in range(end):
+                slot = (seq.pages[position // size], position % size)
+                kind = "prefill" if position < seq.num_prompt else "decode"
+                assert self.origin[slot] == (kind, salt, tuple(tokens[: position + 1]))
             seen = [self.memory[(seq.pages[p // size], p % size)] for p in range(end)]
             drawn.append(next_token(seen))
         self.scheduler.advance(plan)
@@ -78,7 +96,10 @@ class FakeEngine:
                 self.scheduler.cancel(row.seq)
         self.allocator.check()
         held = [p for s in self.scheduler.running for p in s.pages]
-        assert len(held) == len(set(held)) == self.allocator.num_pages - self.allocator.num_free
+        assert len(set(held)) == self.allocator.num_pages - self.allocator.num_free
+        assert all(self.allocator.holders(p) == held.count(p) for p in held)
+        if self.prefix is not None:
+            self.prefix.check()
         return plan
 
     def drain(self, limit=10_000):
@@ -206,3 +227,96 @@ def test_random_traffic_gives_every_request_its_own_text(seed):
     for seq, prompt in done:
         assert seq.output_token_ids == alone(prompt, seq.request.max_tokens)
     assert engine.allocator.num_free == 12 and not engine.scheduler.has_work
+
+
+def test_a_known_beginning_is_not_computed_again():
+    engine = FakeEngine(prefix=True)
+    for i, name in enumerate("ab"):
+        seq = engine.add(name, [*range(16), i], 2)
+        engine.drain()
+        assert seq.num_cached == 16 * i
+        assert seq.output_token_ids == alone([*range(16), i], 2)
+    assert engine.num_prefilled == 17 + 1
+    assert (engine.prefix.queried_tokens, engine.prefix.hit_tokens) == (34, 16)
+
+
+def test_a_chat_computes_its_new_tokens_only():
+    engine = FakeEngine(prefix=True, pages=400, chunk=64)
+    first = engine.add("first", range(800), 30)
+    engine.drain()
+    assert engine.num_prefilled == 800
+    turn = [*range(800), *first.output_token_ids, 1, 2, 3]
+    second = engine.add("second", turn, 4)
+    engine.drain()
+    # The answer was written by decode and is new to prefill; the first turn is not.
+    assert second.num_cached == 800 and engine.num_prefilled == 800 + 33
+    assert second.output_token_ids == alone(turn, 4)
+
+
+def test_salts_do_not_meet():
+    engine = FakeEngine(prefix=True)
+    cached = []
+    for name, salt in (("a", None), ("b", "x"), ("c", "y"), ("d", "x"), ("e", None)):
+        seq = engine.add(name, range(9), 1, salt)
+        engine.drain()
+        cached.append(seq.num_cached)
+    assert cached == [0, 0, 0, 8, 8]
+
+
+def test_completions_of_one_prompt_wait_for_the_first_to_compute_it():
+    engine = FakeEngine(prefix=True)
+    seqs = [engine.add(str(i), range(33), 3) for i in range(3)]
+    engine.drain()
+    assert [s.num_cached for s in seqs] == [0, 32, 32] and engine.num_prefilled == 33 + 2
+    assert engine.plans[4] == ("prefill", [("0", 1), ("1", 1), ("2", 1)])
+
+
+def test_a_cancelled_first_is_not_waited_for():
+    engine = FakeEngine(prefix=True)
+    a, b = (engine.add(n, range(33), 1) for n in "ab")
+    engine.step()
+    assert b.status is Status.WAITING
+    engine.scheduler.cancel(a)
+    engine.drain()
+    assert b.num_cached == 8 and b.output_token_ids == alone(range(33), 1)
+
+
+def test_preemption_finds_its_own_prompt_again():
+    engine = FakeEngine(pages=8, page_size=2, prefix=True)
+    a = engine.add("a", [5, 6, 7], 10)
+    b = engine.add("b", [8, 9, 7], 10)
+    engine.drain()
+    assert b.num_preemptions > 0 and b.num_cached == 0
+    assert a.output_token_ids == alone([5, 6, 7], 10)
+    assert b.output_token_ids == alone([8, 9, 7], 10)
+    assert engine.prefix.hit_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_traffic_with_shared_beginnings(seed):
+    rng = random.Random(seed)
+    engine = FakeEngine(
+        pages=rng.choice([12, 14, 30]),
+        page_size=3,
+        max_num_seqs=4,
+        chunk=rng.choice([1, 4, 9]),
+        prefix=True,
+    )
+    live = []
+    for i in range(40):
+        # Few values, so that prompts often begin alike.
+        prompt = [rng.randrange(2)] * rng.randrange(1, 12)
+        prompt += [rng.randrange(2) for _ in range(rng.randrange(8))]
+        salt = rng.choice([None, None, "a"])
+        seq = engine.add(str(i), prompt, rng.randrange(1, 36 - len(prompt)), salt)
+        live.append((seq, prompt))
+        for _ in range(rng.randrange(6)):
+            engine.step()
+        if rng.random() < 0.15:
+            victim = live.pop(rng.randrange(len(live)))
+            engine.scheduler.cancel(victim[0])
+    engine.drain()
+    for seq, prompt in live:
+        assert seq.output_token_ids == alone(prompt, seq.request.max_tokens)
+    assert engine.allocator.num_free == engine.allocator.num_pages
+    assert engine.prefix.hit_tokens > 0

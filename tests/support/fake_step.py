@@ -10,6 +10,7 @@ from collections.abc import Callable
 from jaxmoe.decode.hybrid_step import RowResult
 from jaxmoe.engine.engine import Engine
 from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.request import TokenLogprob
 from jaxmoe.text.tokenizer import ByteTokenizer
 
 EOS = 1
@@ -24,9 +25,10 @@ class FakeStep:
         self.memory = {}
         self.calls = []
         self.usable = True
+        self.last_compiled = False
         self.fail_with = None
 
-    def assign(self, slot):
+    def assign(self, slot, seen=()):
         pass
 
     def run(self, kind, rows):
@@ -50,7 +52,15 @@ class FakeStep:
             if row.biases and token in row.biases:
                 token = ord("~")
             n = row.settings.params.logprobs or 0
-            out.append(RowResult(token, -0.5, [token, 7][:n], [-0.5, -1.0][:n]))
+            entries = None
+            if row.targets is not None:
+                assert len(rows) == 1 and row.settings.params.prompt_logprobs is not None
+                n_prompt = row.settings.params.prompt_logprobs
+                entries = [
+                    TokenLogprob(t, -float(i), ((t, -float(i)), (7, -99.0))[:n_prompt])
+                    for i, t in enumerate(row.targets, row.start + 1)
+                ]
+            out.append(RowResult(token, -0.5, [token, 7][:n], [-0.5, -1.0][:n], entries))
         return out
 
     def logits(self, token_ids, pages, slot):

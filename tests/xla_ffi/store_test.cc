@@ -1,5 +1,6 @@
 // HostStore: filled by reads and by mapping, split over nodes, and its errors.
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -190,6 +191,150 @@ JAXMOE_TEST(indices_and_sizes_are_checked) {
       HostStore::create(nodes(1), {{4, 0, 8, WeightFormat::kBf16}}, Backing::kArena, &none);
   JAXMOE_CHECK(contains(status.message(), "layer 0") &&
                contains(status.message(), "intermediate 0"));
+}
+
+namespace {
+
+// A name nobody else uses, removed at the end.
+struct TempShared {
+  SharedName name;
+  explicit TempShared(const char* what) {
+    name.name = "/jaxmoe-test-" + std::to_string(getpid()) + "-" + what;
+    name.fingerprint[0] = 7;
+    JAXMOE_CHECK(SharedSegment::remove(name.name).ok());
+  }
+  ~TempShared() { (void)SharedSegment::remove(name.name); }
+  std::string path() const { return "/dev/shm" + name.name; }
+};
+
+Status open_shared(const SharedName& name, int num_nodes, std::vector<ExpertLayerSpec> layers,
+                   std::shared_ptr<HostStore>* store) {
+  return HostStore::create(nodes(num_nodes), std::move(layers), Backing::kArena, store, &name);
+}
+
+// Every matrix from its own place in the file, every scale from its index.
+void load_all(HostStore* store, int fd) {
+  int64_t at = 0;
+  for (int l = 0; l < store->num_layers(); ++l) {
+    for (int e = 0; e < store->layer(l).num_experts; ++e) {
+      for (int m : kGateUpDown) {
+        Matrix which = static_cast<Matrix>(m);
+        if (!store->is_loaded(l, e, which)) {
+          JAXMOE_CHECK(store->read_matrix(l, e, which, fd, at).ok());
+          auto [rows, cols] = store->scale_shape(l, which);
+          std::vector<float> scale(static_cast<size_t>(rows * cols), static_cast<float>(at));
+          if (store->layer(l).format == WeightFormat::kFp8Block) {
+            JAXMOE_CHECK(store->set_scale(l, e, which, scale.data(), rows, cols).ok());
+          }
+        }
+        at += store->matrix_bytes(l, which);
+      }
+    }
+  }
+}
+
+void check_all(const HostStore& store, const std::string& content) {
+  int64_t at = 0;
+  for (int l = 0; l < store.num_layers(); ++l) {
+    for (int e = 0; e < store.layer(l).num_experts; ++e) {
+      for (int m : kGateUpDown) {
+        Matrix which = static_cast<Matrix>(m);
+        for (int node = 0; node < store.num_nodes(); ++node) {
+          auto [begin, end] = node_rows(store.rows(l, which), node, store.num_nodes());
+          JAXMOE_CHECK(std::memcmp(store.segment(l, e, which, node),
+                                   content.data() + at + begin * store.row_bytes(l, which),
+                                   (end - begin) * store.row_bytes(l, which)) == 0);
+        }
+        const float* scale = store.scale(l, e, which);
+        JAXMOE_CHECK(scale == nullptr || *scale == static_cast<float>(at));
+        at += store.matrix_bytes(l, which);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+JAXMOE_TEST(a_shared_store_is_found_again_whole_or_in_part) {
+  TempDir dir;
+  std::string content = random_bytes(40000, 5);
+  int fd = open(dir.write("weights", content).c_str(), O_RDONLY);
+  for (int num_nodes : {1, 2}) {
+    TempShared shared("found");
+    std::shared_ptr<HostStore> store;
+    Status status = open_shared(shared.name, num_nodes, kLayers, &store);
+    JAXMOE_CHECK(status.ok(), "%s", status.message().c_str());
+    JAXMOE_CHECK(store->is_shared() && store->is_writable());
+    struct stat info;
+    JAXMOE_CHECK(stat(shared.path().c_str(), &info) == 0 && (info.st_mode & 0777) == 0600);
+    // As if the process ended after one matrix: its data without the scale counts for nothing.
+    JAXMOE_CHECK(store->read_matrix(1, 1, Matrix::kUp, fd, 0).ok());
+    JAXMOE_CHECK(store->read_matrix(0, 0, Matrix::kUp, fd, 0).ok());
+    JAXMOE_CHECK(!store->seal().ok());
+    store.reset();
+    JAXMOE_CHECK(open_shared(shared.name, num_nodes, kLayers, &store).ok());
+    JAXMOE_CHECK(store->is_loaded(1, 1, Matrix::kUp) && !store->is_loaded(1, 1, Matrix::kGate));
+    JAXMOE_CHECK(!store->is_loaded(0, 0, Matrix::kUp));
+    store.reset();
+    JAXMOE_CHECK(SharedSegment::remove(shared.name.name).ok());
+
+    JAXMOE_CHECK(open_shared(shared.name, num_nodes, kLayers, &store).ok());
+    load_all(store.get(), fd);
+    status = store->seal();
+    JAXMOE_CHECK(status.ok(), "%s", status.message().c_str());
+    JAXMOE_CHECK(!store->is_writable());
+    check_all(*store, content);
+    // Attached beside the first, and after it.
+    std::shared_ptr<HostStore> second;
+    JAXMOE_CHECK(open_shared(shared.name, num_nodes, kLayers, &second).ok());
+    store.reset();
+    JAXMOE_CHECK(!second->is_writable());
+    check_all(*second, content);
+    JAXMOE_CHECK(!second->read_matrix(0, 0, Matrix::kUp, fd, 0).ok());
+    JAXMOE_CHECK(!second->mark_loaded(0, 0, Matrix::kUp).ok());
+    const float one[] = {1.0f};
+    JAXMOE_CHECK(!second->set_scale(0, 0, Matrix::kUp, one, 1, 1).ok());
+  }
+  close(fd);
+}
+
+JAXMOE_TEST(a_shared_store_of_other_weights_is_refused) {
+  TempShared shared("other");
+  std::shared_ptr<HostStore> store, other;
+  JAXMOE_CHECK(open_shared(shared.name, 1, kLayers, &store).ok());
+  // While it is being filled, nobody else may have it.
+  Status status = open_shared(shared.name, 1, kLayers, &other);
+  JAXMOE_CHECK(contains(status.message(), "another process is filling it"), "%s",
+               status.message().c_str());
+  store.reset();
+  SharedName wrong = shared.name;
+  wrong.fingerprint[31] = 1;
+  JAXMOE_CHECK(contains(open_shared(wrong, 1, kLayers, &other).message(), "other weights"));
+  std::vector<ExpertLayerSpec> swapped = kLayers;
+  std::swap(swapped[0].intermediate, swapped[0].hidden);
+  JAXMOE_CHECK(contains(open_shared(shared.name, 1, swapped, &other).message(), "other weights"));
+  std::vector<ExpertLayerSpec> larger = {{64, 512, 1024, WeightFormat::kBf16}};
+  JAXMOE_CHECK(contains(open_shared(shared.name, 1, larger, &other).message(), "bytes, wanted"));
+  JAXMOE_CHECK(chmod(shared.path().c_str(), 0644) == 0);
+  JAXMOE_CHECK(contains(open_shared(shared.name, 1, kLayers, &other).message(), "open to others"));
+  for (const char* name : {"", "/", "none", "/a/b"}) {
+    JAXMOE_CHECK(contains(open_shared({name, {}}, 1, kLayers, &other).message(), "wanted a slash"));
+  }
+  Status mapped = HostStore::create(nodes(1), kLayers, Backing::kMmap, &other, &shared.name);
+  JAXMOE_CHECK(contains(mapped.message(), "nothing to share"));
+}
+
+JAXMOE_TEST(a_shared_store_without_room_is_an_error_not_a_signal) {
+  TempShared shared("room");
+  std::shared_ptr<HostStore> store;
+  // Matrices of 4 TiB fit the address space and no memory.
+  std::vector<ExpertLayerSpec> huge = {{1, 1 << 20, 1 << 20, WeightFormat::kF32}};
+  JAXMOE_CHECK(open_shared(shared.name, 1, huge, &store).ok());
+  TempDir dir;
+  int fd = open(dir.write("weights", random_bytes(10, 1)).c_str(), O_RDONLY);
+  Status status = store->read_matrix(0, 0, Matrix::kGate, fd, 0);
+  JAXMOE_CHECK(contains(status.message(), "no room for"), "%s", status.message().c_str());
+  close(fd);
 }
 
 JAXMOE_TEST(arenas_are_aligned_and_lazy) {

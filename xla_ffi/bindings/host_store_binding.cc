@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -40,13 +41,23 @@ py::array view_of(std::shared_ptr<HostStore> store, const T* data, int64_t rows,
 class StoreBinding {
  public:
   StoreBinding(py::handle runtime, const std::vector<LayerTuple>& layers,
-               const std::string& backing) {
+               const std::string& backing, const std::string& shared_name,
+               const std::string& fingerprint) {
     std::vector<ExpertLayerSpec> specs;
     for (const auto& [num_experts, intermediate, hidden, format] : layers) {
       specs.push_back({num_experts, intermediate, hidden, format_from_name(format)});
     }
+    SharedName shared{shared_name, {}};
+    if (!shared_name.empty()) {
+      if (fingerprint.size() != shared.fingerprint.size()) {
+        throw py::value_error("fingerprint has " + std::to_string(fingerprint.size()) +
+                              " bytes; wanted " + std::to_string(shared.fingerprint.size()));
+      }
+      std::copy(fingerprint.begin(), fingerprint.end(), shared.fingerprint.begin());
+    }
     throw_value_error(HostStore::create(topology_of(runtime), std::move(specs),
-                                        backing_from_name(backing), &store_));
+                                        backing_from_name(backing), &store_,
+                                        shared_name.empty() ? nullptr : &shared));
     id_ = stores().add(store_);
     if (id_ < 0) throw_value_error(Status::error("too many host stores are open: close some"));
   }
@@ -129,8 +140,9 @@ class StoreBinding {
   py::list segments(int layer, int expert, int which) const {
     std::shared_ptr<HostStore> store = at(layer, expert, which);
     const Matrix matrix = static_cast<Matrix>(which);
-    const bool writable = store->backing() == Backing::kArena;
+    const bool writable = store->is_writable();
     if (!writable) throw_value_error(store->check_has_data(layer, expert, matrix));
+    throw_os_error(store->reserve(layer, expert, matrix));
     py::list result;
     for (int node = 0; node < store->num_nodes(); ++node) {
       auto [begin, end] = node_rows(store->rows(layer, matrix), node, store->num_nodes());
@@ -150,8 +162,9 @@ class StoreBinding {
                             std::to_string(store->num_nodes()) + " NUMA nodes: use segments()");
     }
     const Matrix matrix = static_cast<Matrix>(which);
-    const bool writable = store->backing() == Backing::kArena;
+    const bool writable = store->is_writable();
     if (!writable) throw_value_error(store->check_has_data(layer, expert, matrix));
+    throw_os_error(store->reserve(layer, expert, matrix));
     const WeightView view = store->view(layer, expert, matrix, 0);
     return view_of(store, view.data, view.n, view.row_stride_bytes, writable);
   }
@@ -160,6 +173,12 @@ class StoreBinding {
     std::shared_ptr<HostStore> store = at(layer, expert, which);
     throw_value_error(store->mark_loaded(layer, expert, static_cast<Matrix>(which)));
   }
+
+  bool is_loaded(int layer, int expert, int which) const {
+    return at(layer, expert, which)->is_loaded(layer, expert, static_cast<Matrix>(which));
+  }
+
+  void seal() const { throw_value_error(get()->seal()); }
 
   py::array scale(int layer, int expert, int which) const {
     std::shared_ptr<HostStore> store = at(layer, expert, which);
@@ -187,8 +206,10 @@ WeightFormat format_from_name(const std::string& name) {
 
 void bind_host_store(py::module_& module) {
   py::class_<StoreBinding>(module, "HostStore")
-      .def(py::init<py::handle, const std::vector<LayerTuple>&, const std::string&>(),
-           py::arg("runtime"), py::arg("layers"), py::arg("backing") = "arena")
+      .def(py::init<py::handle, const std::vector<LayerTuple>&, const std::string&,
+                    const std::string&, const std::string&>(),
+           py::arg("runtime"), py::arg("layers"), py::arg("backing") = "arena",
+           py::arg("shared_name") = "", py::arg("fingerprint") = py::bytes())
       .def_property_readonly("id", &StoreBinding::id)
       .def_property_readonly("total_bytes",
                              [](const StoreBinding& s) { return s.get()->total_bytes(); })
@@ -209,6 +230,9 @@ void bind_host_store(py::module_& module) {
            py::arg("which"))
       .def("mark_loaded", &StoreBinding::mark_loaded, py::arg("layer"), py::arg("expert"),
            py::arg("which"))
+      .def("is_loaded", &StoreBinding::is_loaded, py::arg("layer"), py::arg("expert"),
+           py::arg("which"))
+      .def("seal", &StoreBinding::seal)
       .def("scale", &StoreBinding::scale, py::arg("layer"), py::arg("expert"), py::arg("which"))
       .def("close", &StoreBinding::close);
 }

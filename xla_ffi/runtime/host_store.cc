@@ -17,6 +17,17 @@ constexpr int64_t kMostBytes = int64_t{1} << 50;
 // One pread never returns more than 2 GiB minus a page; asking for less keeps the loop ordinary.
 constexpr int64_t kReadAtMost = int64_t{1} << 30;
 
+// The first page of a shared segment. A change of what lies where needs another version.
+constexpr int64_t kSharedVersion = 1;
+constexpr uint32_t kEmpty = 0, kFilling = 0x4a4d5731, kComplete = 0x4a4d5732;
+struct SharedHeader {
+  std::atomic<uint32_t> state;
+  uint64_t layout_hash;
+  uint8_t fingerprint[32];
+  uint8_t unused[4096 - 48];
+};
+static_assert(sizeof(SharedHeader) == 4096);
+
 Matrix matrix_at(int i) { return static_cast<Matrix>(i); }
 
 Status pread_all(int fd, uint8_t* to, int64_t bytes, int64_t offset, const std::string& what) {
@@ -73,7 +84,8 @@ std::pair<int64_t, int64_t> node_rows(int64_t n, int node, int num_nodes) {
 }
 
 Status HostStore::create(const Topology& topology, std::vector<ExpertLayerSpec> layers,
-                         Backing backing, std::shared_ptr<HostStore>* store) {
+                         Backing backing, std::shared_ptr<HostStore>* store,
+                         const SharedName* shared) {
   std::shared_ptr<HostStore> result(new HostStore());
   result->layers_ = std::move(layers);
   result->backing_ = backing;
@@ -107,35 +119,132 @@ Status HostStore::create(const Topology& topology, std::vector<ExpertLayerSpec> 
     return Status::error("the experts of " + std::to_string(result->num_layers()) +
                          " layers are more than a petabyte: check the model's dimensions");
   }
-  result->entries_.reset(new Entry[entries]);
-  Status status = Arena::create(scale_floats * sizeof(float), -1, &result->scales_);
-  if (!status.ok()) return status;
-
-  if (backing == Backing::kArena) {
-    for (int node = 0; node < result->num_nodes_; ++node) {
-      size_t bytes = 0;
-      std::vector<size_t> offsets;
-      for (int l = 0; l < result->num_layers(); ++l) {
-        offsets.push_back(bytes);
-        size_t per_expert = 0;
-        for (int m = 0; m < kNumMatrices; ++m) {
-          auto [begin, end] = node_rows(result->rows(l, matrix_at(m)), node, result->num_nodes_);
-          per_expert +=
-              align_up(static_cast<size_t>((end - begin) * result->row_bytes(l, matrix_at(m))),
-                       kSegmentAlign);
-        }
-        bytes += per_expert * static_cast<size_t>(result->layers_[l].num_experts);
-      }
-      bool bind = !topology.fake && topology.nodes.size() > 1;
-      std::unique_ptr<Arena> arena;
-      status = Arena::create(bytes, bind ? topology.nodes[node].node_id : -1, &arena);
-      if (!status.ok()) return status;
-      result->arenas_.push_back(std::move(arena));
-      result->layer_offset_.push_back(std::move(offsets));
+  if (backing == Backing::kMmap) {
+    if (shared != nullptr) {
+      return Status::error("a store that maps its files has nothing to share: use the arena");
     }
+    result->mapped_.reset(new const uint8_t*[entries]());
   }
+
+  std::vector<size_t> node_bytes(static_cast<size_t>(result->num_nodes_), 0);
+  for (int node = 0; backing == Backing::kArena && node < result->num_nodes_; ++node) {
+    size_t bytes = 0;
+    std::vector<size_t> offsets;
+    for (int l = 0; l < result->num_layers(); ++l) {
+      offsets.push_back(bytes);
+      size_t per_expert = 0;
+      for (int m = 0; m < kNumMatrices; ++m) {
+        auto [begin, end] = node_rows(result->rows(l, matrix_at(m)), node, result->num_nodes_);
+        per_expert += align_up(
+            static_cast<size_t>((end - begin) * result->row_bytes(l, matrix_at(m))), kSegmentAlign);
+      }
+      bytes += per_expert * static_cast<size_t>(result->layers_[l].num_experts);
+    }
+    node_bytes[node] = bytes;
+    result->layer_offset_.push_back(std::move(offsets));
+  }
+  const size_t scale_bytes = scale_floats * sizeof(float);
+  Status status = shared != nullptr
+                      ? result->place_shared(topology, node_bytes, entries, scale_bytes, *shared)
+                      : result->place_private(topology, node_bytes, entries, scale_bytes);
+  if (!status.ok()) return status;
   *store = std::move(result);
   return {};
+}
+
+Status HostStore::place_private(const Topology& topology, const std::vector<size_t>& node_bytes,
+                                size_t num_entries, size_t scale_bytes) {
+  own_marks_.reset(new Mark[num_entries]());
+  marks_ = own_marks_.get();
+  Status status = Arena::create(scale_bytes, -1, &own_scales_);
+  if (!status.ok()) return status;
+  scales_ = reinterpret_cast<float*>(own_scales_->data());
+  if (backing_ != Backing::kArena) return {};
+  const bool bind = !topology.fake && topology.nodes.size() > 1;
+  for (int node = 0; node < num_nodes_; ++node) {
+    std::unique_ptr<Arena> arena;
+    status = Arena::create(node_bytes[node], bind ? topology.nodes[node].node_id : -1, &arena);
+    if (!status.ok()) return status;
+    node_data_.push_back(arena->data());
+    arenas_.push_back(std::move(arena));
+  }
+  return {};
+}
+
+Status HostStore::place_shared(const Topology& topology, const std::vector<size_t>& node_bytes,
+                               size_t num_entries, size_t scale_bytes, const SharedName& shared) {
+  // Header, marks, scales; then each node's arena, from huge page to huge page.
+  const size_t marks_at = sizeof(SharedHeader);
+  const size_t scales_at = align_up(marks_at + num_entries, kSegmentAlign);
+  std::vector<size_t> node_at;
+  size_t total = align_up(scales_at + scale_bytes, kHugePageBytes);
+  const size_t first = total;
+  for (size_t bytes : node_bytes) {
+    node_at.push_back(total);
+    total += align_up(bytes, kHugePageBytes);
+  }
+  Status status = SharedSegment::open(shared.name, total, &segment_);
+  if (!status.ok()) return status;
+  if (!topology.fake && topology.nodes.size() > 1) {
+    for (int node = 0; node < num_nodes_; ++node) {
+      status = segment_->bind(node_at[node], align_up(node_bytes[node], kHugePageBytes),
+                              topology.nodes[node].node_id);
+      if (!status.ok()) return status;
+    }
+  }
+  status = segment_->reserve(0, first);
+  if (!status.ok()) return status;
+  auto* header = reinterpret_cast<SharedHeader*>(segment_->data());
+  const uint64_t hash = layout_hash();
+  if (header->state.load(std::memory_order_acquire) == kEmpty) {
+    header->layout_hash = hash;
+    std::memcpy(header->fingerprint, shared.fingerprint.data(), shared.fingerprint.size());
+    header->state.store(kFilling, std::memory_order_release);
+  } else if (header->layout_hash != hash ||
+             std::memcmp(header->fingerprint, shared.fingerprint.data(),
+                         shared.fingerprint.size()) != 0) {
+    return Status::error("shared memory /dev/shm" + shared.name +
+                         " holds other weights or another layout of them; remove it");
+  }
+  marks_ = reinterpret_cast<Mark*>(segment_->data() + marks_at);
+  scales_ = reinterpret_cast<float*>(segment_->data() + scales_at);
+  for (size_t at : node_at) node_data_.push_back(segment_->data() + at);
+  if (header->state.load(std::memory_order_acquire) == kComplete) return seal();
+  return {};
+}
+
+// Of everything that decides where a byte lies; FNV-1a.
+uint64_t HostStore::layout_hash() const {
+  uint64_t hash = 0xcbf29ce484222325;
+  auto add = [&](int64_t value) {
+    for (int i = 0; i < 8; ++i) {
+      hash = (hash ^ static_cast<uint8_t>(value >> (8 * i))) * 0x100000001b3;
+    }
+  };
+  add(kSharedVersion);
+  add(num_nodes_);
+  for (const ExpertLayerSpec& spec : layers_) {
+    add(spec.num_experts);
+    add(spec.intermediate);
+    add(spec.hidden);
+    add(static_cast<int64_t>(spec.format));
+  }
+  return hash;
+}
+
+Status HostStore::seal() {
+  if (segment_ == nullptr || sealed_) return {};
+  for (int l = 0; l < num_layers(); ++l) {
+    for (int e = 0; e < layers_[l].num_experts; ++e) {
+      Status status = check_loaded(l, e);
+      if (!status.ok()) return status;
+    }
+  }
+  auto* header = reinterpret_cast<SharedHeader*>(segment_->data());
+  header->state.store(kComplete, std::memory_order_release);
+  Status status = segment_->seal();
+  if (status.ok()) sealed_ = true;
+  return status;
 }
 
 int64_t HostStore::rows(int layer, Matrix which) const {
@@ -207,8 +316,8 @@ uint8_t* HostStore::segment(int layer, int expert, Matrix which, int node) const
     if (m < static_cast<int>(which)) before += bytes;
     per_expert += bytes;
   }
-  return arenas_[node]->data() + layer_offset_[node][layer] +
-         per_expert * static_cast<size_t>(expert) + before;
+  return node_data_[node] + layer_offset_[node][layer] + per_expert * static_cast<size_t>(expert) +
+         before;
 }
 
 Status HostStore::read_matrix(int layer, int expert, Matrix which, int fd, int64_t offset) {
@@ -217,6 +326,9 @@ Status HostStore::read_matrix(int layer, int expert, Matrix which, int fd, int64
         "read_matrix fills the arena backing; this store maps its files: use set_mapped");
   }
   if (offset < 0) return Status::error("negative file offset " + std::to_string(offset));
+  if (sealed_) return Status::error(name(layer, expert, which) + " is loaded and sealed");
+  Status reserved = reserve(layer, expert, which);
+  if (!reserved.ok()) return reserved;
   const int64_t stride = row_bytes(layer, which);
   for (int node = 0; node < num_nodes_; ++node) {
     auto [begin, end] = node_rows(rows(layer, which), node, num_nodes_);
@@ -224,7 +336,7 @@ Status HostStore::read_matrix(int layer, int expert, Matrix which, int fd, int64
                               offset + begin * stride, name(layer, expert, which));
     if (!status.ok()) return status;
   }
-  entries_[entry_index(layer, expert, which)].state.fetch_or(kHasData, std::memory_order_release);
+  marks_[entry_index(layer, expert, which)].fetch_or(kHasData, std::memory_order_release);
   return {};
 }
 
@@ -265,9 +377,8 @@ Status HostStore::set_mapped(int layer, int expert, Matrix which, int file_idx, 
                          ", which is no multiple of its element's size: use the arena backing");
   }
   file->will_need(static_cast<size_t>(offset), static_cast<size_t>(bytes));
-  Entry& entry = entries_[entry_index(layer, expert, which)];
-  entry.mapped = file->data() + offset;
-  entry.state.fetch_or(kHasData, std::memory_order_release);
+  mapped_[entry_index(layer, expert, which)] = file->data() + offset;
+  marks_[entry_index(layer, expert, which)].fetch_or(kHasData, std::memory_order_release);
   return {};
 }
 
@@ -277,6 +388,7 @@ Status HostStore::set_scale(int layer, int expert, Matrix which, const float* sc
     return Status::error(name(layer, expert, which) +
                          " has no scales: its format is not fp8_block");
   }
+  if (sealed_) return Status::error(name(layer, expert, which) + " is loaded and sealed");
   auto [want_rows, want_cols] = scale_shape(layer, which);
   if (rows != want_rows || cols != want_cols) {
     return Status::error("scale of " + name(layer, expert, which) + " is [" + std::to_string(rows) +
@@ -287,23 +399,41 @@ Status HostStore::set_scale(int layer, int expert, Matrix which, const float* sc
   }
   std::memcpy(const_cast<float*>(this->scale(layer, expert, which)), scale,
               static_cast<size_t>(rows * cols) * sizeof(float));
-  entries_[entry_index(layer, expert, which)].state.fetch_or(kHasScale, std::memory_order_release);
+  marks_[entry_index(layer, expert, which)].fetch_or(kHasScale, std::memory_order_release);
   return {};
 }
 
 Status HostStore::mark_loaded(int layer, int expert, Matrix which) {
-  if (backing_ != Backing::kArena) {
+  if (!is_writable()) {
     return Status::error(
-        name(layer, expert, which) +
-        " cannot be written: this store maps its files read-only; use backing=\"arena\"");
+        name(layer, expert, which) + " cannot be written: this store " +
+        (sealed_ ? "is sealed" : "maps its files read-only; use backing=\"arena\""));
   }
-  entries_[entry_index(layer, expert, which)].state.fetch_or(kHasData, std::memory_order_release);
+  marks_[entry_index(layer, expert, which)].fetch_or(kHasData, std::memory_order_release);
   return {};
 }
 
+Status HostStore::reserve(int layer, int expert, Matrix which) const {
+  if (segment_ == nullptr || sealed_) return {};
+  for (int node = 0; node < num_nodes_; ++node) {
+    auto [begin, end] = node_rows(rows(layer, which), node, num_nodes_);
+    const uint8_t* start = segment(layer, expert, which, node);
+    Status status = segment_->reserve(static_cast<size_t>(start - segment_->data()),
+                                      static_cast<size_t>((end - begin) * row_bytes(layer, which)));
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+bool HostStore::is_loaded(int layer, int expert, Matrix which) const {
+  const uint8_t wanted =
+      layers_[layer].format == WeightFormat::kFp8Block ? kHasData | kHasScale : kHasData;
+  uint8_t state = marks_[entry_index(layer, expert, which)].load(std::memory_order_acquire);
+  return (state & wanted) == wanted;
+}
+
 Status HostStore::check_has_data(int layer, int expert, Matrix which) const {
-  if (entries_[entry_index(layer, expert, which)].state.load(std::memory_order_acquire) &
-      kHasData) {
+  if (marks_[entry_index(layer, expert, which)].load(std::memory_order_acquire) & kHasData) {
     return {};
   }
   return Status::error(name(layer, expert, which) + " was not loaded yet");
@@ -314,7 +444,7 @@ Status HostStore::check_loaded(int layer, int expert) const {
       layers_[layer].format == WeightFormat::kFp8Block ? kHasData | kHasScale : kHasData;
   for (int m = 0; m < kNumMatrices; ++m) {
     uint8_t state =
-        entries_[entry_index(layer, expert, matrix_at(m))].state.load(std::memory_order_acquire);
+        marks_[entry_index(layer, expert, matrix_at(m))].load(std::memory_order_acquire);
     if ((state & wanted) != wanted) {
       return Status::error(name(layer, expert, matrix_at(m)) +
                            (state & kHasData ? " has no scale yet" : " was not loaded yet"));
@@ -331,8 +461,7 @@ const float* HostStore::scale(int layer, int expert, Matrix which) const {
     if (m < static_cast<int>(which)) before += static_cast<size_t>(rows * cols);
     per_expert += static_cast<size_t>(rows * cols);
   }
-  return reinterpret_cast<const float*>(scales_->data()) + scale_offset_[layer] +
-         per_expert * static_cast<size_t>(expert) + before;
+  return scales_ + scale_offset_[layer] + per_expert * static_cast<size_t>(expert) + before;
 }
 
 WeightView HostStore::view(int layer, int expert, Matrix which, int node) const {
@@ -349,7 +478,7 @@ WeightView HostStore::view(int layer, int expert, Matrix which, int node) const 
         reinterpret_cast<uintptr_t>(segment(layer, expert, which, node)) -
         static_cast<uintptr_t>(first * view.row_stride_bytes));
   } else {
-    view.data = entries_[entry_index(layer, expert, which)].mapped;
+    view.data = mapped_[entry_index(layer, expert, which)];
   }
   view.scale = scale(layer, expert, which);
   view.scale_stride = view.scale != nullptr ? scale_shape(layer, which).second : 0;

@@ -5,6 +5,10 @@
 //   mmap:  the checkpoint files themselves, mapped read-only.
 // Scales are always FP32 in memory of the store.
 //
+// An arena may be private or lie, with its scales and the marks of what is loaded, in a named
+// segment of shared memory. Such a segment stays when the process ends; a store created with the
+// same name, fingerprint and layout finds everything that was loaded, and need not load it again.
+//
 // NUMA: the output rows of every matrix (gate and up: F rows, down: D rows) are split over the
 // nodes at multiples of 8 rows, so one token uses every node's bandwidth. Whole rows stay together,
 // so a result does not depend on the number of nodes. Eight rows: what the kernels take at once, so
@@ -12,6 +16,7 @@
 #ifndef JAXMOE_RUNTIME_HOST_STORE_H_
 #define JAXMOE_RUNTIME_HOST_STORE_H_
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -22,6 +27,7 @@
 #include "kernels/kernels.h"
 #include "runtime/memory.h"
 #include "runtime/pool.h"
+#include "runtime/shared_segment.h"
 #include "runtime/status.h"
 #include "runtime/topology.h"
 
@@ -40,6 +46,13 @@ struct ExpertLayerSpec {
 
 enum class Backing { kArena, kMmap };
 
+// Where an arena lies that outlives its process. fingerprint: of the weights, so that those of
+// another checkpoint are never taken for these.
+struct SharedName {
+  std::string name;  // as for shm_open
+  std::array<uint8_t, 32> fingerprint = {};
+};
+
 int64_t element_bytes(WeightFormat format);
 // Rows [first, second) of n that `node` of `num_nodes` holds.
 std::pair<int64_t, int64_t> node_rows(int64_t n, int node, int num_nodes);
@@ -49,11 +62,15 @@ class HostStore {
   static constexpr int64_t kRowSplit = 8;
 
   static Status create(const Topology& topology, std::vector<ExpertLayerSpec> layers,
-                       Backing backing, std::shared_ptr<HostStore>* store);
+                       Backing backing, std::shared_ptr<HostStore>* store,
+                       const SharedName* shared = nullptr);
 
   int num_layers() const { return static_cast<int>(layers_.size()); }
   int num_nodes() const { return num_nodes_; }
   Backing backing() const { return backing_; }
+  bool is_shared() const { return segment_ != nullptr; }
+  // Whether the store's memory may be written: an arena that is not sealed.
+  bool is_writable() const { return backing_ == Backing::kArena && !sealed_; }
   const ExpertLayerSpec& layer(int index) const { return layers_[index]; }
   int64_t rows(int layer, Matrix which) const;
   int64_t cols(int layer, Matrix which) const;
@@ -73,6 +90,13 @@ class HostStore {
                    int64_t cols);
   // For writers that fill the arena themselves: the matrix counts as loaded from now on.
   Status mark_loaded(int layer, int expert, Matrix which);
+  // Memory for the matrix is taken now, so that writing it cannot fail; for writers of a shared
+  // arena that fill it themselves.
+  Status reserve(int layer, int expert, Matrix which) const;
+  // Whether the matrix and its scale were loaded, perhaps by an earlier process.
+  bool is_loaded(int layer, int expert, Matrix which) const;
+  // Everything is loaded: a shared arena becomes read-only here and others may attach to it.
+  Status seal();
   Status check_has_data(int layer, int expert, Matrix which) const;
   // Fails unless all three matrices (and their scales) of the expert were loaded.
   Status check_loaded(int layer, int expert) const;
@@ -87,11 +111,15 @@ class HostStore {
 
  private:
   HostStore() = default;
-  struct Entry {
-    const uint8_t* mapped = nullptr;  // mmap backing: element [0, 0]
-    std::atomic<uint8_t> state{0};    // kHasData | kHasScale
-  };
+  using Mark = std::atomic<uint8_t>;  // kHasData | kHasScale
+  static_assert(Mark::is_always_lock_free && sizeof(Mark) == 1, "marks lie in shared memory");
   static constexpr uint8_t kHasData = 1, kHasScale = 2;
+
+  Status place_private(const Topology& topology, const std::vector<size_t>& node_bytes,
+                       size_t num_entries, size_t scale_bytes);
+  Status place_shared(const Topology& topology, const std::vector<size_t>& node_bytes,
+                      size_t num_entries, size_t scale_bytes, const SharedName& shared);
+  uint64_t layout_hash() const;
 
   std::string name(int layer, int expert, Matrix which) const;
   size_t entry_index(int layer, int expert, Matrix which) const;
@@ -100,13 +128,19 @@ class HostStore {
   Backing backing_ = Backing::kArena;
   int num_nodes_ = 1;
   int64_t total_bytes_ = 0;
-  std::vector<size_t> first_entry_;   // [layer]
-  std::unique_ptr<Entry[]> entries_;  // [layer][expert][matrix]
+  std::vector<size_t> first_entry_;  // [layer]
+  Mark* marks_ = nullptr;            // [layer][expert][matrix]
+  std::unique_ptr<Mark[]> own_marks_;
+  std::unique_ptr<const uint8_t*[]> mapped_;  // mmap backing: element [0, 0] of each entry
   std::vector<std::vector<size_t>>
-      layer_offset_;  // [node][layer]: where its experts begin in the arena
-  std::vector<std::unique_ptr<Arena>> arenas_;  // [node]
+      layer_offset_;                 // [node][layer]: where its experts begin in the arena
+  std::vector<uint8_t*> node_data_;  // [node]: start of its arena
+  std::vector<std::unique_ptr<Arena>> arenas_;  // [node], where private
   std::vector<size_t> scale_offset_;            // [layer], in floats
-  std::unique_ptr<Arena> scales_;
+  float* scales_ = nullptr;
+  std::unique_ptr<Arena> own_scales_;
+  std::unique_ptr<SharedSegment> segment_;
+  bool sealed_ = false;
   mutable std::mutex files_mutex_;
   std::vector<std::unique_ptr<MappedFile>> files_;
 };

@@ -12,7 +12,7 @@
 namespace jaxmoe {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugePage = kHugePageBytes;
 
 // mbind(MPOL_BIND) by raw system call: libnuma is not needed for one call.
 int bind_memory(void* address, size_t bytes, int node) {
@@ -25,6 +25,17 @@ int bind_memory(void* address, size_t bytes, int node) {
 }
 
 }  // namespace
+
+Status bind_to_node(void* address, size_t bytes, int node) {
+  if (int error = bind_memory(address, bytes, node)) {
+    return Status::error(
+        "cannot bind weight memory to NUMA node " + std::to_string(node) + ": " +
+        std::strerror(error) +
+        "; allow mbind (containers: CAP_SYS_NICE or a seccomp profile that has it), "
+        "or run on the CPUs of one node");
+  }
+  return {};
+}
 
 Status Arena::create(size_t bytes, int bind_node, std::unique_ptr<Arena>* arena) {
   std::unique_ptr<Arena> result(new Arena());
@@ -43,13 +54,8 @@ Status Arena::create(size_t bytes, int bind_node, std::unique_ptr<Arena>* arena)
   // Without huge pages everything still works, with more TLB misses; kernels may lack the feature.
   (void)madvise(mapping, result->mapping_bytes_, MADV_HUGEPAGE);
   if (bind_node >= 0) {
-    if (int error = bind_memory(mapping, result->mapping_bytes_, bind_node)) {
-      return Status::error(
-          "cannot bind weight memory to NUMA node " + std::to_string(bind_node) + ": " +
-          std::strerror(error) +
-          "; allow mbind (containers: CAP_SYS_NICE or a seccomp profile that has it), "
-          "or run on the CPUs of one node");
-    }
+    Status status = bind_to_node(mapping, result->mapping_bytes_, bind_node);
+    if (!status.ok()) return status;
   }
   *arena = std::move(result);
   return {};

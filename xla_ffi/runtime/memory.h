@@ -12,12 +12,17 @@
 
 namespace jaxmoe {
 
+inline constexpr size_t kHugePageBytes = size_t{2} << 20;
+
+// Memory of the range that is not taken yet comes from this NUMA node. Failures are reported, not
+// ignored: half of a model on the wrong node would halve its speed unseen.
+Status bind_to_node(void* address, size_t bytes, int node);
+
 // Anonymous memory of one NUMA node: 2 MiB aligned, huge pages asked for, zero until written,
 // resident only where touched.
 class Arena {
  public:
-  // bind_node < 0: not bound. Binding failures are reported, not ignored: half of a model on the
-  // wrong node would halve its speed unseen.
+  // bind_node < 0: not bound.
   static Status create(size_t bytes, int bind_node, std::unique_ptr<Arena>* arena);
   ~Arena();
   Arena(const Arena&) = delete;

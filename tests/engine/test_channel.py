@@ -1,0 +1,153 @@
+"""Messages survive the way, and nothing else does: broken ones are errors, whatever is in them."""
+
+import dataclasses
+import math
+import random
+import socket
+
+import orjson
+import pytest
+
+from jaxmoe.common.timing import Timings
+from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
+from jaxmoe.engine.channel import MAX_FRAME_BYTES, Channel, FrameReader, frame
+from jaxmoe.engine.codec import ChannelError, decode, encode
+from jaxmoe.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Configure,
+    Failed,
+    Fatal,
+    Stage,
+    Started,
+    Stop,
+)
+from jaxmoe.request import CompletionOutput, Delta, RequestOutput, TokenLogprob
+from jaxmoe.sampling_params import SamplingParams
+
+PARAMS = SamplingParams(
+    n=3,
+    temperature=0.5,
+    top_k=4,
+    seed=2**64 - 1,
+    stop=("a", "é"),
+    stop_token_ids=(1, 2),
+    logit_bias={5: -1.5, 7: 100},
+    logprobs=2,
+    prompt_logprobs=0,
+    max_tokens=9,
+    min_tokens=3,
+    ignore_eos=True,
+)
+ENTRY = TokenLogprob(3, -math.inf, ((3, -0.5), (4, -math.inf)))
+TIMINGS = Timings(1, 2, 0.5, 0.25, 0.125, 8.0, 1)
+OUTPUT = RequestOutput(
+    "r",
+    None,
+    (1, 2),
+    (
+        CompletionOutput(0, "x", (3,), "stop", "stop here", (ENTRY,), TIMINGS),
+        CompletionOutput(1, "", (), "abort", 7, None, TIMINGS),
+    ),
+    (None, ENTRY),
+)
+INFO = EngineInfo("m", 8, 9, 2, 3, 4, (1, 2), PARAMS, "report\nof lines", 5, False)
+MESSAGES = [
+    AddRequest("r", (1, 2**31 - 1), PARAMS, "salt"),
+    AddRequest("r", (), SamplingParams()),
+    AbortRequest("r"),
+    Stop(),
+    Delta("r", 1, "täxt\0👩", (1, 2), (ENTRY,), None, None, (None, ENTRY)),
+    Delta("r", 0, "", (), None, "error", OUTPUT),
+    PrefillProgress("r", 3, 4),
+    Failed("r", "capacity", "full"),
+    Configure({"model": None, "page_size": 3, "kv_cache_gb": 0.5, "show_progress": False}),
+    Stage("loading", 12.5),
+    Started(INFO, ("a", "b")),
+    Fatal("checkpoint", "broken"),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_there_and_back(message):
+    assert decode(encode(message)) == message
+
+
+def test_every_sampling_parameter_goes_along():
+    tested = {f.name for f in dataclasses.fields(SamplingParams)}
+    again = decode(encode(AddRequest("r", (1,), PARAMS))).params
+    assert all(getattr(again, name) == getattr(PARAMS, name) for name in tested)
+
+
+def test_frames_in_any_pieces():
+    data = b"".join(map(frame, MESSAGES))
+    rng = random.Random(0)
+    reader, got = FrameReader(), []
+    while data:
+        size = rng.randrange(1, 200)
+        got += reader.feed(data[:size])
+        data = data[size:]
+    assert got == MESSAGES
+
+
+def test_a_channel_ends_with_its_socket():
+    a, b = socket.socketpair()
+    with a, b:
+        Channel(a).send(MESSAGES)
+        a.shutdown(socket.SHUT_WR)
+        assert list(Channel(b).receive()) == MESSAGES
+
+
+@pytest.mark.parametrize(
+    "data,words",
+    [
+        (b"\xff", "not JSON"),
+        (b"{}", "wanted a list with a tag"),
+        (b"[]", "wanted a list with a tag"),
+        (b"[1]", "wanted a list with a tag"),
+        (b'["import os"]', "unknown tag 'import os'"),
+        (b'["abort"]', "'abort' is malformed"),
+        (b'["abort",5]', "wanted a text"),
+        (b'["stop",1]', "malformed"),
+        (b'["add","r",[-1],{},null]', "got -1, wanted a whole number"),
+        (b'["add","r",[true],{},null]', "got True"),
+        (b'["add","r",[1],{"temperature":-1},null]', "temperature: got -1"),
+        (b'["add","r",[1],{"top_q":1},null]', "unknown sampling parameter"),
+        (b'["add","r",[1],[],null]', "wanted sampling parameters"),
+        (b'["failed","r","bad kind","x"]', "wanted one of request"),
+        (b'["configure",{"a":[1]}]', "wanted engine options"),
+        (b'["started",{},[]]', "wanted an engine's description"),
+        (b'["add","' + b"x" * 300 + b'",[1],{},null]', "at most 256 characters"),
+    ],
+)
+def test_what_is_no_message_is_an_error(data, words):
+    with pytest.raises(ChannelError, match=words):
+        decode(data)
+
+
+def test_frames_have_a_largest_size():
+    with pytest.raises(ChannelError, match="wanted at most"):
+        list(FrameReader().feed((MAX_FRAME_BYTES + 1).to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_damaged_messages_are_channel_errors_or_messages(seed):
+    rng = random.Random(seed)
+    values = orjson.loads(encode(rng.choice(MESSAGES)))
+    odd = [None, -1, 2**63, 1.5, "", "x", [], {}, True, [[]], {"a": 1}]
+    spots = []
+
+    def walk(node):
+        keys = range(len(node)) if isinstance(node, list) else node
+        for key in keys:
+            spots.append((node, key))
+            if isinstance(node[key], (list, dict)):
+                walk(node[key])
+
+    walk(values)
+    for node, key in rng.sample(spots, min(len(spots), rng.randrange(1, 3))):
+        node[key] = rng.choice(odd)
+    try:
+        decode(orjson.dumps(values))
+    except ChannelError:
+        pass

@@ -1,0 +1,96 @@
+"""The embedded demo model under random mixes: requests come and go at any step, share beginnings,
+are preempted and aborted, and every greedy or seeded answer has the tokens it has alone.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from jaxmoe import LLM, SamplingParams
+
+PROGRAMS = Path(__file__).parents[2] / "build" / "test_programs"
+TEXT = (
+    "In the beginning God created the heaven and the earth. And the earth was without form, and "
+    "void; and darkness was upon the face of the deep."
+)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(
+        max_num_seqs=4,
+        max_model_len=128,
+        prefill_chunk_tokens=16,
+        page_size=4,
+        cache_dir=str(PROGRAMS),
+        show_progress=False,
+    ) as llm:
+        yield llm
+
+
+def requests(llm, rng, count, penalties):
+    """Token ids and parameters; prompts are beginnings of few texts."""
+    texts = [TEXT[start:] for start in (0, 27, 55)]
+    for i in range(count):
+        ids = llm.prompt_ids(rng.choice(texts))[: rng.randrange(1, 40)]
+        params = SamplingParams(
+            temperature=rng.choice([0, 0.9]),
+            seed=i,
+            max_tokens=rng.randrange(1, 20),
+            ignore_eos=True,
+            repetition_penalty=rng.choice([1.0, 1.0, 1.3]) if penalties else 1.0,
+            prompt_logprobs=rng.choice([None, None, None, 0]),
+        )
+        yield ids, params
+
+
+def answer(llm, ids, params):
+    output = llm.generate([ids], params)[0]
+    return output.outputs[0].token_ids, output.prompt_logprobs
+
+
+def check_mixes(llm, seeds, count, *, penalties=False):
+    """Hit tokens and preemptions that the mixes met."""
+    engine, met = llm.engine, [0, 0]
+    for seed in seeds:
+        rng = random.Random(seed)
+        asked = list(requests(llm, rng, count, penalties))
+        prefix, engine.scheduler.prefix = engine.prefix, None
+        alone = [answer(llm, *request) for request in asked]
+        engine.scheduler.prefix = prefix if rng.random() < 0.8 else None
+        hits = prefix.hit_tokens
+        held = engine.pages.allocate(rng.choice([0, engine.pages.num_free - 18]))
+        waiting = rng.sample(range(count), count)
+        doomed = set(rng.sample(waiting, count // 5))
+        outputs, seqs = {}, []
+        while waiting or engine.has_work:
+            if waiting and rng.random() < 0.4:
+                i = waiting.pop()
+                engine.add_request(*asked[i], request_id=f"{seed}-{i}")
+                seqs.append(engine.scheduler.waiting[-1])
+            if doomed and rng.random() < 0.2:
+                engine.abort(f"{seed}-{doomed.pop()}")
+            for delta in engine.step():
+                if delta.output is not None:
+                    outputs[int(delta.request_id.split("-")[1])] = delta.output
+        engine.pages.free(held)
+        assert engine.pages.num_free == engine.pages.num_pages
+        for i, output in outputs.items():
+            assert (output.outputs[0].token_ids, output.prompt_logprobs) == alone[i], (seed, i)
+        assert len(outputs) >= count - count // 5
+        met[0] += prefix.hit_tokens - hits
+        met[1] += sum(s.num_preemptions for s in seqs)
+        engine.scheduler.prefix = prefix
+    return met
+
+
+def test_some_mixes(llm):
+    hits, preemptions = check_mixes(llm, range(3), 10)
+    assert hits > 0 and preemptions > 0
+
+
+@pytest.mark.slow
+def test_two_hundred_mixes(llm):
+    hits, preemptions = check_mixes(llm, range(200), 14, penalties=True)
+    assert hits > 1000 and preemptions > 50
