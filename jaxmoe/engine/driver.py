@@ -1,21 +1,24 @@
 """Drives an engine in a thread of its own: commands in from any thread, events out after each step.
 
 A request may come or be aborted at any time; it takes effect between two steps, so a cancelled
-request costs at most the step under way (a long prompt is many steps). What it does not do: know
+request costs at most the step under way (a long prompt is many steps). Grammars are compiled in
+threads of their own meanwhile, so that a hard one holds up nobody else. What it does not do: know
 who listens (thread_engine.py, engine_process.py), or bounds of the queue (admission.py).
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
 
-from jaxmoe.common.errors import JaxMoeError
+from jaxmoe.common.errors import JaxMoeError, RequestError
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.messages import AbortRequest, AddRequest, Command, Event, Failed, Stop
 
+PREPARERS = 2  # threads for grammars: one hard one does not hold up the next
 STATS_S = 0.1  # making them takes about as long as a hundredth of a small model's step
 
 
@@ -37,17 +40,45 @@ class Driver:
         self._emit = emit
         self._on_step = on_step
         self._on_stats = on_stats
-        self._commands: collections.deque[Command] = collections.deque()
+        self._commands: collections.deque[Command | Failed] = collections.deque()
+        # Requests whose grammar is being compiled, with what came for them since.
+        self._preparing: dict[str, list[Command]] = {}
+        self._preparers = concurrent.futures.ThreadPoolExecutor(PREPARERS, "grammars")
         self._changed = threading.Condition()
 
     def post(self, command: Command) -> None:
         """Hands a command over; from any thread."""
         with self._changed:
+            if isinstance(command, AddRequest) and command.params.structured is not None:
+                # A second request of that id meets the first one when both are added.
+                self._preparing.setdefault(command.request_id, [])
+                self._preparers.submit(self._prepare, command)
+                return
+            if isinstance(command, AbortRequest) and command.request_id in self._preparing:
+                self._preparing[command.request_id].append(command)
+                return
             self._commands.append(command)
+            self._changed.notify()
+
+    def _prepare(self, command: AddRequest) -> None:
+        result: AddRequest | Failed = command
+        try:
+            self._engine.prepare(command.params)
+        except Exception as error:  # whatever it is, it ends this request and nothing else
+            known = error if isinstance(error, JaxMoeError) else RequestError(f"grammar: {error}")
+            result = Failed.of(command.request_id, known)
+        with self._changed:
+            self._commands += [result, *self._preparing.pop(command.request_id, [])]
             self._changed.notify()
 
     def run(self) -> None:
         """Steps until `Stop`. What a failing step raises comes out; the engine is dead then."""
+        try:
+            self._run()
+        finally:
+            self._preparers.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self) -> None:
         engine = self._engine
         stats_due_s = 0.0
         while True:
@@ -69,7 +100,7 @@ class Driver:
             if events:
                 self._emit(events)
 
-    def _take(self) -> list[Command]:
+    def _take(self) -> list[Command | Failed]:
         """All commands there are; waits for one where there is nothing else to do."""
         with self._changed:
             while not self._commands and not self._engine.has_work:
@@ -78,7 +109,9 @@ class Driver:
             self._commands.clear()
             return commands
 
-    def _apply(self, command: AddRequest | AbortRequest) -> list[Event]:
+    def _apply(self, command: AddRequest | AbortRequest | Failed) -> list[Event]:
+        if isinstance(command, Failed):
+            return [command]
         if isinstance(command, AbortRequest):
             return list(self._engine.abort(command.request_id))
         try:

@@ -24,6 +24,7 @@ from jaxmoe.engine.messages import (
 )
 from jaxmoe.request import CompletionOutput, Delta, RequestOutput, TokenLogprob
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.structured_output import StructuredOutput
 
 PARAMS = SamplingParams(
     n=3,
@@ -38,6 +39,7 @@ PARAMS = SamplingParams(
     max_tokens=9,
     min_tokens=3,
     ignore_eos=True,
+    structured=StructuredOutput.json_schema({"type": "object"}),
 )
 ENTRY = TokenLogprob(3, -math.inf, ((3, -0.5), (4, -math.inf)))
 TIMINGS = Timings(1, 2, 0.5, 0.25, 0.125, 8.0, 1)

@@ -15,6 +15,7 @@ from jaxmoe.engine.ready import Ready
 from jaxmoe.engine.thread_engine import ThreadEngine
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.structured_output import StructuredOutput
 
 GREEDY = SamplingParams(temperature=0)
 LONG = b"0123456789" * 3
@@ -209,6 +210,37 @@ def test_a_slow_reader_gets_larger_pieces():
             assert tuple(t for d in items for t in d.token_ids) == last.output.outputs[0].token_ids
             entries = tuple(e for d in items for e in d.logprobs)
             assert entries == last.output.outputs[0].logprobs
+
+    run(test())
+
+
+def test_a_hard_grammar_holds_up_nobody_else():
+    async def test():
+        async with serving() as front:
+            begun, go, prepare = threading.Event(), threading.Event(), front.engine.prepare
+
+            def slow(params):
+                if params.structured is not None:
+                    begun.set()
+                    assert go.wait(20)
+                prepare(params)
+
+            front.engine.prepare = slow
+            grammar = SamplingParams(temperature=0, structured=StructuredOutput.regex("[0-9]*"))
+            streams = [front.generate(i, [7], grammar) for i in ("kept", "aborted", "left")]
+            await asyncio.to_thread(begun.wait)
+            assert (await collect(front.generate("plain", [7], GREEDY)))[0] == LONG.decode()
+            await front.abort("aborted")
+            await streams.pop().aclose()
+            front.engine.prepare = prepare
+            go.set()
+            await collect(streams[0])
+            _, last, _ = await collect(streams[1])
+            assert last.output.outputs[0].finish_reason == "abort"
+            bad = SamplingParams(structured=StructuredOutput.regex("("))
+            with pytest.raises(RequestError):
+                await collect(front.generate("bad", [7], bad))
+            await settle(front)
 
     run(test())
 
