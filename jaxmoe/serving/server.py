@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 
-from jaxmoe.engine.async_engine import AsyncEngine, EngineStatus
+from jaxmoe.engine.async_engine import EngineStatus
 from jaxmoe.serving.app import make_app
 from jaxmoe.serving.http_server import HttpServer
 from jaxmoe.serving.state import ServerState
@@ -22,6 +22,7 @@ from jaxmoe.serving.state import ServerState
 _log = logging.getLogger(__name__)
 # After the last completion has ended, its answer still has to be written.
 _WRITE_GRACE_S = 1.0
+_CLOSE_S = 10.0  # what an engine may take to end: a step under way comes first
 _POLL_S = 0.02
 
 
@@ -104,17 +105,11 @@ class Server:
         deadline = time.monotonic() + timeout_s
         while state.admission.requests and time.monotonic() < deadline and not self._now.is_set():
             await asyncio.sleep(_POLL_S)
-        closing = asyncio.create_task(close_engine(state.engine))
-        now = asyncio.create_task(self._now.wait())
-        await asyncio.wait({closing, now}, return_when=asyncio.FIRST_COMPLETED)
-        now.cancel()
-        end = time.monotonic() + _WRITE_GRACE_S
-        while state.admission.requests and time.monotonic() < end and not self._now.is_set():
+        # Aborts what is left; its streams still get their last event, also after a second signal.
+        closing = asyncio.create_task(state.engine.close(0.0))
+        end, hurried = time.monotonic() + _CLOSE_S, False
+        while time.monotonic() < end and (state.admission.requests or not closing.done()):
+            if not hurried and (closing.done() or self._now.is_set()):
+                end, hurried = time.monotonic() + _WRITE_GRACE_S, True
             await asyncio.sleep(_POLL_S)
-        if not closing.done():
-            closing.cancel()
-
-
-async def close_engine(engine: AsyncEngine) -> None:
-    """Aborts what is left and gives the memory back."""
-    await engine.close(0.0)
+        closing.cancel()
