@@ -80,7 +80,9 @@ def _serve(engine_config: EngineConfig, config: ServerConfig, *, quiet: bool) ->
     model = "jaxmoe-demo" if engine_config.model is None else Path(path).resolve().name
 
     async def run() -> int:
-        state = ServerState(_engine(engine_config, config, level), texts, config, model=model)
+        engine = _engine(engine_config, config, level)
+        most = engine_config.max_num_seqs + engine_config.max_queued_requests
+        state = ServerState(engine, texts, config, model=model, max_requests=most)
 
         def on_listening(url: str) -> None:
             guarded = f"{len(keys)} API keys" if keys else "no API key needed"

@@ -52,7 +52,11 @@ class Call:
 
 
 class ServerState:
-    """See the module."""
+    """See the module.
+
+    max_requests: in work at once, over all keys. More than the engine can run and queue need not
+    be tokenized to be refused.
+    """
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class ServerState:
         config: ServerConfig,
         *,
         model: str,
+        max_requests: int = 1024,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.engine = engine
@@ -75,11 +80,7 @@ class ServerState:
         self.has_keys = False
         self.checker = Checker()
         self.metrics = Metrics(engine, shown_names[0])
-        # Running and queued requests of the engine, and as many again that are on their way.
-        self.admission = Admission(
-            max_requests=max(config.max_requests_per_key, 512) * 2,
-            max_per_key=config.max_requests_per_key,
-        )
+        self.admission = Admission(max_requests, config.max_requests_per_key)
         self._threads = concurrent.futures.ThreadPoolExecutor(_TEXT_THREADS, "texts")
         self._longest_token_chars: int | None = None
 

@@ -338,6 +338,25 @@ def test_requests_of_a_key_have_a_number():
     run(test())
 
 
+def test_requests_have_a_number_before_they_are_tokenized(monkeypatch):
+    async def test():
+        async with serving(max_requests=2) as f:
+            f.gate.close()
+            held = [asyncio.create_task(f.post(CHAT, ASK)) for _ in range(2)]
+            while f.state.admission.requests < 2:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            monkeypatch.setattr(f.state, "encode", None)  # would be a 500
+            for path in (CHAT, "/v1/completions", "/v1/messages", "/tokenize"):
+                r = await f.post(path, ASK)
+                assert r.status_code == 429 and "retry-after" in r.headers
+            monkeypatch.undo()
+            f.gate.open()
+            assert [(await t).status_code for t in held] == [200] * 2
+
+    run(test())
+
+
 def test_a_full_queue_is_429_at_once():
     async def test():
         from jaxmoe.engine.admission import QueueBounds

@@ -101,6 +101,7 @@ async def serving(
     template=TEMPLATE,
     max_model_len=400,
     dies=False,
+    max_requests=1024,
     **more,
 ):
     """script: bytes of the prompt to the bytes written. more: fields of ServerConfig, and
@@ -112,7 +113,7 @@ async def serving(
     await fake.wait_ready()
     config = ServerConfig(port=0, **more)
     texts = Texts(ByteTokenizer(256), ChatTemplate(template), OutputFormats.of(template))
-    state = ServerState(fake, texts, config, model=MODEL)
+    state = ServerState(fake, texts, config, model=MODEL, max_requests=max_requests)
     http = HttpServer(make_app(state, keys or {}), config)
     await http.start()
     url = f"http://127.0.0.1:{http.port}"
