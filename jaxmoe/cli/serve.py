@@ -20,43 +20,48 @@ from pathlib import Path
 
 from absl import flags
 
+from jaxmoe.cli import command
 from jaxmoe.cli import flags as option_flags
 from jaxmoe.common import logs
-from jaxmoe.common.errors import ConfigError, JaxMoeError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.engine.async_engine import AsyncEngine, EngineStatus
 from jaxmoe.serving.server_config import ServerConfig, read_api_keys
 
+NAME = "jaxmoe_serve"
 TABLES = (option_flags.SERVER, option_flags.ENGINE)
 
 
 def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
+    command.define_plan_only(values)
     flags.DEFINE_boolean("quiet", False, "only warnings and errors in the log", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    command.define_help(values)
     option_flags.define(values, TABLES)
     return values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server; the exit code is 0 after a drain, 1 after one line on stderr."""
-    argv = list(sys.argv if argv is None else argv)
+    """Runs the server; the exit code is 0 after a drain, 1 after one line on stderr, and as
+    command.py says with --plan_only.
+    """
     values = define_flags()
-    if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
-        argv = [argv[0], "--help"]
-    try:
-        rest = option_flags.parse_args(values, argv)
-        if rest:
-            raise ConfigError(f"unexpected argument {rest[0]!r}; see --help")
-        if values["help"].value:
-            print(option_flags.usage(values, __doc__ or "", TABLES))
-            return 0
-        given = option_flags.collect(values, os.environ, TABLES)
-        engine = EngineConfig.of({"show_progress": sys.stderr.isatty(), **given.engine})
-        return _serve(engine, ServerConfig.of(given.server), quiet=bool(values["quiet"].value))
-    except JaxMoeError as e:
-        _fail(str(e))
-        return 1
+    return command.run(
+        NAME,
+        values,
+        lambda rest: _run(values, rest),
+        lambda: option_flags.usage(values, __doc__ or "", TABLES),
+        argv,
+    )
+
+
+def _run(values: flags.FlagValues, rest: list[str]) -> int:
+    command.no_arguments(rest, "options; see --help")
+    given = option_flags.collect(values, os.environ, TABLES)
+    engine_config = EngineConfig.of({"show_progress": sys.stderr.isatty(), **given.engine})
+    config = ServerConfig.of(given.server)
+    if values["plan_only"].value:
+        return command.print_plan(engine_config)
+    return _serve(engine_config, config, quiet=bool(values["quiet"].value))
 
 
 def _serve(engine_config: EngineConfig, config: ServerConfig, *, quiet: bool) -> int:
@@ -94,7 +99,7 @@ def _serve(engine_config: EngineConfig, config: ServerConfig, *, quiet: bool) ->
                 _say(state.engine.info.report)
                 _say("ready")
             elif status.state == "dead" and not server.stopping:
-                _fail(status.error or "the engine died")
+                command.fail(NAME, status.error or "the engine died")
             elif status.state == "loading":
                 _say(f"{status.stage or 'starting'}: {status.percent:.0f} %")
 
@@ -114,10 +119,6 @@ def _engine(engine_config: EngineConfig, config: ServerConfig, level: int) -> As
     from jaxmoe.engine.thread_engine import ThreadEngine  # imports jax into this process
 
     return ThreadEngine.load(engine_config)
-
-
-def _fail(message: str) -> None:
-    print(f"jaxmoe_serve: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _say(text: str) -> None:
