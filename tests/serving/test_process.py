@@ -183,8 +183,6 @@ def test_refusals_are_one_line(argv, words, capsys, monkeypatch):
 def test_the_plan_loads_nothing(capsys):
     assert command.main(["jaxmoe_serve", "--plan_only"]) == 0
     assert "at the peak" in capsys.readouterr().out
-    assert command.main(["jaxmoe_serve", "--plan_only", "--kv_cache_gb=60000"]) == 3
-    assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_help_lists_every_option(capsys):
