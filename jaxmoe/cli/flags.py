@@ -19,12 +19,14 @@ from jaxmoe.common.errors import ConfigError
 from jaxmoe.common.fields import Rule, nearest, rules
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.generation import RECOMMENDED
-from jaxmoe.config.load import read_toml
+from jaxmoe.config.load import read_tables
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.serving.server_config import ServerConfig
 
 ENV_PREFIX = "JAXMOE_"
-ENGINE, SAMPLING = "engine", "sampling"
-_DATACLASSES = {SAMPLING: SamplingParams, ENGINE: EngineConfig}
+ENGINE, SAMPLING, SERVER = "engine", "sampling", "server"
+_DATACLASSES = {SAMPLING: SamplingParams, ENGINE: EngineConfig, SERVER: ServerConfig}
+TABLES = (ENGINE, SAMPLING)  # what most commands take
 _LISTS = {"stop", "stop_token_ids"}  # flags that may be given more than once
 
 
@@ -45,26 +47,27 @@ class Given:
 
     engine: Mapping[str, Any]
     sampling: Mapping[str, Any]
+    server: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def options() -> list[Option]:
-    """Every option that has a flag, engine options first."""
+def options(tables: Sequence[str] = TABLES) -> list[Option]:
+    """Every option of these tables that has a flag, in their order."""
     out = []
-    for table in (ENGINE, SAMPLING):
+    for table in tables:
         defaults = {f.name: f.default for f in dataclasses.fields(_DATACLASSES[table])}
         for name, rule in rules(_DATACLASSES[table]).items():
-            clash = table == ENGINE and name in rules(SamplingParams)
+            clash = table == ENGINE and SAMPLING in tables and name in rules(SamplingParams)
             flag = f"engine_{name}" if clash else name
             out.append(Option(flag, table, name, rule, defaults[name]))
     return out
 
 
-def define(values: flags.FlagValues) -> None:
+def define(values: flags.FlagValues, tables: Sequence[str] = TABLES) -> None:
     """Defines --config and a flag for every option. Unset flags are None: defaults stay
     where they are.
     """
     flags.DEFINE_string("config", None, "TOML file with options by name", flag_values=values)
-    for option in options():
+    for option in options(tables):
         text = help_text(option)
         if option.rule.kind == "bool":
             flags.DEFINE_boolean(option.flag, None, text, flag_values=values)
@@ -86,20 +89,23 @@ def help_text(option: Option) -> str:
     return words
 
 
-def collect(values: flags.FlagValues, environment: Mapping[str, str]) -> Given:
+def collect(
+    values: flags.FlagValues, environment: Mapping[str, str], tables: Sequence[str] = TABLES
+) -> Given:
     """Merges the TOML file, the environment and the flags; the dataclasses check the values."""
-    given: dict[str, dict[str, Any]] = {ENGINE: {}, SAMPLING: {}}
+    given: dict[str, dict[str, Any]] = {ENGINE: {}, SAMPLING: {}, SERVER: {}}
     config = values["config"].value or environment.get(ENV_PREFIX + "CONFIG")
     if config:
-        given[ENGINE], given[SAMPLING] = read_toml(config)
-    for option in options():
+        # Reversed: an option that two tables know (seed) is the last one's at the file's top.
+        given |= read_tables(config, {t: _DATACLASSES[t] for t in reversed(tables)})
+    for option in options(tables):
         name = ENV_PREFIX + option.flag.upper()
         if name in environment:
             given[option.table][option.field] = parse(name, option, environment[name])
         value = values[option.flag].value
         if value is not None:
             given[option.table][option.field] = parse(f"--{option.flag}", option, value)
-    return Given(given[ENGINE], given[SAMPLING])
+    return Given(given[ENGINE], given[SAMPLING], given[SERVER])
 
 
 def parse(name: str, option: Option, value: str | bool | list[str]) -> Any:
@@ -142,6 +148,15 @@ def _parse_collection(name: str, field: str, texts: Any) -> Any:
         raise ConfigError(f"{name}: got {','.join(texts)!r}, wanted {form}") from None
 
 
+def docs_table(tables: Sequence[str]) -> str:
+    """The flags as a Markdown table."""
+    lines = ["| flag | |", "|---|---|"]
+    for option in options(tables):
+        form = f"--[no]{option.flag}" if option.rule.kind == "bool" else f"--{option.flag}"
+        lines.append(f"| `{form}` | {help_text(option)} |")
+    return "\n".join(lines)
+
+
 def parse_args(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     """Parses argv (program name first) and returns what is no flag; ConfigError instead of
     absl's own.
@@ -157,11 +172,11 @@ def parse_args(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         raise ConfigError(f"{words}; see --help") from None
 
 
-def usage(values: flags.FlagValues, doc: str) -> str:
+def usage(values: flags.FlagValues, doc: str, tables: Sequence[str] = TABLES) -> str:
     """The help text: the command's own words, its own flags, then the options in order, if the
     command takes them.
     """
-    shared = [option.flag for option in options()] if "config" in values else []
+    shared = [option.flag for option in options(tables)] if "config" in values else []
     own = sorted(name for name in set(values) - set(shared) if len(name) > 1)
     lines = [doc.rstrip(), "", *_flag_lines(values, own)]
     if shared:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jaxmoe.common import logs
 from jaxmoe.engine.channel import Channel
 from jaxmoe.engine.codec import ChannelError
 from jaxmoe.engine.driver import Driver
@@ -121,11 +122,12 @@ def _receive(messages: Iterator[Message], commands: _Commands) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    socket_fd, pulse_fd = map(int, (sys.argv[1:] if argv is None else argv)[:2])
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s engine %(levelname).1s %(name)s: %(message)s"
-    )
-    return serve(socket.socket(fileno=socket_fd), Pulse(pulse_fd))
+    """Arguments: form and level of the log, if not text and info; then the two descriptors."""
+    args = sys.argv[1:] if argv is None else argv
+    *log, socket_fd, pulse_fd = args
+    form, level = log or ("text", str(logging.INFO))
+    logs.set_up(form, int(level))
+    return serve(socket.socket(fileno=int(socket_fd)), Pulse(int(pulse_fd)))
 
 
 if __name__ == "__main__":

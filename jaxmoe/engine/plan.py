@@ -17,8 +17,9 @@ from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.decode.batch import step_shapes
+from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.memory_plan import Change, Item, MemoryPlan, peak_bytes
-from jaxmoe.engine.start import Directory, cache_layout, model_path, read_directory
+from jaxmoe.engine.start import cache_layout
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.models import registry
 from jaxmoe.weights import memory

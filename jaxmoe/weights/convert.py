@@ -38,9 +38,10 @@ from jaxmoe.weights.prepared import (
     read_manifest,
     write_manifest,
 )
+from jaxmoe.weights.prepared_marks import MANIFEST, UNFINISHED
 from jaxmoe.weights.progress import ByteProgress
 from jaxmoe.weights.safetensors_header import pread_exactly
-from jaxmoe.weights.safetensors_reader import MANIFEST, UNFINISHED, Checkpoint
+from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import FORMAT_WORDS, NUMPY_DTYPES
 from jaxmoe.weights.tensor_table import MATRICES, LeafPlan, MatrixPlan
 

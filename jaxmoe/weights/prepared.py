@@ -28,6 +28,7 @@ from jaxmoe.weights.model_registry import ModelRegistry, experts_path
 from jaxmoe.weights.name_map import Matrix, StoredTensor, TensorSource
 from jaxmoe.weights.open_files import OpenFiles
 from jaxmoe.weights.param_spec import Formats, ParamSpec, WeightFormat
+from jaxmoe.weights.prepared_marks import MANIFEST, refuse_unfinished
 from jaxmoe.weights.safetensors_header import (
     TensorInfo,
     checked_nbytes,
@@ -35,7 +36,7 @@ from jaxmoe.weights.safetensors_header import (
     read_json_file,
     show,
 )
-from jaxmoe.weights.safetensors_reader import MANIFEST, UNFINISHED, Checkpoint
+from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES
 
 VERSION = 1
@@ -132,16 +133,6 @@ class PreparedCheckpoint(Checkpoint):
         self, config: ModelConfig, models: ModelRegistry, specs: Mapping[str, ParamSpec]
     ) -> PreparedNames:
         return PreparedNames(specs)
-
-
-def refuse_unfinished(directory: Path) -> None:
-    """Raises CheckpointError where a conversion was interrupted."""
-    if (directory / UNFINISHED).exists() and not (directory / MANIFEST).exists():
-        fail(
-            directory,
-            "the conversion into this directory was not finished; run jaxmoe_convert with the "
-            "same --model and --output again, it goes on where it stopped",
-        )
 
 
 def piece_folder(directory: Path, piece_name: str) -> Path:

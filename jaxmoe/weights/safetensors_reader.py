@@ -27,6 +27,7 @@ from jaxmoe.weights.model_registry import ModelRegistry
 from jaxmoe.weights.name_map import NameMap
 from jaxmoe.weights.open_files import OpenFiles
 from jaxmoe.weights.param_spec import Formats, ParamSpec
+from jaxmoe.weights.prepared_marks import MANIFEST, UNFINISHED
 from jaxmoe.weights.safetensors_header import (
     TensorInfo,
     fail,
@@ -37,8 +38,6 @@ from jaxmoe.weights.safetensors_header import (
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MANIFEST = "jaxmoe_prepared.json"  # of the prepared form (prepared.py), which `open` tells apart
-UNFINISHED = "jaxmoe_unfinished.json"  # its place while a conversion is under way
 # Copied beside prepared weights, and what `text/` and the engine look for.
 COMPANION_FILES = (
     "config.json",

@@ -6,7 +6,7 @@ import pytest
 from support import tiny_models
 
 from jaxmoe.common.errors import CheckpointError
-from jaxmoe.engine.start import read_directory
+from jaxmoe.engine.directory import read_directory
 
 
 def write(path, **generation):

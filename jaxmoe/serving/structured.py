@@ -1,0 +1,64 @@
+"""What a body asks of the form of an answer, as the engine's constraint.
+
+Two sources: a format for the content (response_format and its kin), and a tool_choice that forces
+calls. Thoughts are left free in both: the constraint begins after them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxmoe.common.errors import RequestError
+from jaxmoe.serving.errors import bad_field
+from jaxmoe.serving.field_checks import OutputFormat
+from jaxmoe.structured_output import StructuredOutput
+from jaxmoe.text.tool_grammar import tool_grammar
+
+if TYPE_CHECKING:
+    from jaxmoe.serving.chat_prompt import ChatRequest
+    from jaxmoe.serving.state import ServerState
+
+
+def constraint(
+    state: ServerState, request: ChatRequest, prompt: str, continued: str
+) -> StructuredOutput | None:
+    """None where nothing is asked for. Raises ApiError 400 for what cannot be a grammar."""
+    forced = _forced_calls(state, request)
+    if forced is not None and request.output_format is not None:
+        raise bad_field("response_format", "not together with a tool_choice that forces calls")
+    found = forced or plain_constraint(request.output_format)
+    if found is None or not request.split_reasoning:
+        return found
+    return state.texts.formats.after_thoughts(found, prompt, continued)
+
+
+def plain_constraint(format: OutputFormat | None) -> StructuredOutput | None:
+    if format is None:
+        return None
+    try:
+        if format.kind == "json_object":
+            return StructuredOutput.json_object()
+        if format.kind == "json_schema":
+            return StructuredOutput.json_schema(format.value)
+        if format.kind == "choice":
+            return StructuredOutput.choice(format.value)
+        if format.kind == "regex":
+            return StructuredOutput.regex(format.value)
+        return StructuredOutput.grammar(format.value)
+    except RequestError as e:
+        raise bad_field("response_format", str(e)) from None
+
+
+def _forced_calls(state: ServerState, request: ChatRequest) -> StructuredOutput | None:
+    choice, format = request.tool_choice, state.texts.formats.tools
+    if choice.mode not in ("required", "named") or format is None:
+        return None
+    named = {"type": "function", "function": {"name": choice.name}}
+    parallel = request.parallel_tool_calls and choice.parallel is not False
+    return tool_grammar(
+        format,
+        request.tools,
+        named if choice.mode == "named" else "required",
+        state.tokenizer.token_id,
+        parallel=parallel,
+    )

@@ -1,0 +1,28 @@
+"""How long an answer took, for the `timings` field (the names local users know from llama.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from jaxmoe.request import CompletionOutput
+
+
+def timings_object(completions: Iterable[CompletionOutput | None]) -> dict[str, Any]:
+    """Of the slowest completion; speeds in tokens a second, times in milliseconds."""
+    timings = [c.timings for c in completions if c is not None]
+    if not timings:
+        return {}
+    t = max(timings, key=lambda t: t.ttft_s + t.tpot_s * t.output_tokens)
+    prefill_s = max(t.ttft_s - t.queue_s, 1e-9)
+    decode_s = t.tpot_s * max(t.output_tokens - 1, 0)
+    return {
+        "prompt_n": t.prompt_tokens,
+        "prompt_ms": 1e3 * prefill_s,
+        "prompt_per_second": t.prompt_tokens / prefill_s,
+        "predicted_n": t.output_tokens,
+        "predicted_ms": 1e3 * decode_s,
+        "predicted_per_second": 1 / t.tpot_s if t.tpot_s > 0 else 0.0,
+        "queue_ms": 1e3 * t.queue_s,
+        "ttft_ms": 1e3 * t.ttft_s,
+    }
