@@ -28,6 +28,8 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
+    """`dim` may be less than a head's: then the first `dim` elements of a head turn."""
+
     dim: int
     theta: float
     interleaved: bool
@@ -52,13 +54,19 @@ class MlaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GqaConfig:
-    """Grouped-query attention with optional per-head RMS norm of q and k."""
+    """Grouped-query attention with its knobs.
+
+    qk_norm: RMS norm of q and k, of each head or of all heads' row at once. qkv_clip: bound of
+    what q, k and v are clamped to after the norm, None for none.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     softmax_scale: float
-    qk_norm: bool
+    qk_norm: Literal["none", "head", "row"]
+    qkv_bias: bool = False
+    qkv_clip: float | None = None
 
     kind: Literal["gqa"] = "gqa"
 
@@ -75,6 +83,7 @@ class RouterConfig:
     groups_per_token: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
     renormalize_eps: float = 0.0
+    float32_weights: bool = False  # stored in float32, whatever the model's own dtype
 
 
 @dataclasses.dataclass(frozen=True)
