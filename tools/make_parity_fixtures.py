@@ -37,6 +37,9 @@ CLEAR_MARGIN = 0.05
 CANDIDATES = 64
 # Greedy steps cannot be chosen token by token; they are only compared in float32.
 GREEDY_MARGIN = 5e-4
+TEXT_PART = "language_model."
+# They score with sigmoids and do not say so.
+SIGMOID_TYPES = ("glm4_moe", "glm4_moe_lite")
 
 
 def plain_tensors(case: str) -> dict[str, np.ndarray]:
@@ -52,14 +55,26 @@ def plain_tensors(case: str) -> dict[str, np.ndarray]:
     return plain
 
 
+def text_config(case: str) -> dict[str, Any]:
+    """The config of a case's language model, which may be a part of a larger one."""
+    config = tiny_models.hf_config(case)
+    return dict(config.get("text_config", config))
+
+
 def load_reference(case: str, dtype: torch.dtype) -> Any:
     """The transformers model of a case, on the CPU, with eager attention."""
-    config = tiny_models.hf_config(case)
+    config = text_config(case)
     config.pop("quantization_config", None)
     config.pop("auto_map", None)
     if config["model_type"] == "kimi_k2":  # the same model under another name
         config["model_type"] = "deepseek_v3"
     tensors = {name: a.astype(np.float32) for name, a in plain_tensors(case).items()}
+    if "text_config" in tiny_models.hf_config(case):
+        tensors = {
+            name.removeprefix(TEXT_PART): array
+            for name, array in tensors.items()
+            if name.startswith(TEXT_PART)
+        }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         tiny_models.write_safetensors(Path(folder) / "model.safetensors", tensors)
@@ -76,7 +91,7 @@ def load_reference(case: str, dtype: torch.dtype) -> Any:
 
 def routing_margins(config: Mapping[str, Any], logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """How far each token's routing decision is from another one, in router-logit units: `[T]`."""
-    if config.get("scoring_func") == "sigmoid":
+    if config.get("scoring_func") == "sigmoid" or config["model_type"] in SIGMOID_TYPES:
         choice, unit = 1.0 / (1.0 + np.exp(-logits.astype(np.float64))) + bias, 0.25
     else:
         choice, unit = logits.astype(np.float64), 1.0
@@ -102,7 +117,7 @@ class Reference:
     """A transformers model with a cache that can step back."""
 
     def __init__(self, case: str, dtype: torch.dtype):
-        self.config = tiny_models.hf_config(case)
+        self.config = text_config(case)
         self.model = load_reference(case, dtype)
         self.cache = transformers.DynamicCache()
         self._router_logits: list[torch.Tensor] = []
@@ -111,7 +126,8 @@ class Reference:
             router = getattr(layer.mlp, "gate", None)
             if router is not None:
                 router.register_forward_hook(self._record)
-                bias = getattr(router, "e_score_correction_bias", torch.zeros(1))
+                bias = getattr(layer.mlp, "e_score_correction_bias", torch.zeros(1))
+                bias = getattr(router, "e_score_correction_bias", bias)
                 self._biases.append(bias.detach().float().numpy())
 
     def _record(self, _module: Any, _inputs: Any, outputs: Any) -> None:

@@ -62,6 +62,17 @@ def test_strangers_are_not_ignored():
     assert tied.ignored("lm_head.weight")
 
 
+def test_parts_of_a_larger_model():
+    names = models.name_map(ModelConfig.from_hf(tiny_models.hf_config("kimi_k25")), {})
+    weight = "language_model.model.layers.0.self_attn.o_proj.weight"
+    assert names.weight_name("layers.0.attention.o") == weight
+    assert names.weight_name("lm_head") == "language_model.lm_head.weight"
+    for name in ("vision_tower.patch_embed.proj.bias", "mm_projector.proj.0.weight"):
+        assert names.ignored(name)
+    for name in ("model.layers.0.self_attn.o_proj.weight", "audio_tower.x", weight):
+        assert not names.ignored(name)
+
+
 @pytest.mark.parametrize(("nope", "v"), [(128, 128), (128, 256), (192, 128), (64, 96)])
 def test_kv_b_split_keeps_every_value(nope: int, v: int):
     attention = MlaConfig(3, None, 200, nope, 64, v, 1.0)

@@ -46,8 +46,21 @@ def test_checkpoints_are_the_ones_the_fixtures_were_made_of(case: str):
     assert tiny_models.digest(tiny_models.make_tensors(case)) == load_fixture(case).digest
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", tiny_models.CASES)
+def float32_runs() -> list[Any]:
+    """Every case on the kernels; on the reference, those whose modules no other case runs."""
+    alike = ("olmoe", "glm4_moe_lite", "minimax_m2", "minimax_m2_fp8", "kimi_k25")
+    return [
+        pytest.param(
+            case,
+            backend,
+            marks=[pytest.mark.slow] if backend == "reference" and case in alike else [],
+        )
+        for case in tiny_models.CASES
+        for backend in BACKENDS
+    ]
+
+
+@pytest.mark.parametrize(("case", "backend"), float32_runs())
 def test_float32(case: str, backend: str, folder: Path):
     """Prefill in one step, prefill in chunks, then 16 greedy steps of all sequences together."""
     fixture = load_fixture(case)
