@@ -123,7 +123,7 @@ class Reference:
         self._router_logits: list[torch.Tensor] = []
         self._biases = []
         for layer in self.model.model.layers:
-            router = getattr(layer.mlp, "gate", None)
+            router = getattr(layer.mlp, "gate", None) or getattr(layer.mlp, "router", None)
             if router is not None:
                 router.register_forward_hook(self._record)
                 bias = getattr(layer.mlp, "e_score_correction_bias", torch.zeros(1))

@@ -11,11 +11,13 @@ from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.layers import rope
 from jaxmoe.layers.linear import Linear
 from jaxmoe.layers.norm import RMSNorm
-from jaxmoe.weights.param_spec import Formats
+from jaxmoe.weights.param_spec import Formats, ParamSpec, new_param
 
 
 class GqaAttention(nnx.Module):
-    """Leaves: q, k, v, o and, with `qk_norm`, q_norm and k_norm: `[H]`, or of a whole row."""
+    """Leaves: q, k, v, o and, with `qk_norm`, q_norm and k_norm: `[H]`, or of a whole row; with
+    `sinks`, sinks `[N]`. `window`: how many last positions a token attends, None for all.
+    """
 
     def __init__(
         self,
@@ -25,15 +27,19 @@ class GqaAttention(nnx.Module):
         norm_eps: float,
         formats: Formats,
         path: str,
+        window: int | None = None,
     ):
         c = config
         self.config = config
+        self.window = window
         self.rope_config = rope_config
         q_row, kv_row, bias = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.qkv_bias
         self.q = Linear(hidden, q_row, formats(f"{path}.q"), bias=bias)
         self.k = Linear(hidden, kv_row, formats(f"{path}.k"), bias=bias)
         self.v = Linear(hidden, kv_row, formats(f"{path}.v"), bias=bias)
-        self.o = Linear(q_row, hidden, formats(f"{path}.o"))
+        self.o = Linear(q_row, hidden, formats(f"{path}.o"), bias=c.o_bias)
+        sinks = ParamSpec((c.num_heads,), "float32", "bias")
+        self.sinks = new_param(sinks) if c.sinks else None
         if c.qk_norm != "none":
             per_head = c.qk_norm == "head"
             self.q_norm = RMSNorm(c.head_dim if per_head else q_row, norm_eps)
@@ -63,5 +69,7 @@ class GqaAttention(nnx.Module):
             step,
             scale=c.softmax_scale,
             v_dim=c.head_dim,
+            window=self.window,
+            sinks=None if self.sinks is None else self.sinks[...],
         )  # [T, N, H]
         return self.o(attended.reshape(num_tokens, -1).astype(x.dtype), ops, jnp.float32), cache

@@ -9,6 +9,7 @@ from jaxmoe.common.errors import ConfigError
 from jaxmoe.config import (
     deepseek,
     glm4_moe,
+    gpt_oss,
     kimi_k25,
     minimax_m2,
     mixtral,
@@ -23,6 +24,7 @@ PARSERS: Mapping[str, Callable[[HfFields, str], ModelConfig]] = {
     "DeepseekV3ForCausalLM": deepseek.parse,
     "Glm4MoeForCausalLM": glm4_moe.parse,
     "Glm4MoeLiteForCausalLM": deepseek.parse,
+    "GptOssForCausalLM": gpt_oss.parse,
     "KimiK25ForConditionalGeneration": kimi_k25.parse,
     "MiniMaxM2ForCausalLM": minimax_m2.parse,
     "MixtralForCausalLM": mixtral.parse,

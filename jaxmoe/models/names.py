@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.config.model_config import ModelConfig
-from jaxmoe.weights.name_map import Matrix, StoredTensor, TensorSource
+from jaxmoe.weights.name_map import Matrix, PackedExperts, StoredTensor, TensorSource
 from jaxmoe.weights.param_spec import SCALE_BLOCK, ParamSpec
 
 _LAYER_PATH = re.compile(r"layers\.(\d+)\.(.+)")
@@ -88,6 +88,9 @@ class HfNames:
     def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
         name = self.expert.format(expert=expert, which=self.expert_matrices[which])
         return self._in_layer(layer, name) + ".weight"
+
+    def packed_experts(self, layer: int, which: Matrix) -> PackedExperts | None:
+        return None
 
     def scale_tensor(self, weight: str) -> str:
         return weight + "_scale_inv"

@@ -18,6 +18,7 @@ from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_names import DeepseekNames, head_map_format
 from jaxmoe.models.glm4_moe_names import Glm4MoeNames
+from jaxmoe.models.gpt_oss_names import GptOssNames
 from jaxmoe.models.kimi_k25_names import KimiK25Names
 from jaxmoe.models.minimax_m2_names import MiniMaxM2Names
 from jaxmoe.models.mixtral_names import MixtralNames
@@ -46,6 +47,7 @@ SUPPORTED: Mapping[str, Family] = {
     "DeepseekV3ForCausalLM": Family(DeepseekNames),
     "Glm4MoeForCausalLM": Family(Glm4MoeNames),
     "Glm4MoeLiteForCausalLM": Family(DeepseekNames),
+    "GptOssForCausalLM": Family(GptOssNames),
     "KimiK25ForConditionalGeneration": Family(KimiK25Names),
     "MiniMaxM2ForCausalLM": Family(MiniMaxM2Names),
     "MixtralForCausalLM": Family(MixtralNames),

@@ -21,7 +21,7 @@ from jaxmoe.weights.param_spec import SCALE_BLOCK, ParamKind
 from jaxmoe.weights.progress import ByteProgress
 from jaxmoe.weights.random_values import RandomValues
 from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES, ShardWriter, write_index
-from jaxmoe.weights.tensor_table import expert_layouts, expert_tensors
+from jaxmoe.weights.tensor_table import expert_layouts, expert_tensors, packed_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,14 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
                 continue
             seen.add(tensor.name)
             kind = spec.kind
-            if len(tensor.shape) == 2 and "F8_E4M3" not in tensor.dtypes and len(tensor.dtypes) > 1:
+            is_float = "F8_E4M3" not in tensor.dtypes and len(tensor.dtypes) > 1
+            if kind != "bias" and len(tensor.shape) == 2 and is_float:
                 kind = "scale_inv"  # of a weight that is dequantized while it is loaded
             yield _invent(tensor, kind, config)
     for layer, layout in zip(config.moe_layers, expert_layouts(config, formats), strict=True):
+        packed = packed_tensors(layout, names, layer).values()
+        for tensor in {stored.name: stored for stored, _ in packed}.values():
+            yield _invent(tensor, "matrix", config)
         for expert in range(layout.num_experts):
             for weight, scale in expert_tensors(layout, names, layer, expert).values():
                 yield _invent(weight, "matrix", config)

@@ -9,7 +9,8 @@ import pytest
 from support import tiny_models
 
 from jaxmoe.common.errors import ConfigError
-from jaxmoe.config.model_config import GqaConfig, MlaConfig, ModelConfig
+from jaxmoe.config.model_config import ClampedSwiglu, GqaConfig, MlaConfig, ModelConfig
+from jaxmoe.layers.rope import attention_factor
 
 MIXTRAL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -119,6 +120,16 @@ MINIMAX = tiny_models.hf_config("minimax_m2_fp8") | {
     "num_key_value_heads": 8,
     "num_local_experts": 256,
 }
+GPT_OSS_20B = tiny_models.hf_config("gpt_oss") | {
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "sliding_window": 128,
+}
 KIMI_K25 = tiny_models.hf_config("kimi_k25")
 BASES = {
     "mixtral": MIXTRAL,
@@ -127,6 +138,7 @@ BASES = {
     "flash": GLM_FLASH,
     "minimax": MINIMAX,
     "kimi": KIMI_K25,
+    "gpt_oss": GPT_OSS_20B,
 }
 
 
@@ -208,6 +220,21 @@ def test_kimi_k25_is_its_text_model():
     assert ModelConfig.from_hf(only_inner | {"text_config": inner}).eos_token_ids == (7,)
 
 
+def test_gpt_oss():
+    config = ModelConfig.from_hf(GPT_OSS_20B)
+    assert config.attention == GqaConfig(
+        64, 8, 64, 64**-0.5, "none", qkv_bias=True, o_bias=True, sinks=True
+    )
+    assert config.windows == (128, None) * 12
+    assert config.moe.activation == ClampedSwiglu(1.702, 7.0) and config.moe.expert_bias
+    assert config.moe.router.logit_bias and config.moe.router.renormalize
+    scaling = config.rope.scaling
+    assert scaling is not None and not scaling.truncate and scaling.factor == 32
+    assert attention_factor(config.rope) == pytest.approx(1.3465735902799727)
+    without = {k: v for k, v in GPT_OSS_20B.items() if k != "layer_types"}
+    assert ModelConfig.from_hf(without) == config
+
+
 def text_of(**changes: Any) -> dict[str, Any]:
     return {"text_config": KIMI_K25["text_config"] | changes}
 
@@ -237,6 +264,11 @@ REFUSED = [
     ("minimax", {"use_routing_bias": False}, ["use_routing_bias"]),
     ("minimax", {"shared_intermediate_size": 64}, ["shared_intermediate_size"]),
     ("minimax", {"scoring_func": "softmax"}, ["scoring_func"]),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4"]),
+    ("gpt_oss", {"attention_bias": False}, ["attention_bias", "True"]),
+    ("gpt_oss", {"layer_types": ["chunked_attention"] * 24}, ["layer_types", "chunked"]),
+    ("gpt_oss", {"layer_types": ["full_attention"] * 23}, ["layer_types", "24"]),
+    ("gpt_oss", {"swiglu_limit": 0}, ["swiglu_limit", "above 0"]),
     ("kimi", {"text_config": None}, ["lacks 'text_config'"]),
     ("kimi", {"tie_word_embeddings": True}, ["tie_word_embeddings"]),
     ("kimi", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "inside"]),

@@ -38,6 +38,14 @@ def test_every_tensor_is_used_or_known_as_not_needed(case: str):
             for which in ("gate", "up", "down"):
                 name = names.expert_tensor(layer, expert, which)
                 used.add(name)
+                packed = names.packed_experts(layer, which)
+                if packed is not None:
+                    assert packed.tensor == name
+                    assert packed.cut(tensors[name][expert]).shape == (
+                        (config.hidden_size, config.moe.expert_intermediate)
+                        if which == "down"
+                        else (config.moe.expert_intermediate, config.hidden_size)
+                    )
                 if config.quant.format == "fp8_block":
                     used.add(names.scale_tensor(name))
     assert used <= tensors.keys()

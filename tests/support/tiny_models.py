@@ -38,6 +38,7 @@ CASES = (
     "minimax_m2",
     "minimax_m2_fp8",
     "kimi_k25",
+    "gpt_oss",
 )
 # Written as several files with an index; the others are one file.
 SHARDED = ("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25")
@@ -119,6 +120,9 @@ class _Builder:
         w = 1.0 + 0.3 * _normal(name, self.seed, (size,))
         self.tensors[f"{name}.weight"] = w.astype(BF16)
 
+    def vector(self, name: str, shape: tuple[int, ...], size: float = 0.5) -> None:
+        self.tensors[name] = (size * _normal(name, self.seed, shape)).astype(BF16)
+
     def mlp(self, prefix: str, hidden: int, width: int) -> None:
         self.matrix(f"{prefix}.gate_proj", width, hidden, 1.5)
         self.matrix(f"{prefix}.up_proj", width, hidden, 1.5)
@@ -145,6 +149,8 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
             _gqa(b, f"{prefix}.self_attn")
         if i < config.get("first_k_dense_replace", 0):
             b.mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
+        elif config["model_type"] == "gpt_oss":
+            _packed_moe(b, f"{prefix}.mlp")
         elif config["model_type"] in ("mixtral", "minimax_m2"):
             _block_sparse_moe(b, f"{prefix}.block_sparse_moe")
         else:
@@ -193,9 +199,11 @@ def _gqa(b: _Builder, prefix: str) -> None:
     for which, row in (("q", q_row), ("k", kv_row), ("v", kv_row)):
         b.matrix(f"{prefix}.{which}_proj", row, hidden)
         if c.get("attention_bias"):
-            name = f"{prefix}.{which}_proj.bias"
-            b.tensors[name] = (0.5 * _normal(name, b.seed, (row,))).astype(BF16)
+            b.vector(f"{prefix}.{which}_proj.bias", (row,))
     b.matrix(f"{prefix}.o_proj", hidden, q_row, 1.5)
+    if c["model_type"] == "gpt_oss":
+        b.vector(f"{prefix}.o_proj.bias", (hidden,))
+        b.vector(f"{prefix}.sinks", (num_heads,), 2.0)
     if c["model_type"] in ("qwen3_moe", "glm4_moe"):
         b.norm(f"{prefix}.q_norm", head_dim)
         b.norm(f"{prefix}.k_norm", head_dim)
@@ -231,6 +239,20 @@ def _block_sparse_moe(b: _Builder, prefix: str) -> None:
         b.matrix(f"{prefix}.experts.{e}.w1", width, hidden, 1.5)
         b.matrix(f"{prefix}.experts.{e}.w3", width, hidden, 1.5)
         b.matrix(f"{prefix}.experts.{e}.w2", hidden, width)
+
+
+def _packed_moe(b: _Builder, prefix: str) -> None:
+    """All experts in one tensor, inputs first, gate and up in alternate columns. Values are large
+    enough to reach the activation's limit.
+    """
+    c = b.config
+    hidden, width, num_experts = c["hidden_size"], c["intermediate_size"], c["num_local_experts"]
+    b.matrix(f"{prefix}.router", num_experts, hidden, 1.5)
+    b.vector(f"{prefix}.router.bias", (num_experts,))
+    b.vector(f"{prefix}.experts.gate_up_proj", (num_experts, hidden, 2 * width), 3.0 / hidden**0.5)
+    b.vector(f"{prefix}.experts.gate_up_proj_bias", (num_experts, 2 * width))
+    b.vector(f"{prefix}.experts.down_proj", (num_experts, width, hidden), 0.5 / width**0.5)
+    b.vector(f"{prefix}.experts.down_proj_bias", (num_experts, hidden))
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
