@@ -151,6 +151,32 @@ class Reference:
         self.cache.crop(-1)
 
 
+class UncachedReference(Reference):
+    """For models whose cache cannot step back: every call computes all tokens again."""
+
+    def reset(self) -> None:
+        self.tokens: list[int] = []
+
+    @torch.no_grad()
+    def extend(self, tokens: list[int]) -> tuple[np.ndarray, float]:
+        self.tokens += tokens
+        self._router_logits.clear()
+        out = self.model(torch.tensor([self.tokens]), use_cache=False)
+        margins = [
+            routing_margins(self.config, logits.numpy()[-len(tokens) :], bias)
+            for logits, bias in zip(self._router_logits, self._biases, strict=True)
+        ]
+        return out.logits[0, -len(tokens) :].float().numpy(), float(np.min(margins))
+
+    def step_back(self) -> None:
+        self.tokens.pop()
+
+
+def make_reference(case: str, dtype: torch.dtype) -> Reference:
+    kind = UncachedReference if "index_topk" in text_config(case) else Reference
+    return kind(case, dtype)
+
+
 def grow_prompt(reference: Reference, length: int, rng: np.random.Generator) -> list[int]:
     vocab = reference.config["vocab_size"]
     reference.reset()
@@ -186,7 +212,7 @@ def greedy(reference: Reference, prompt: list[int]) -> tuple[list[int], np.ndarr
 
 def compute(case: str, prompts: list[list[int]]) -> dict[str, np.ndarray]:
     """Everything a fixture holds, for given prompts."""
-    reference = Reference(case, torch.float32)
+    reference = make_reference(case, torch.float32)
     logits, greedy_tokens, greedy_logits, margins = [], [], [], []
     for prompt in prompts:
         reference.reset()
@@ -196,7 +222,7 @@ def compute(case: str, prompts: list[list[int]]) -> dict[str, np.ndarray]:
         greedy_tokens.append(tokens)
         greedy_logits.append(steps)
         margins.append((margin, step_margin))
-    low = Reference(case, torch.bfloat16)
+    low = make_reference(case, torch.bfloat16)
     logits_bf16 = []
     for prompt in prompts:
         low.reset()
@@ -218,7 +244,7 @@ def compute(case: str, prompts: list[list[int]]) -> dict[str, np.ndarray]:
 
 
 def make_prompts(case: str) -> list[list[int]]:
-    reference = Reference(case, torch.float32)
+    reference = make_reference(case, torch.float32)
     prompts = []
     for i, length in enumerate(PROMPT_LENGTHS):
         for attempt in range(20):

@@ -8,6 +8,7 @@ correction bias and limits groups by the sum of their two best.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -25,7 +26,15 @@ _MODEL_TYPES = {
     "DeepseekV2ForCausalLM": ("deepseek_v2",),
     "DeepseekV3ForCausalLM": ("deepseek_v3", "kimi_k2"),
     "Glm4MoeLiteForCausalLM": ("glm4_moe_lite",),  # GLM-4.7-Flash
+    "DeepseekV32ForCausalLM": ("deepseek_v32",),
+    "GlmMoeDsaForCausalLM": ("glm_moe_dsa",),  # GLM-5
 }
+# With sparse attention: an indexer chooses `index_topk` positions for every token.
+_SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+_OF_INDEXER = (
+    *("index_head_dim", "index_n_heads", "index_topk_freq", "index_topk_pattern"),
+    *("index_skip_topk_offset", "indexer_types", "indexer_rope_interleave"),
+)
 # Of later relatives that carry one of the architectures above in their configs: each changes the
 # results.
 _NOT_IMPLEMENTED = (
@@ -43,6 +52,34 @@ _NOT_IMPLEMENTED = (
 
 def parse(fields: HfFields, architecture: str) -> ModelConfig:
     model_type = fields.choice("model_type", of=_MODEL_TYPES[architecture])
+    if architecture in _SPARSE:
+        return _within_index(fields, architecture, model_type)
+    return _parse_dense(fields, architecture, model_type)
+
+
+def _within_index(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
+    """A sparse model up to the context in which its indexer chooses every position there is.
+
+    There it is exactly the dense one. The indexer, for longer contexts, is not implemented.
+    """
+    top = fields.integer("index_topk")
+    kinds = fields.strings("layer_types", default=())
+    if other := set(kinds) - {"indexed_attention"}:
+        raise fields.fail("layer_types", sorted(other), "'indexed_attention' in every layer")
+    fields.ignore(*_OF_INDEXER)
+    dense = fields.without("index_topk", "layer_types", *_OF_INDEXER)
+    parsed = _parse_dense(dense, architecture, model_type)
+    if parsed.max_position <= top:
+        return parsed
+    return dataclasses.replace(
+        parsed,
+        max_position=top,
+        max_position_reason=f"attention is exact up to index_topk = {top} positions; the indexer "
+        "that chooses among more is not implemented",
+    )
+
+
+def _parse_dense(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
     for key in _NOT_IMPLEMENTED:
         if fields.given(key):
             raise fields.fail(key, fields.raw(key), f"absent in {architecture}")

@@ -22,8 +22,10 @@ from jaxmoe.config.model_config import ModelConfig
 PARSERS: Mapping[str, Callable[[HfFields, str], ModelConfig]] = {
     "DeepseekV2ForCausalLM": deepseek.parse,
     "DeepseekV3ForCausalLM": deepseek.parse,
+    "DeepseekV32ForCausalLM": deepseek.parse,
     "Glm4MoeForCausalLM": glm4_moe.parse,
     "Glm4MoeLiteForCausalLM": deepseek.parse,
+    "GlmMoeDsaForCausalLM": deepseek.parse,
     "GptOssForCausalLM": gpt_oss.parse,
     "KimiK25ForConditionalGeneration": kimi_k25.parse,
     "MiniMaxM2ForCausalLM": minimax_m2.parse,

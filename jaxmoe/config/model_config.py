@@ -136,6 +136,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     # Last positions a token of each layer attends, None for all; empty: all in every layer.
     windows: tuple[int | None, ...] = ()
+    # Why max_position is less than config.json says; empty if it is not.
+    max_position_reason: str = ""
     num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run
 
     @property

@@ -16,7 +16,7 @@ import jax
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.models.decoder import Decoder
-from jaxmoe.models.deepseek_names import DeepseekNames, head_map_format
+from jaxmoe.models.deepseek_names import DeepseekNames, IndexedNames, head_map_format
 from jaxmoe.models.glm4_moe_names import Glm4MoeNames
 from jaxmoe.models.gpt_oss_names import GptOssNames
 from jaxmoe.models.kimi_k25_names import KimiK25Names
@@ -45,8 +45,10 @@ class Family:
 SUPPORTED: Mapping[str, Family] = {
     "DeepseekV2ForCausalLM": Family(DeepseekNames),
     "DeepseekV3ForCausalLM": Family(DeepseekNames),
+    "DeepseekV32ForCausalLM": Family(IndexedNames),
     "Glm4MoeForCausalLM": Family(Glm4MoeNames),
     "Glm4MoeLiteForCausalLM": Family(DeepseekNames),
+    "GlmMoeDsaForCausalLM": Family(IndexedNames),
     "GptOssForCausalLM": Family(GptOssNames),
     "KimiK25ForConditionalGeneration": Family(KimiK25Names),
     "MiniMaxM2ForCausalLM": Family(MiniMaxM2Names),

@@ -130,6 +130,8 @@ GPT_OSS_20B = tiny_models.hf_config("gpt_oss") | {
     "num_local_experts": 32,
     "sliding_window": 128,
 }
+DEEPSEEK_V32 = tiny_models.hf_config("deepseek_v32_fp8") | {"index_topk": 2048}
+GLM_5 = tiny_models.hf_config("glm_moe_dsa") | {"index_topk": 2048}
 KIMI_K25 = tiny_models.hf_config("kimi_k25")
 BASES = {
     "mixtral": MIXTRAL,
@@ -138,6 +140,8 @@ BASES = {
     "flash": GLM_FLASH,
     "minimax": MINIMAX,
     "kimi": KIMI_K25,
+    "v32": DEEPSEEK_V32,
+    "glm5": GLM_5,
     "gpt_oss": GPT_OSS_20B,
 }
 
@@ -235,6 +239,20 @@ def test_gpt_oss():
     assert ModelConfig.from_hf(without) == config
 
 
+def test_sparse_models_are_dense_ones_up_to_what_the_indexer_takes():
+    config = ModelConfig.from_hf(DEEPSEEK_V32)
+    assert config.max_position == 2048 and "index_topk = 2048" in config.max_position_reason
+    dense = {k: v for k, v in DEEPSEEK_V32.items() if not k.startswith("index_")}
+    dense |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    v3 = ModelConfig.from_hf(dense)
+    assert (config.attention, config.rope, config.moe) == (v3.attention, v3.rope, v3.moe)
+    assert ModelConfig.from_hf(DEEPSEEK_V32 | {"index_topk": 10**6}).max_position_reason == ""
+    shared = {"indexer_types": ["full", "shared", "shared"], "layer_types": ["indexed_attention"]}
+    config = ModelConfig.from_hf(GLM_5 | shared)
+    assert config.attention == MlaConfig(4, 192, 512, 192, 64, 256, 256**-0.5)
+    assert config.max_position == 2048 and config.rope.theta == 1e6
+
+
 def text_of(**changes: Any) -> dict[str, Any]:
     return {"text_config": KIMI_K25["text_config"] | changes}
 
@@ -269,6 +287,10 @@ REFUSED = [
     ("gpt_oss", {"layer_types": ["chunked_attention"] * 24}, ["layer_types", "chunked"]),
     ("gpt_oss", {"layer_types": ["full_attention"] * 23}, ["layer_types", "24"]),
     ("gpt_oss", {"swiglu_limit": 0}, ["swiglu_limit", "above 0"]),
+    ("v32", {"index_topk": None}, ["lacks 'index_topk'"]),
+    ("v32", {"layer_types": ["linear_attention"]}, ["layer_types", "linear_attention"]),
+    ("v32", {"model_type": "deepseek_v3"}, ["model_type", "deepseek_v32"]),
+    ("glm5", {"hc_mult": 4}, ["hc_mult"]),
     ("kimi", {"text_config": None}, ["lacks 'text_config'"]),
     ("kimi", {"tie_word_embeddings": True}, ["tie_word_embeddings"]),
     ("kimi", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "inside"]),

@@ -70,6 +70,17 @@ def test_strangers_are_not_ignored():
     assert tied.ignored("lm_head.weight")
 
 
+def test_an_indexer_is_known_and_not_needed():
+    indexer = "model.layers.0.self_attn.indexer.wq_b.weight"
+    for case, ignored in (
+        ("deepseek_v32_fp8", True),
+        ("glm_moe_dsa", True),
+        ("deepseek_v3", False),
+    ):
+        names = models.name_map(ModelConfig.from_hf(tiny_models.hf_config(case)), {})
+        assert names.ignored(indexer) == ignored
+
+
 def test_parts_of_a_larger_model():
     names = models.name_map(ModelConfig.from_hf(tiny_models.hf_config("kimi_k25")), {})
     weight = "language_model.model.layers.0.self_attn.o_proj.weight"

@@ -48,7 +48,10 @@ def test_checkpoints_are_the_ones_the_fixtures_were_made_of(case: str):
 
 def float32_runs() -> list[Any]:
     """Every case on the kernels; on the reference, those whose modules no other case runs."""
-    alike = ("olmoe", "glm4_moe_lite", "minimax_m2", "minimax_m2_fp8", "kimi_k25")
+    alike = (
+        *("olmoe", "glm4_moe_lite", "minimax_m2", "minimax_m2_fp8", "kimi_k25"),
+        *("deepseek_v32_fp8", "glm_moe_dsa"),
+    )
     return [
         pytest.param(
             case,

@@ -39,6 +39,8 @@ CASES = (
     "minimax_m2_fp8",
     "kimi_k25",
     "gpt_oss",
+    "deepseek_v32_fp8",
+    "glm_moe_dsa",
 )
 # Written as several files with an index; the others are one file.
 SHARDED = ("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25")
@@ -189,6 +191,13 @@ def _mla(b: _Builder, prefix: str) -> None:
     b.norm(f"{prefix}.kv_a_layernorm", latent)
     b.matrix(f"{prefix}.kv_b_proj", heads * (nope + v), latent)
     b.matrix(f"{prefix}.o_proj", hidden, heads * v, 1.5)
+    if "index_topk" in c:
+        index_heads, index_dim = c["index_n_heads"], c["index_head_dim"]
+        b.matrix(f"{prefix}.indexer.wq_b", index_heads * index_dim, c["q_lora_rank"])
+        b.matrix(f"{prefix}.indexer.wk", index_dim, hidden)
+        b.norm(f"{prefix}.indexer.k_norm", index_dim)
+        b.vector(f"{prefix}.indexer.k_norm.bias", (index_dim,))
+        b.matrix(f"{prefix}.indexer.weights_proj", index_heads, hidden, plain=True)
 
 
 def _gqa(b: _Builder, prefix: str) -> None:
