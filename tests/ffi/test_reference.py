@@ -148,7 +148,9 @@ def test_attend_paged_equals_whole_sequences(mla, window, with_sinks):
 
     # And against float64 for one head of one token.
     t, head = length + 5, n - 1
-    kk = keys[length : t + 1, head // (n // k)].astype(np.float64)
-    vv = kk[:, :v] if values is None else values[length : t + 1, head // (n // k)]
+    first = length if window is None else t + 1 - window
+    kk = keys[first : t + 1, head // (n // k)].astype(np.float64)
+    vv = kk[:, :v] if values is None else values[first : t + 1, head // (n // k)]
     p = np.exp(kk @ q[t, head] * 0.3)
-    np.testing.assert_allclose(out[t, head], p @ vv / p.sum(), rtol=1e-5, atol=1e-5)
+    total = p.sum() + (0.0 if sinks is None else np.exp(float(sinks[head])))
+    np.testing.assert_allclose(out[t, head], p @ vv / total, rtol=1e-5, atol=1e-5)

@@ -67,7 +67,18 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+# For the slow run: like another family's, or beside a mutation of the same family.
+SLOW = (
+    *("no renormalisation of two", "no clipping", "scale of the part without rope"),
+    *("no YaRN mscale at K2.5's factor", "no expert biases", "no router bias"),
+    "no YaRN concentration",
+)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MUTATIONS],
+)
 def test_mutation_is_noticed(mutation: str):
     case, change = MUTATIONS[mutation]
     fixture = load_fixture(case)
