@@ -199,7 +199,7 @@ class LLM:
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise RequestError("this model has no tokenizer.json; give token ids instead of text")
+            raise RequestError("this model has no known tokenizer; give token ids instead of text")
         return self.tokenizer
 
     def _generate(

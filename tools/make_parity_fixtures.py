@@ -37,6 +37,9 @@ CLEAR_MARGIN = 0.05
 CANDIDATES = 64
 # Greedy steps cannot be chosen token by token; they are only compared in float32.
 GREEDY_MARGIN = 5e-4
+TEXT_PART = "language_model."
+# They score with sigmoids and do not say so.
+SIGMOID_TYPES = ("glm4_moe", "glm4_moe_lite")
 
 
 def plain_tensors(case: str) -> dict[str, np.ndarray]:
@@ -52,14 +55,26 @@ def plain_tensors(case: str) -> dict[str, np.ndarray]:
     return plain
 
 
+def text_config(case: str) -> dict[str, Any]:
+    """The config of a case's language model, which may be a part of a larger one."""
+    config = tiny_models.hf_config(case)
+    return dict(config.get("text_config", config))
+
+
 def load_reference(case: str, dtype: torch.dtype) -> Any:
     """The transformers model of a case, on the CPU, with eager attention."""
-    config = tiny_models.hf_config(case)
+    config = text_config(case)
     config.pop("quantization_config", None)
     config.pop("auto_map", None)
     if config["model_type"] == "kimi_k2":  # the same model under another name
         config["model_type"] = "deepseek_v3"
     tensors = {name: a.astype(np.float32) for name, a in plain_tensors(case).items()}
+    if "text_config" in tiny_models.hf_config(case):
+        tensors = {
+            name.removeprefix(TEXT_PART): array
+            for name, array in tensors.items()
+            if name.startswith(TEXT_PART)
+        }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         tiny_models.write_safetensors(Path(folder) / "model.safetensors", tensors)
@@ -76,7 +91,7 @@ def load_reference(case: str, dtype: torch.dtype) -> Any:
 
 def routing_margins(config: Mapping[str, Any], logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """How far each token's routing decision is from another one, in router-logit units: `[T]`."""
-    if config.get("scoring_func") == "sigmoid":
+    if config.get("scoring_func") == "sigmoid" or config["model_type"] in SIGMOID_TYPES:
         choice, unit = 1.0 / (1.0 + np.exp(-logits.astype(np.float64))) + bias, 0.25
     else:
         choice, unit = logits.astype(np.float64), 1.0
@@ -102,16 +117,17 @@ class Reference:
     """A transformers model with a cache that can step back."""
 
     def __init__(self, case: str, dtype: torch.dtype):
-        self.config = tiny_models.hf_config(case)
+        self.config = text_config(case)
         self.model = load_reference(case, dtype)
         self.cache = transformers.DynamicCache()
         self._router_logits: list[torch.Tensor] = []
         self._biases = []
         for layer in self.model.model.layers:
-            router = getattr(layer.mlp, "gate", None)
+            router = getattr(layer.mlp, "gate", None) or getattr(layer.mlp, "router", None)
             if router is not None:
                 router.register_forward_hook(self._record)
-                bias = getattr(router, "e_score_correction_bias", torch.zeros(1))
+                bias = getattr(layer.mlp, "e_score_correction_bias", torch.zeros(1))
+                bias = getattr(router, "e_score_correction_bias", bias)
                 self._biases.append(bias.detach().float().numpy())
 
     def _record(self, _module: Any, _inputs: Any, outputs: Any) -> None:
@@ -133,6 +149,32 @@ class Reference:
 
     def step_back(self) -> None:
         self.cache.crop(-1)
+
+
+class UncachedReference(Reference):
+    """For models whose cache cannot step back: every call computes all tokens again."""
+
+    def reset(self) -> None:
+        self.tokens: list[int] = []
+
+    @torch.no_grad()
+    def extend(self, tokens: list[int]) -> tuple[np.ndarray, float]:
+        self.tokens += tokens
+        self._router_logits.clear()
+        out = self.model(torch.tensor([self.tokens]), use_cache=False)
+        margins = [
+            routing_margins(self.config, logits.numpy()[-len(tokens) :], bias)
+            for logits, bias in zip(self._router_logits, self._biases, strict=True)
+        ]
+        return out.logits[0, -len(tokens) :].float().numpy(), float(np.min(margins))
+
+    def step_back(self) -> None:
+        self.tokens.pop()
+
+
+def make_reference(case: str, dtype: torch.dtype) -> Reference:
+    kind = UncachedReference if "index_topk" in text_config(case) else Reference
+    return kind(case, dtype)
 
 
 def grow_prompt(reference: Reference, length: int, rng: np.random.Generator) -> list[int]:
@@ -170,7 +212,7 @@ def greedy(reference: Reference, prompt: list[int]) -> tuple[list[int], np.ndarr
 
 def compute(case: str, prompts: list[list[int]]) -> dict[str, np.ndarray]:
     """Everything a fixture holds, for given prompts."""
-    reference = Reference(case, torch.float32)
+    reference = make_reference(case, torch.float32)
     logits, greedy_tokens, greedy_logits, margins = [], [], [], []
     for prompt in prompts:
         reference.reset()
@@ -180,7 +222,7 @@ def compute(case: str, prompts: list[list[int]]) -> dict[str, np.ndarray]:
         greedy_tokens.append(tokens)
         greedy_logits.append(steps)
         margins.append((margin, step_margin))
-    low = Reference(case, torch.bfloat16)
+    low = make_reference(case, torch.bfloat16)
     logits_bf16 = []
     for prompt in prompts:
         low.reset()
@@ -202,7 +244,7 @@ def compute(case: str, prompts: list[list[int]]) -> dict[str, np.ndarray]:
 
 
 def make_prompts(case: str) -> list[list[int]]:
-    reference = Reference(case, torch.float32)
+    reference = make_reference(case, torch.float32)
     prompts = []
     for i, length in enumerate(PROMPT_LENGTHS):
         for attempt in range(20):

@@ -1,4 +1,4 @@
-"""Grouped-query attention with per-head RMS norm of queries and keys (Qwen3)."""
+"""Grouped-query attention, with the knobs of `GqaConfig`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.layers import rope
 from jaxmoe.layers.linear import Linear
 from jaxmoe.layers.norm import RMSNorm
-from jaxmoe.weights.param_spec import Formats
+from jaxmoe.weights.param_spec import Formats, ParamSpec, new_param
 
 
 class GqaAttention(nnx.Module):
-    """Leaves: q, k, v, o and, with `qk_norm`, q_norm and k_norm `[H]`."""
+    """Leaves: q, k, v, o and, with `qk_norm`, q_norm and k_norm: `[H]`, or of a whole row; with
+    `sinks`, sinks `[N]`. `window`: how many last positions a token attends, None for all.
+    """
 
     def __init__(
         self,
@@ -25,17 +27,23 @@ class GqaAttention(nnx.Module):
         norm_eps: float,
         formats: Formats,
         path: str,
+        window: int | None = None,
     ):
         c = config
         self.config = config
+        self.window = window
         self.rope_config = rope_config
-        self.q = Linear(hidden, c.num_heads * c.head_dim, formats(f"{path}.q"))
-        self.k = Linear(hidden, c.num_kv_heads * c.head_dim, formats(f"{path}.k"))
-        self.v = Linear(hidden, c.num_kv_heads * c.head_dim, formats(f"{path}.v"))
-        self.o = Linear(c.num_heads * c.head_dim, hidden, formats(f"{path}.o"))
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, norm_eps)
+        q_row, kv_row, bias = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.qkv_bias
+        self.q = Linear(hidden, q_row, formats(f"{path}.q"), bias=bias)
+        self.k = Linear(hidden, kv_row, formats(f"{path}.k"), bias=bias)
+        self.v = Linear(hidden, kv_row, formats(f"{path}.v"), bias=bias)
+        self.o = Linear(q_row, hidden, formats(f"{path}.o"), bias=c.o_bias)
+        sinks = ParamSpec((c.num_heads,), "float32", "bias")
+        self.sinks = new_param(sinks) if c.sinks else None
+        if c.qk_norm != "none":
+            per_head = c.qk_norm == "head"
+            self.q_norm = RMSNorm(c.head_dim if per_head else q_row, norm_eps)
+            self.k_norm = RMSNorm(c.head_dim if per_head else kv_row, norm_eps)
 
     def __call__(
         self, x: jax.Array, cache: tuple[jax.Array, ...], step: StepInputs, ops: Ops
@@ -43,10 +51,15 @@ class GqaAttention(nnx.Module):
         """`x [T, D]` to float32 `[T, D]` and the cache `(k, v)`, each `[P, Z, K, H]`, extended."""
         c = self.config
         num_tokens = x.shape[0]
-        q = self.q(x, ops, jnp.float32).reshape(num_tokens, c.num_heads, c.head_dim)
-        k = self.k(x, ops, jnp.float32).reshape(num_tokens, c.num_kv_heads, c.head_dim)
-        v = self.v(x, ops).reshape(num_tokens, c.num_kv_heads, c.head_dim)
-        if c.qk_norm:
+        q, k, v = self.q(x, ops, jnp.float32), self.k(x, ops, jnp.float32), self.v(x, ops)
+        if c.qk_norm == "row":
+            q, k = self.q_norm(q, ops), self.k_norm(k, ops)
+        if c.qkv_clip is not None:
+            q, k, v = (jnp.clip(a, -c.qkv_clip, c.qkv_clip) for a in (q, k, v))
+        q = q.reshape(num_tokens, c.num_heads, c.head_dim)
+        k = k.reshape(num_tokens, c.num_kv_heads, c.head_dim)
+        v = v.reshape(num_tokens, c.num_kv_heads, c.head_dim)
+        if c.qk_norm == "head":
             q, k = self.q_norm(q, ops), self.k_norm(k, ops)
         attended, cache = ops.attend(
             rope.apply(q, step.positions, self.rope_config, ops).astype(x.dtype),
@@ -56,5 +69,7 @@ class GqaAttention(nnx.Module):
             step,
             scale=c.softmax_scale,
             v_dim=c.head_dim,
+            window=self.window,
+            sinks=None if self.sinks is None else self.sinks[...],
         )  # [T, N, H]
         return self.o(attended.reshape(num_tokens, -1).astype(x.dtype), ops, jnp.float32), cache

@@ -1,13 +1,14 @@
-"""config.json of the DeepSeek family: DeepseekV2ForCausalLM and DeepseekV3ForCausalLM.
+"""config.json of the DeepSeek family: DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, relatives.
 
-The second covers R1, V3.1, Kimi-K2 (`model_type` kimi_k2) and other models that reuse the
-architecture. The two differ in their routers: V2 takes a softmax and limits groups by their best
-expert; V3 takes sigmoids, chooses with a correction bias and limits groups by the sum of their two
-best.
+DeepseekV3ForCausalLM covers R1, V3.1, Kimi-K2 (`model_type` kimi_k2) and other models that reuse
+the architecture; GLM-4.7-Flash is one under a name of its own. V2 and V3 differ in their routers:
+V2 takes a softmax and limits groups by their best expert; V3 takes sigmoids, chooses with a
+correction bias and limits groups by the sum of their two best.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -24,7 +25,16 @@ from jaxmoe.config.model_config import (
 _MODEL_TYPES = {
     "DeepseekV2ForCausalLM": ("deepseek_v2",),
     "DeepseekV3ForCausalLM": ("deepseek_v3", "kimi_k2"),
+    "Glm4MoeLiteForCausalLM": ("glm4_moe_lite",),  # GLM-4.7-Flash
+    "DeepseekV32ForCausalLM": ("deepseek_v32",),
+    "GlmMoeDsaForCausalLM": ("glm_moe_dsa",),  # GLM-5
 }
+# With sparse attention: an indexer chooses `index_topk` positions for every token.
+_SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+_OF_INDEXER = (
+    *("index_head_dim", "index_n_heads", "index_topk_freq", "index_topk_pattern"),
+    *("index_skip_topk_offset", "indexer_types", "indexer_rope_interleave"),
+)
 # Of later relatives that carry one of the architectures above in their configs: each changes the
 # results.
 _NOT_IMPLEMENTED = (
@@ -42,6 +52,34 @@ _NOT_IMPLEMENTED = (
 
 def parse(fields: HfFields, architecture: str) -> ModelConfig:
     model_type = fields.choice("model_type", of=_MODEL_TYPES[architecture])
+    if architecture in _SPARSE:
+        return _within_index(fields, architecture, model_type)
+    return _parse_dense(fields, architecture, model_type)
+
+
+def _within_index(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
+    """A sparse model up to the context in which its indexer chooses every position there is.
+
+    There it is exactly the dense one. The indexer, for longer contexts, is not implemented.
+    """
+    top = fields.integer("index_topk")
+    kinds = fields.strings("layer_types", default=())
+    if other := set(kinds) - {"indexed_attention"}:
+        raise fields.fail("layer_types", sorted(other), "'indexed_attention' in every layer")
+    fields.ignore(*_OF_INDEXER)
+    dense = fields.without("index_topk", "layer_types", *_OF_INDEXER)
+    parsed = _parse_dense(dense, architecture, model_type)
+    if parsed.max_position <= top:
+        return parsed
+    return dataclasses.replace(
+        parsed,
+        max_position=top,
+        max_position_reason=f"attention is exact up to index_topk = {top} positions; the indexer "
+        "that chooses among more is not implemented",
+    )
+
+
+def _parse_dense(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
     for key in _NOT_IMPLEMENTED:
         if fields.given(key):
             raise fields.fail(key, fields.raw(key), f"absent in {architecture}")
@@ -67,34 +105,20 @@ def parse(fields: HfFields, architecture: str) -> ModelConfig:
         softmax_scale=_softmax_scale(nope + rope_dim, rope),
     )
     expert_intermediate = fields.integer("moe_intermediate_size")
-    num_layers = shared_fields.parse_num_layers(fields)
-    parsed = ModelConfig(
-        architecture=architecture,
-        model_type=model_type,
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=fields.integer("hidden_size"),
-        num_layers=num_layers,
-        mlp_types=_mlp_types(fields, num_layers),
-        dense_intermediate=fields.integer("intermediate_size"),
-        norm_eps=fields.number("rms_norm_eps", default=1e-6),
-        tie_embeddings=fields.boolean("tie_word_embeddings", default=False),
-        max_position=shared_fields.yarn_max_position(max_position, rope),
+    return shared_fields.parse_model(
+        fields,
+        architecture,
         attention=attention,
         rope=rope,
         moe=MoeConfig(
-            router=_v2_router(fields) if model_type == "deepseek_v2" else _v3_router(fields),
+            router=_v2_router(fields) if model_type == "deepseek_v2" else v3_router(fields),
             expert_intermediate=expert_intermediate,
             shared_intermediate=expert_intermediate
             * fields.integer("n_shared_experts", default=0, minimum=0),
         ),
-        quant=shared_fields.parse_quant(fields),
-        weight_dtype=shared_fields.parse_weight_dtype(fields),
-        bos_token_id=shared_fields.parse_bos(fields),
-        eos_token_ids=shared_fields.parse_eos(fields),
-        num_draft_layers=shared_fields.parse_num_draft_layers(fields),
+        mlp_types=mlp_types(fields, shared_fields.parse_num_layers(fields)),
+        dense_intermediate=fields.integer("intermediate_size"),
     )
-    shared_fields.report_unread(fields)
-    return parsed
 
 
 def _softmax_scale(head_dim: int, rope: RopeConfig) -> float:
@@ -106,7 +130,15 @@ def _softmax_scale(head_dim: int, rope: RopeConfig) -> float:
     return scale
 
 
-def _mlp_types(fields: HfFields, num_layers: int) -> tuple[Literal["dense", "moe"], ...]:
+def mlp_types(fields: HfFields, num_layers: int) -> tuple[Literal["dense", "moe"], ...]:
+    """Both spellings: `first_k_dense_replace` with `moe_layer_freq`, and `mlp_layer_types`."""
+    kinds = fields.strings("mlp_layer_types", default=())
+    if kinds:
+        if len(kinds) != num_layers or set(kinds) - {"dense", "sparse"}:
+            wanted = f"{num_layers} of 'dense' and 'sparse'"
+            raise fields.fail("mlp_layer_types", list(kinds), wanted)
+        fields.ignore("first_k_dense_replace", "moe_layer_freq")
+        return tuple("dense" if kind == "dense" else "moe" for kind in kinds)
     first = fields.integer("first_k_dense_replace", default=0, minimum=0)
     frequency = fields.raw("moe_layer_freq", default=1)
     if isinstance(frequency, (list, tuple)):
@@ -130,7 +162,7 @@ def _v2_router(fields: HfFields) -> RouterConfig:
     grouped = method == "group_limited_greedy"
     if not grouped:
         fields.ignore("n_group", "topk_group")
-    return checked_router(
+    return shared_fields.checked_router(
         fields,
         RouterConfig(
             **_common_router(fields),
@@ -144,13 +176,13 @@ def _v2_router(fields: HfFields) -> RouterConfig:
     )
 
 
-def _v3_router(fields: HfFields) -> RouterConfig:
+def v3_router(fields: HfFields) -> RouterConfig:
     # Groups and factor have no default here: Hugging Face's are those of DeepSeek-V3 itself, which
     # a smaller relative that leaves them out can hardly mean.
     fields.number("routed_scaling_factor")
     fields.choice("scoring_func", of=("sigmoid",), default="sigmoid")
     fields.choice("topk_method", of=("noaux_tc",), default="noaux_tc")
-    return checked_router(
+    return shared_fields.checked_router(
         fields,
         RouterConfig(
             **_common_router(fields),
@@ -171,25 +203,3 @@ def _common_router(fields: HfFields) -> dict[str, Any]:
         experts_per_token=fields.integer("num_experts_per_tok"),
         weight_scale=fields.number("routed_scaling_factor", default=1.0),
     )
-
-
-def checked_router(fields: HfFields, router: RouterConfig) -> RouterConfig:
-    """Refuses combinations no top-k exists for."""
-    if router.num_experts % router.num_groups:
-        raise fields.fail(
-            "n_group", router.num_groups, f"a divisor of {router.num_experts} experts"
-        )
-    per_group = router.num_experts // router.num_groups
-    if router.groups_per_token > router.num_groups:
-        raise fields.fail(
-            "topk_group", router.groups_per_token, f"at most n_group = {router.num_groups}"
-        )
-    if router.group_score == "top2_sum" and router.num_groups > 1 and per_group < 2:
-        raise fields.fail("n_group", router.num_groups, "groups of at least 2 experts")
-    if router.experts_per_token > per_group * router.groups_per_token:
-        raise fields.fail(
-            "num_experts_per_tok",
-            router.experts_per_token,
-            f"at most {per_group * router.groups_per_token} (experts a token may choose from)",
-        )
-    return router

@@ -6,13 +6,31 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmoe.common.errors import ConfigError
-from jaxmoe.config import deepseek, qwen3_moe
+from jaxmoe.config import (
+    deepseek,
+    glm4_moe,
+    gpt_oss,
+    kimi_k25,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen3_moe,
+)
 from jaxmoe.config.hf_fields import HfFields
 from jaxmoe.config.model_config import ModelConfig
 
 PARSERS: Mapping[str, Callable[[HfFields, str], ModelConfig]] = {
     "DeepseekV2ForCausalLM": deepseek.parse,
     "DeepseekV3ForCausalLM": deepseek.parse,
+    "DeepseekV32ForCausalLM": deepseek.parse,
+    "Glm4MoeForCausalLM": glm4_moe.parse,
+    "Glm4MoeLiteForCausalLM": deepseek.parse,
+    "GlmMoeDsaForCausalLM": deepseek.parse,
+    "GptOssForCausalLM": gpt_oss.parse,
+    "KimiK25ForConditionalGeneration": kimi_k25.parse,
+    "MiniMaxM2ForCausalLM": minimax_m2.parse,
+    "MixtralForCausalLM": mixtral.parse,
+    "OlmoeForCausalLM": olmoe.parse,
     "Qwen3MoeForCausalLM": qwen3_moe.parse,
 }
 

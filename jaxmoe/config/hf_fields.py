@@ -122,6 +122,11 @@ class HfFields:
             raise self.fail(self._present(names), value, "an object")
         return HfFields(value, f"{self._where}, {self._present(names)}")
 
+    def without(self, *names: str) -> HfFields:
+        """The same object without some keys, which somebody else reads."""
+        rest = {key: value for key, value in self._values.items() if key not in names}
+        return HfFields(rest, self._where)
+
     def ignore(self, *names: str) -> None:
         """Keys known not to change what the model computes."""
         self._read.update(names)

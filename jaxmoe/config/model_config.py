@@ -28,6 +28,8 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
+    """`dim` may be less than a head's: then the first `dim` elements of a head turn."""
+
     dim: int
     theta: float
     interleaved: bool
@@ -52,13 +54,22 @@ class MlaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GqaConfig:
-    """Grouped-query attention with optional per-head RMS norm of q and k."""
+    """Grouped-query attention with its knobs.
+
+    qk_norm: RMS norm of q and k, of each head or of all heads' row at once. qkv_clip: bound of
+    what q, k and v are clamped to after the norm, None for none. sinks: a score a head that counts
+    in its softmax and has no value.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     softmax_scale: float
-    qk_norm: bool
+    qk_norm: Literal["none", "head", "row"]
+    qkv_bias: bool = False
+    qkv_clip: float | None = None
+    o_bias: bool = False
+    sinks: bool = False
 
     kind: Literal["gqa"] = "gqa"
 
@@ -75,6 +86,16 @@ class RouterConfig:
     groups_per_token: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
     renormalize_eps: float = 0.0
+    logit_bias: bool = False
+    float32_weights: bool = False  # stored in float32, whatever the model's own dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedSwiglu:
+    """gpt-oss: (u + 1) g sigmoid(alpha g), with g = min(gate, limit), u = up within ±limit."""
+
+    alpha: float
+    limit: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +103,8 @@ class MoeConfig:
     router: RouterConfig
     expert_intermediate: int
     shared_intermediate: int  # 0: no shared experts
+    activation: ClampedSwiglu | None = None  # None: silu(gate) * up
+    expert_bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +134,10 @@ class ModelConfig:
     weight_dtype: Literal["bfloat16", "float32"]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    # Last positions a token of each layer attends, None for all; empty: all in every layer.
+    windows: tuple[int | None, ...] = ()
+    # Why max_position is less than config.json says; empty if it is not.
+    max_position_reason: str = ""
     num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run
 
     @property

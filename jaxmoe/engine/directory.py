@@ -98,7 +98,7 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
     model_config = ModelConfig.from_hf(values)
     notes = []
     tokenizer = None
-    if (path / "tokenizer.json").is_file():
+    if Tokenizer.is_in(path):
         tokenizer = Tokenizer.from_dir(path)
         if tokenizer.vocab_size > model_config.vocab_size:
             notes.append(
@@ -107,9 +107,14 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
             )
     elif dummy:
         tokenizer = ByteTokenizer(model_config.vocab_size)
-        notes.append("no tokenizer.json: texts are taken as bytes (random weights only)")
+        notes.append("no tokenizer: texts are taken as bytes (random weights only)")
     else:
-        notes.append("no tokenizer.json: prompts and answers are token ids only")
+        notes.append("no known tokenizer: prompts and answers are token ids only")
+    if model_config.max_position_reason:
+        notes.append(
+            f"contexts of at most {model_config.max_position} tokens: "
+            + model_config.max_position_reason
+        )
     template = ChatTemplate.from_dir(path)
     if template is None:
         notes.append("no chat template: plain prompts only")

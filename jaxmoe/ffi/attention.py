@@ -34,6 +34,8 @@ def paged_attention(
     *,
     scale: float,
     v_dim: int,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """f32 `[T, N, v_dim]`; arguments as in `reference.paged_attention`."""
     keys = cache[0]
@@ -48,6 +50,10 @@ def paged_attention(
         )
     if len(cache) == 1 and v_dim > keys.shape[3]:
         raise ValueError(f"paged_attention: v_dim {v_dim} of keys with {keys.shape[3]} elements")
+    if window is not None and window < 1:
+        raise ValueError(f"paged_attention: window {window}; wanted at least 1, or None")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
+        raise ValueError(f"paged_attention: sinks {sinks.dtype} {sinks.shape}; wanted float32 [N]")
     out = jax.ShapeDtypeStruct((*q.shape[:2], v_dim), jnp.float32)
     return jax.ffi.ffi_call("jaxmoe_paged_attention", out)(
         q,
@@ -56,6 +62,9 @@ def paged_attention(
         positions,
         block_tables,
         *cache[1:],
+        *(() if sinks is None else (sinks,)),
         runtime_id=np.int64(runtime.id),
         scale=np.float32(scale),
+        window=np.int64(0 if window is None else window),
+        has_sinks=sinks is not None,
     )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.linear import FAMILY_CODES, Family
 
@@ -59,11 +60,20 @@ def experts(
     expert_ids: jax.Array,
     combine_weights: jax.Array,
     moe_layer_idx: int,
+    *,
+    activation: ClampedSwiglu | None = None,
+    biases: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """f32 `[T, D]`: weighted sum of each token's experts."""
+    """f32 `[T, D]`: weighted sum of each token's experts; `activation` and `biases` as in `Ops`."""
     _check("experts", x, expert_ids, combine_weights)
     return jax.ffi.ffi_call("jaxmoe_experts", jax.ShapeDtypeStruct(x.shape, jnp.float32))(
-        x, expert_ids, combine_weights, **_attributes(runtime, store, family, moe_layer_idx)
+        x,
+        expert_ids,
+        combine_weights,
+        *(biases or ()),
+        alpha=np.float32(activation.alpha if activation else 0.0),
+        limit=np.float32(activation.limit if activation else 0.0),
+        **_attributes(runtime, store, family, moe_layer_idx),
     )
 
 
@@ -77,7 +87,10 @@ def experts_submit(
     moe_layer_idx: int,
     *others: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Starts the experts; returns `(ticket, *others)`: int32 `[1]` and the same buffers."""
+    """Starts the experts; returns `(ticket, *others)`: int32 `[1]` and the same buffers.
+
+    Without biases, and with silu(gate) * up.
+    """
     _check("experts_submit", x, expert_ids, combine_weights)
     results = (
         jax.ShapeDtypeStruct((1,), jnp.int32),

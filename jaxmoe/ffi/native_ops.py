@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi import attention
 from jaxmoe.ffi import experts as experts_op
 from jaxmoe.ffi import linear as linear_op
@@ -49,7 +50,14 @@ class NativeOps:
         return linear_op.head_linear(self._runtime, self._family, x, w, out_dtype)
 
     def experts(
-        self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         return experts_op.experts(
             self._runtime,
@@ -59,6 +67,8 @@ class NativeOps:
             expert_ids,
             combine_weights,
             moe_layer_idx,
+            activation=activation,
+            biases=biases,
         )
 
     def experts_submit(
@@ -97,6 +107,8 @@ class NativeOps:
         *,
         scale: float,
         v_dim: int,
+        window: int | None = None,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         new = (k_new,) if v_new is None else (k_new, v_new)
         cache = tuple(
@@ -112,6 +124,8 @@ class NativeOps:
             step.block_tables,
             scale=scale,
             v_dim=v_dim,
+            window=window,
+            sinks=sinks,
         )
         return out, cache
 

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.config.model_config import ClampedSwiglu
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -71,13 +73,21 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Routed experts of `x [T, D]`: `expert_ids [T, A]` int32, `combine_weights [T, A]` f32.
 
         Returns f32 `[T, D]`: sum over a of combine_weights * down(silu(gate(x)) * up(x)). The
         weights of layer `moe_layer_idx` (0-based among the MoE layers) come from the store the ops
-        object was made with.
+        object was made with. `activation` replaces silu(gate) * up; `biases`, float32 `[E, F]`
+        each, are added to gate and up before it.
         """
         ...
 
@@ -91,6 +101,8 @@ class Ops(Protocol):
         *,
         scale: float,
         v_dim: int,
+        window: int | None = None,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Causal attention of T packed tokens over their own sequences' paged cache.
 
@@ -98,6 +110,8 @@ class Ops(Protocol):
         each token attend positions 0..its own. `q [T, N, H]`; heads n of group n // (N / K) share
         KV head. `cache` is `(k_pages [P, Z, K, H], v_pages [P, Z, K, Hv])`, or `(k_pages,)` when
         v_new is None: values are then the first `v_dim` elements of the keys (MLA's latent cache).
+        With a `window`, a token attends its last `window` positions only, its own among them.
+        `sinks [N]` float32 are scores of one more position each head sees, which has no value.
         Softmax in FP32. Returns f32 `[T, N, v_dim]` and the updated cache (same buffers where the
         platform can alias them).
         """

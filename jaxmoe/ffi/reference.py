@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi.ops import StepInputs, Weight
 
 SCALE_BLOCK = 128
@@ -38,8 +39,12 @@ def dequantize(weight: Weight) -> jax.Array:
     return data * scale
 
 
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+def _activate(gate: jax.Array, up: jax.Array, activation: ClampedSwiglu | None) -> jax.Array:
+    if activation is None:
+        return jax.nn.silu(gate) * up
+    gate = jnp.minimum(gate, activation.limit)
+    up = jnp.clip(up, -activation.limit, activation.limit)
+    return (up + 1.0) * gate * jax.nn.sigmoid(activation.alpha * gate)
 
 
 class ReferenceOps:
@@ -64,7 +69,14 @@ class ReferenceOps:
         return y.astype(out_dtype or x.dtype)
 
     def experts(
-        self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         layer = self._experts[moe_layer_idx]
         x = x.astype(jnp.float32)
@@ -78,7 +90,10 @@ class ReferenceOps:
 
             gate = jnp.einsum("td,fd->tf", x, matrix("gate"), precision=_HIGHEST)
             up = jnp.einsum("td,fd->tf", x, matrix("up"), precision=_HIGHEST)
-            out = jnp.einsum("tf,df->td", _swiglu(gate, up), matrix("down"), precision=_HIGHEST)
+            if biases is not None:
+                gate, up = gate + biases[0][e], up + biases[1][e]
+            hidden = _activate(gate, up, activation)
+            out = jnp.einsum("tf,df->td", hidden, matrix("down"), precision=_HIGHEST)
             chosen = expert_ids == e  # [T, A]
             share = jnp.where(chosen, combine_weights.astype(jnp.float32), 0.0).sum(-1)  # [T]
             # A token that did not choose the expert must not see its NaNs either.
@@ -96,6 +111,8 @@ class ReferenceOps:
         *,
         scale: float,
         v_dim: int,
+        window: int | None = None,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         new = (k_new,) if v_new is None else (k_new, v_new)
         cache = tuple(
@@ -109,6 +126,8 @@ class ReferenceOps:
             step.block_tables,
             scale=scale,
             v_dim=v_dim,
+            window=window,
+            sinks=sinks,
         )
         return out, cache
 
@@ -130,8 +149,12 @@ def paged_attention(
     *,
     scale: float,
     v_dim: int,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """f32 `[T, N, v_dim]`: tokens of `q [T, N, H]` attend positions 0..their own of their row."""
+    """f32 `[T, N, v_dim]`: tokens of `q [T, N, H]` attend positions 0..their own of their row, or
+    the last `window` of those; `sinks [N]` take part in the softmax without a value.
+    """
     k_pages = cache[0]
     _, page_size, num_kv_heads, _ = k_pages.shape
     num_heads = q.shape[1]
@@ -148,14 +171,24 @@ def paged_attention(
             values = cache[1][pages].astype(jnp.float32)
             values = values.reshape(-1, *values.shape[2:])  # [S, K, Hv]
         scores = jnp.einsum("kgh,skh->kgs", q_t.astype(jnp.float32), keys, precision=_HIGHEST)
-        visible = jnp.arange(pages.shape[0] * page_size) <= position
+        at = jnp.arange(pages.shape[0] * page_size)
+        visible = at <= position
+        if window is not None:
+            visible &= at > position - window
         scores = jnp.where(visible, scores * scale, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1)
+        weights = _softmax(scores, None if sinks is None else sinks.reshape(scores.shape[:2]))
         values = jnp.where(visible[:, None, None], values, 0.0)
         out = jnp.einsum("kgs,skv->kgv", weights, values, precision=_HIGHEST)
         return jnp.where(row < 0, 0.0, out.reshape(num_heads, v_dim))
 
     return jax.lax.map(one_token, (grouped, token_rows, jnp.maximum(positions, 0)))
+
+
+def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """Over the last axis `[..., S]`; `sinks [...]` count in the sum and get no weight."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    return jax.nn.softmax(jnp.concatenate([scores, sinks[..., None]], axis=-1), axis=-1)[..., :-1]
 
 
 class BatchedSequenceOps(ReferenceOps):
@@ -169,7 +202,14 @@ class BatchedSequenceOps(ReferenceOps):
         self._num_sequences = num_sequences
 
     def experts(
-        self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         layer = self._experts[moe_layer_idx]
         gate, up, down = (dequantize(layer[which]) for which in ("gate", "up", "down"))
@@ -196,10 +236,12 @@ class BatchedSequenceOps(ReferenceOps):
 
         x_padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
         x_blocks = x_padded[token_at].reshape(num_blocks, _TOKEN_BLOCK, -1)
-        h = _swiglu(
-            jnp.einsum("bmd,bfd->bmf", x_blocks, gate[block_expert]),
-            jnp.einsum("bmd,bfd->bmf", x_blocks, up[block_expert]),
-        )
+        gates = jnp.einsum("bmd,bfd->bmf", x_blocks, gate[block_expert])
+        ups = jnp.einsum("bmd,bfd->bmf", x_blocks, up[block_expert])
+        if biases is not None:
+            gates += biases[0][block_expert][:, None, :]
+            ups += biases[1][block_expert][:, None, :]
+        h = _activate(gates, ups, activation)
         y_blocks = jnp.einsum("bmf,bdf->bmd", h, down[block_expert])
         y_pairs = y_blocks.reshape(num_blocks * _TOKEN_BLOCK, -1)[place_of_pair]
         share = jnp.where(expert_ids < 0, 0.0, combine_weights.astype(jnp.float32))
@@ -215,6 +257,8 @@ class BatchedSequenceOps(ReferenceOps):
         *,
         scale: float,
         v_dim: int,
+        window: int | None = None,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         if cache:
             raise ValueError(
@@ -235,6 +279,11 @@ class BatchedSequenceOps(ReferenceOps):
         q = q.reshape(*q.shape[:2], num_kv_heads, num_heads // num_kv_heads, head_dim)
         scores = jnp.einsum("bqkgh,bskh->bkgqs", q, k) * scale
         causal = jnp.tril(jnp.ones((length, length), bool))
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        if window is not None:
+            causal &= ~jnp.tril(jnp.ones((length, length), bool), -window)
+        by_head = None if sinks is None else sinks.reshape(scores.shape[1:3])[None, :, :, None]
+        if by_head is not None:
+            by_head = jnp.broadcast_to(by_head, scores.shape[:-1])
+        weights = _softmax(jnp.where(causal, scores, -jnp.inf), by_head)
         out = jnp.einsum("bkgqs,bskv->bqkgv", weights, v)
         return out.reshape(num_tokens, num_heads, v_dim), cache

@@ -1,7 +1,7 @@
 """Linear maps as the checkpoint stores them.
 
-A module holds a stored weight and says its shape; the arithmetic is the ops object's. There are no
-biases: none of the supported models has one.
+A module holds a stored weight and says its shape; the arithmetic is the ops object's, but for a
+bias, which is added in float32 before the result is rounded.
 """
 
 from __future__ import annotations
@@ -37,16 +37,27 @@ class _StoredWeight(nnx.Module):
 
 
 class Linear(_StoredWeight):
-    """y = x Wᵀ with W `[out_features, in_features]`."""
+    """y = x Wᵀ with W `[out_features, in_features]`; and `bias [out_features]`, if asked for."""
 
-    def __init__(self, in_features: int, out_features: int, weight_format: WeightFormat):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight_format: WeightFormat,
+        *,
+        bias: bool = False,
+    ):
         super().__init__((out_features, in_features), weight_format, "matrix")
+        self.bias = new_param(ParamSpec((out_features,), "float32", "bias")) if bias else None
 
     def __call__(
         self, x: jax.Array, ops: Ops, out_dtype: jax.typing.DTypeLike | None = None
     ) -> jax.Array:
         """`[T, K] -> [T, N]`, by default in x's dtype."""
-        return ops.linear(x, self.weight, _dtype(out_dtype))
+        if self.bias is None:
+            return ops.linear(x, self.weight, _dtype(out_dtype))
+        y = ops.linear(x, self.weight, jnp.dtype(jnp.float32)) + self.bias[...]
+        return y.astype(_dtype(out_dtype) or x.dtype)
 
 
 class HeadLinear(_StoredWeight):

@@ -67,7 +67,12 @@ def cos_sin(positions: jax.Array, rope: RopeConfig) -> tuple[jax.Array, jax.Arra
 
 
 def apply(x: jax.Array, positions: jax.Array, rope: RopeConfig, ops: Ops) -> jax.Array:
-    """`x [T, N, dim]` rotated to `positions [T]`, as `rotate` does; float32."""
+    """`x [T, N, H]` with its first `dim` elements rotated to `positions [T]`, as `rotate` does;
+    float32.
+    """
+    if rope.dim < x.shape[-1]:
+        turned = apply(x[..., : rope.dim], positions, rope, ops)
+        return jnp.concatenate([turned, x[..., rope.dim :].astype(jnp.float32)], axis=-1)
 
     def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         cos, sin = cos_sin(row[1][None], rope)

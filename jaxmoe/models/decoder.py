@@ -67,6 +67,7 @@ class DecoderLayer(nnx.Module):
                 config.norm_eps,
                 formats,
                 f"{path}.attention",
+                config.windows[layer_idx] if config.windows else None,
             )
         self.mlp_norm = RMSNorm(hidden, config.norm_eps)
         if config.mlp_types[layer_idx] == "moe":

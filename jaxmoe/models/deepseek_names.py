@@ -75,6 +75,13 @@ class DeepseekNames(HfNames):
         return TensorSource((StoredTensor(name, shape, (stored,)),), part)
 
 
+class IndexedNames(DeepseekNames):
+    """Of DeepSeek-V3.2 and GLM-5, whose indexer is not run."""
+
+    def ignored(self, name: str) -> bool:
+        return ".self_attn.indexer." in name or super().ignored(name)
+
+
 def head_map_format(attention: MlaConfig, stored: WeightFormat) -> WeightFormat:
     """How w_uk and w_uv are held, given how kv_b is stored."""
     aligned = attention.nope_head_dim % SCALE_BLOCK == 0 and attention.v_head_dim % SCALE_BLOCK == 0

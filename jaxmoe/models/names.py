@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.config.model_config import ModelConfig
-from jaxmoe.weights.name_map import Matrix, StoredTensor, TensorSource
+from jaxmoe.weights.name_map import Matrix, PackedExperts, StoredTensor, TensorSource
 from jaxmoe.weights.param_spec import SCALE_BLOCK, ParamSpec
 
 _LAYER_PATH = re.compile(r"layers\.(\d+)\.(.+)")
@@ -35,7 +35,16 @@ class HfNames:
     modules: Mapping[str, str]
     # Leaves that are not called ".weight", likewise.
     leaves: Mapping[str, str] = {}
-    expert = "mlp.experts.{expert}.{which}_proj"
+    expert = "mlp.experts.{expert}.{which}"
+    expert_matrices: Mapping[Matrix, str] = {
+        "gate": "gate_proj",
+        "up": "up_proj",
+        "down": "down_proj",
+    }
+    # Before every name, where the language model is a part of a larger one; the tensors of the
+    # other parts start with `other_parts`.
+    prefix = ""
+    other_parts: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, specs: Mapping[str, ParamSpec]):
         self._config = config
@@ -44,13 +53,16 @@ class HfNames:
     def module_name(self, path: str) -> str:
         """The name of a module: "layers.3.attention.o" -> "model.layers.3.self_attn.o_proj"."""
         if path in _TOP_LEVEL:
-            return _TOP_LEVEL[path]
+            return self.prefix + _TOP_LEVEL[path]
         match = _LAYER_PATH.fullmatch(path)
         assert match, path
         layer, module = int(match[1]), match[2]
         if module == "mlp.experts":
-            return f"model.layers.{layer}.{self.expert.format(expert=0, which='gate')}"
-        return f"model.layers.{layer}.{self.modules[module]}"
+            return self.expert_tensor(layer, 0, "gate").removesuffix(".weight")
+        return self._in_layer(layer, self.modules[module])
+
+    def _in_layer(self, layer: int | str, name: str) -> str:
+        return f"{self.prefix}model.layers.{layer}.{name}"
 
     def weight_name(self, path: str) -> str:
         """The weight of the module at a path; of routed experts, their first one's."""
@@ -61,7 +73,9 @@ class HfNames:
         module, _, leaf = path.rpartition(".")
         match = _LAYER_PATH.fullmatch(path)
         if match and match[2] in self.leaves:
-            name = f"model.layers.{match[1]}.{self.leaves[match[2]]}"
+            name = self._in_layer(match[1], self.leaves[match[2]])
+        elif leaf == "bias":
+            name = self.module_name(module) + ".bias"
         elif leaf == "scale_inv":
             name = self.scale_tensor(self.weight_name(module))
         else:
@@ -72,7 +86,11 @@ class HfNames:
         return TensorSource((StoredTensor(name, spec.shape, FLOAT_DTYPES),), to_float32)
 
     def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
-        return f"model.layers.{layer}.{self.expert.format(expert=expert, which=which)}.weight"
+        name = self.expert.format(expert=expert, which=self.expert_matrices[which])
+        return self._in_layer(layer, name) + ".weight"
+
+    def packed_experts(self, layer: int, which: Matrix) -> PackedExperts | None:
+        return None
 
     def scale_tensor(self, weight: str) -> str:
         return weight + "_scale_inv"
@@ -83,6 +101,9 @@ class HfNames:
         Others are not: a config that names too few layers would run, and write nonsense.
         """
         config = self._config
+        if not name.startswith(self.prefix) or name.startswith(self.other_parts):
+            return name.startswith(self.other_parts)
+        name = name.removeprefix(self.prefix)
         match = _LAYER_TENSOR.match(name)
         if match and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers:
             return True

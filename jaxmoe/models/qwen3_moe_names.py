@@ -1,4 +1,4 @@
-"""Tensor names of Qwen3-MoE."""
+"""Tensor names of Qwen3-MoE and the families that differ from it in a few."""
 
 from __future__ import annotations
 

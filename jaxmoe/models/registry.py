@@ -16,7 +16,12 @@ import jax
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.models.decoder import Decoder
-from jaxmoe.models.deepseek_names import DeepseekNames, head_map_format
+from jaxmoe.models.deepseek_names import DeepseekNames, IndexedNames, head_map_format
+from jaxmoe.models.glm4_moe_names import Glm4MoeNames
+from jaxmoe.models.gpt_oss_names import GptOssNames
+from jaxmoe.models.kimi_k25_names import KimiK25Names
+from jaxmoe.models.minimax_m2_names import MiniMaxM2Names
+from jaxmoe.models.mixtral_names import MixtralNames
 from jaxmoe.models.names import HfNames
 from jaxmoe.models.qwen3_moe_names import Qwen3MoeNames
 from jaxmoe.weights.param_spec import Description, Formats, ParamSpec, WeightFormat, describe
@@ -40,6 +45,15 @@ class Family:
 SUPPORTED: Mapping[str, Family] = {
     "DeepseekV2ForCausalLM": Family(DeepseekNames),
     "DeepseekV3ForCausalLM": Family(DeepseekNames),
+    "DeepseekV32ForCausalLM": Family(IndexedNames),
+    "Glm4MoeForCausalLM": Family(Glm4MoeNames),
+    "Glm4MoeLiteForCausalLM": Family(DeepseekNames),
+    "GlmMoeDsaForCausalLM": Family(IndexedNames),
+    "GptOssForCausalLM": Family(GptOssNames),
+    "KimiK25ForConditionalGeneration": Family(KimiK25Names),
+    "MiniMaxM2ForCausalLM": Family(MiniMaxM2Names),
+    "MixtralForCausalLM": Family(MixtralNames),
+    "OlmoeForCausalLM": Family(Qwen3MoeNames),
     "Qwen3MoeForCausalLM": Family(Qwen3MoeNames),
 }
 
@@ -105,6 +119,8 @@ def configured_formats(config: ModelConfig) -> Formats:
         )
 
     def configured(path: str) -> WeightFormat:
+        if path.endswith(".router.logits") and config.moe.router.float32_weights:
+            return "f32"
         if config.quant.format == "none" or path in ("embedding", "lm_head"):
             return plain
         if path.endswith(".router.logits") or kept(names.module_name(path)):

@@ -21,7 +21,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: RouterConfig, hidden: int, weight_format: WeightFormat):
         self.config = config
-        self.logits = Linear(hidden, config.num_experts, weight_format)
+        self.logits = Linear(hidden, config.num_experts, weight_format, bias=config.logit_bias)
         bias = ParamSpec((config.num_experts,), "float32", "router_bias")
         self.correction_bias = new_param(bias) if config.correction_bias else None
 

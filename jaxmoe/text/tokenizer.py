@@ -1,16 +1,16 @@
-"""Text to token ids and back, for the tokenizers that checkpoints ship as tokenizer.json.
+"""Text to token ids and back, for tokenizers shipped as tokenizer.json, or as Kimi's are.
 
 Ids go back to text through bytes: every token has a fixed byte string, so a text can be put
 together piece by piece and cut anywhere without ever decoding a character twice or in halves. Two
 families of decoders give tokens such bytes: byte-level BPE (DeepSeek, Qwen) and SentencePiece-like
-BPE with byte fallback. What it does not do: chat templates, tiktoken files.
+BPE with byte fallback. What it does not do: chat templates.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import tokenizers
 
 from jaxmoe.common.errors import CheckpointError, RequestError
 from jaxmoe.common.fields import shown
+from jaxmoe.text import tiktoken_file
+from jaxmoe.text.byte_level import byte_level_table
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's visible space
 
@@ -30,9 +32,16 @@ class Tokenizer:
     precedence).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: dict[str, Any] | None = None,
+        cut: Callable[[str], Iterable[str]] | None = None,
+    ) -> None:
+        """`cut`: into parts that are encoded one by one, where the tokenizer is defined so."""
         config = config or {}
         self._backend = backend
+        self._cut = cut
         self._backend.no_truncation()
         self._backend.no_padding()
         self.config = config
@@ -49,11 +58,16 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
-        """Reads tokenizer.json and tokenizer_config.json of a checkpoint directory."""
+        """Reads tokenizer.json, or else a tiktoken.model, and tokenizer_config.json of a checkpoint
+        directory.
+        """
         path = Path(path)
         file = path / "tokenizer.json"
+        if not file.is_file() and (path / tiktoken_file.FILE).is_file():
+            config = read_json(path / "tokenizer_config.json")
+            return cls(tiktoken_file.build(path, config), config, tiktoken_file.pieces)
         if not file.is_file():
-            have = [n for n in ("tiktoken.model", "tokenizer.model") if (path / n).is_file()]
+            have = [n for n in ("tokenizer.model",) if (path / n).is_file()]
             raise CheckpointError(
                 f"{file}: not found"
                 + (f" ({have[0]} is not supported)" if have else "")
@@ -64,6 +78,14 @@ class Tokenizer:
         except Exception as e:  # the library raises plain Exception
             raise CheckpointError(f"{file}: not a tokenizer: {e}") from None
         return cls(backend, read_json(path / "tokenizer_config.json"))
+
+    @staticmethod
+    def is_in(path: Path) -> bool:
+        """Whether a checkpoint directory has a tokenizer that `from_dir` knows."""
+        return (path / "tokenizer.json").is_file() or (
+            (path / tiktoken_file.FILE).is_file()
+            and tiktoken_file.is_known(read_json(path / "tokenizer_config.json"))
+        )
 
     def token_id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
@@ -80,7 +102,9 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens=False` for texts that a chat template wrote."""
         check_text(text, "prompt")
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = []
+        for part in [text] if self._cut is None else self._cut(text):
+            ids += self._backend.encode(part, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and self.bos_token_id is not None:
             if not ids or ids[0] != self.bos_token_id:
                 ids = [self.bos_token_id, *ids]
@@ -181,7 +205,7 @@ def _bytes_of_tokens(backend: tokenizers.Tokenizer):
     kinds = _decoder_kinds(json.loads(backend.to_str()).get("decoder"))
     added = backend.get_added_tokens_decoder()
     if "ByteLevel" in kinds:
-        table = _byte_level_table()
+        table = byte_level_table()
 
         def to_bytes(text: str) -> bytes:
             if all(c in table for c in text):
@@ -217,11 +241,3 @@ def _decoder_kinds(decoder: dict[str, Any] | None) -> list[str]:
     if decoder.get("type") == "Sequence":
         return [kind for d in decoder.get("decoders", []) for kind in _decoder_kinds(d)]
     return [str(decoder.get("type"))]
-
-
-def _byte_level_table() -> dict[str, int]:
-    """GPT-2's map of visible characters to the bytes they stand for."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(b): b for b in visible}
-    rest = (b for b in range(256) if b not in visible)
-    return table | {chr(0x100 + n): b for n, b in enumerate(rest)}

@@ -23,7 +23,7 @@ import numpy as np
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.weights import memory
-from jaxmoe.weights.loader import check_finite, leaf_bytes, plan_load, read_leaf
+from jaxmoe.weights.loader import check_finite, leaf_bytes, plan_load, read_leaf, read_matrix
 from jaxmoe.weights.model_registry import ModelRegistry
 from jaxmoe.weights.open_files import OpenFiles
 from jaxmoe.weights.orbax_store import PieceWriter
@@ -178,7 +178,7 @@ def _arrays_of(piece: _PiecePlan, config: ModelConfig) -> dict[str, StackedArray
         layer = config.moe_layers[first.moe_layer_idx]
         weights = tuple(names.expert_tensor(layer, plan.expert, which) for plan in plans)
         info = first.weight
-        arrays[f"{which}.data"] = StackedArray(weights, info.dtype, (count, *info.shape), True)
+        arrays[f"{which}.data"] = StackedArray(weights, info.dtype, (count, *first.shape), True)
         if first.scale is not None:
             scales = tuple(map(names.scale_tensor, weights))
             shape = (count, *first.scale.shape)
@@ -194,7 +194,11 @@ def _read_piece(
         array = arrays[f"{which}.data"]
         stack = np.empty(array.shape, NUMPY_DTYPES[array.dtype])
         for i, expert in enumerate(piece.experts):
-            source.read_into(expert[position].weight, stack[i])
+            plan = expert[position]
+            if plan.cut is None:
+                source.read_into(plan.weight, stack[i])
+            else:
+                stack[i] = read_matrix(source, plan)
         values[f"{which}.data"] = stack
         if f"{which}.scale_inv" in arrays:
             scales = np.empty(arrays[f"{which}.scale_inv"].shape, np.float32)

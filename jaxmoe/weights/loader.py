@@ -225,9 +225,10 @@ def plan_load(
         leaf_bytes=sum(leaf_bytes(leaf.spec) for leaf in table.leaves),
         expert_bytes=sum(layout.total_bytes for layout in table.layouts),
         transient_bytes=sum(
-            sorted((t for t, leaf in zip(transient, table.leaves, strict=True) if _is_made(leaf)))[
-                -num_threads:
-            ]
+            sorted(
+                [t for t, leaf in zip(transient, table.leaves, strict=True) if _is_made(leaf)]
+                + [2 * m.weight.nbytes for m in table.matrices if m.cut is not None]
+            )[-num_threads:]
         ),
     )
 
@@ -333,6 +334,12 @@ def _read_matrix(
     checkpoint: Checkpoint, store: HostStore, plan: MatrixPlan, bar: ByteProgress
 ) -> None:
     info = plan.weight
+    if plan.cut is not None:
+        made = read_matrix(checkpoint, plan)
+        for first_row, rows in store.writable_rows(plan.moe_layer_idx, plan.expert, plan.which):
+            rows[...] = made[first_row : first_row + len(rows)]
+        bar.add(info.nbytes)
+        return
     with checkpoint.use(info) as fd:
         try:
             store.read_matrix(plan.moe_layer_idx, plan.expert, plan.which, fd, info.offset)
@@ -345,6 +352,13 @@ def _read_matrix(
             )
     bar.add(info.nbytes)
     _read_scale(checkpoint, store, plan, bar)
+
+
+def read_matrix(checkpoint: Checkpoint, plan: MatrixPlan) -> np.ndarray:
+    """One expert's matrix as it is used, `[N, K]`."""
+    stored = np.empty(plan.weight.shape, NUMPY_DTYPES[plan.weight.dtype])
+    checkpoint.read_into(plan.weight, stored)
+    return stored if plan.cut is None else plan.cut(stored)
 
 
 def _map(checkpoint: Checkpoint, store: HostStore, info: TensorInfo) -> int:
@@ -364,6 +378,13 @@ def _map_matrix(
     bar: ByteProgress,
 ) -> None:
     info = plan.weight
+    if plan.cut is not None:
+        fail(
+            info.file,
+            "holds experts in another layout than they are computed in, which backing=mmap cannot "
+            "read in place; use backing=arena, or convert the checkpoint with jaxmoe_convert",
+            info.name,
+        )
     try:
         store.set_mapped(
             plan.moe_layer_idx, plan.expert, plan.which, mapped[info.file], info.offset

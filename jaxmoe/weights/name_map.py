@@ -40,6 +40,18 @@ class TensorSource:
         return tuple(tensor.name for tensor in self.tensors)
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedExperts:
+    """A tensor that holds a matrix of all experts of a layer, `[E, *slab]`.
+
+    cut: makes one expert's matrix `[N, K]`, as the layer applies it, of its slab: a copy or a view.
+    """
+
+    tensor: str
+    slab: tuple[int, ...]
+    cut: Callable[[np.ndarray], np.ndarray]
+
+
 class NameMap(Protocol):
     def tensors_for(self, path: str) -> TensorSource:
         """The source of the leaf at a path of `Description.specs`."""
@@ -47,6 +59,10 @@ class NameMap(Protocol):
 
     def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
         """The weight of one routed expert: gate and up `[F, D]`, down `[D, F]`."""
+        ...
+
+    def packed_experts(self, layer: int, which: Matrix) -> PackedExperts | None:
+        """Where all experts of a layer lie in one tensor; None where each has its own."""
         ...
 
     def scale_tensor(self, weight: str) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.weights.model_registry import ModelRegistry, experts_path
-from jaxmoe.weights.name_map import Matrix, StoredTensor, TensorSource
+from jaxmoe.weights.name_map import Matrix, PackedExperts, StoredTensor, TensorSource
 from jaxmoe.weights.open_files import OpenFiles
 from jaxmoe.weights.param_spec import Formats, ParamSpec, WeightFormat
 from jaxmoe.weights.prepared_marks import MANIFEST, refuse_unfinished
@@ -84,6 +84,9 @@ class PreparedNames:
 
     def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
         return f"{experts_path(layer)}.{expert}.{which}"
+
+    def packed_experts(self, layer: int, which: Matrix) -> PackedExperts | None:
+        return None
 
     def scale_tensor(self, weight: str) -> str:
         return f"{weight}.scale_inv"

@@ -21,7 +21,7 @@ from jaxmoe.weights.param_spec import SCALE_BLOCK, ParamKind
 from jaxmoe.weights.progress import ByteProgress
 from jaxmoe.weights.random_values import RandomValues
 from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES, ShardWriter, write_index
-from jaxmoe.weights.tensor_table import expert_layouts, expert_tensors
+from jaxmoe.weights.tensor_table import expert_layouts, expert_tensors, packed_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,14 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
                 continue
             seen.add(tensor.name)
             kind = spec.kind
-            if len(tensor.shape) == 2 and "F8_E4M3" not in tensor.dtypes and len(tensor.dtypes) > 1:
+            is_float = "F8_E4M3" not in tensor.dtypes and len(tensor.dtypes) > 1
+            if kind != "bias" and len(tensor.shape) == 2 and is_float:
                 kind = "scale_inv"  # of a weight that is dequantized while it is loaded
             yield _invent(tensor, kind, config)
     for layer, layout in zip(config.moe_layers, expert_layouts(config, formats), strict=True):
+        packed = packed_tensors(layout, names, layer).values()
+        for tensor in {stored.name: stored for stored, _ in packed}.values():
+            yield _invent(tensor, "matrix", config)
         for expert in range(layout.num_experts):
             for weight, scale in expert_tensors(layout, names, layer, expert).values():
                 yield _invent(weight, "matrix", config)
@@ -64,8 +68,8 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
 
 def _invent(tensor: StoredTensor, kind: ParamKind, config: ModelConfig) -> InventedTensor:
     dtype = tensor.dtypes[0]
-    # Small tensors are shipped in the model's own dtype; biases and scales in float32.
-    if kind == "norm" and config.weight_dtype == "bfloat16" and "BF16" in tensor.dtypes:
+    # Small tensors are shipped in the model's own dtype; router biases and scales in float32.
+    if kind in ("norm", "bias") and config.weight_dtype == "bfloat16" and "BF16" in tensor.dtypes:
         dtype = "BF16"
     fan_in = tensor.shape[-1] * (SCALE_BLOCK if kind == "scale_inv" else 1)
     return InventedTensor(tensor.name, dtype, tensor.shape, kind, fan_in)

@@ -51,7 +51,7 @@ class RandomValues:
             out[...] = (1 + 0.1 * self._generator(name).standard_normal(out.shape)).astype(
                 out.dtype
             )
-        else:  # router_bias
+        else:  # bias, router_bias
             out[...] = (0.01 * self._generator(name).standard_normal(out.shape)).astype(out.dtype)
 
     def _generator(self, name: str) -> np.random.Generator:

@@ -44,6 +44,7 @@ COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tiktoken.model",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",

@@ -8,14 +8,22 @@ them together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import get_args
+
+import numpy as np
 
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.weights.host_store import ExpertLayout
 from jaxmoe.weights.model_registry import experts_path
-from jaxmoe.weights.name_map import Matrix, NameMap, StoredTensor, TensorSource
+from jaxmoe.weights.name_map import (
+    Matrix,
+    NameMap,
+    PackedExperts,
+    StoredTensor,
+    TensorSource,
+)
 from jaxmoe.weights.param_spec import Formats, ParamSpec, WeightFormat, num_blocks
 from jaxmoe.weights.safetensors_header import TensorInfo, show
 from jaxmoe.weights.safetensors_reader import Checkpoint
@@ -42,13 +50,19 @@ class LeafPlan:
 
 @dataclasses.dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix of one routed expert. `moe_layer_idx` counts MoE layers only."""
+    """One matrix of one routed expert. `moe_layer_idx` counts MoE layers only.
+
+    weight: the expert's own tensor, or its part of one of all experts. cut: what makes the matrix,
+    of `shape [N, K]`, of that part; None where it is stored as it is used.
+    """
 
     moe_layer_idx: int
     expert: int
     which: Matrix
     weight: TensorInfo
     scale: TensorInfo | None
+    shape: tuple[int, int]
+    cut: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +99,8 @@ def expert_tensors(
     """The weights of one expert, and their block scales, as a checkpoint must hold them."""
     wanted: dict[Matrix, tuple[StoredTensor, StoredTensor | None]] = {}
     for which in MATRICES:
+        if names.packed_experts(layer, which) is not None:
+            continue
         name = names.expert_tensor(layer, expert, which)
         n, k = layout.shape(which)
         scale = None
@@ -93,6 +109,37 @@ def expert_tensors(
             scale = StoredTensor(names.scale_tensor(name), shape, _SCALE_DTYPES)
         wanted[which] = (StoredTensor(name, (n, k), (_DTYPE_OF_FORMAT[layout.format],)), scale)
     return wanted
+
+
+def packed_tensors(
+    layout: ExpertLayout, names: NameMap, layer: int
+) -> dict[Matrix, tuple[StoredTensor, PackedExperts]]:
+    """The tensors that hold a matrix of all experts; gate and up may share one.
+
+    Raises:
+      CheckpointError: for formats whose scales would have to be cut too.
+    """
+    wanted: dict[Matrix, tuple[StoredTensor, PackedExperts]] = {}
+    for which in MATRICES:
+        packed = names.packed_experts(layer, which)
+        if packed is None:
+            continue
+        if layout.format == "fp8_block":
+            raise CheckpointError(
+                f"tensor '{packed.tensor}' packs FP8 experts; supported for packed ones: BF16, F32"
+            )
+        shape = (layout.num_experts, *packed.slab)
+        stored = StoredTensor(packed.tensor, shape, (_DTYPE_OF_FORMAT[layout.format],))
+        wanted[which] = stored, packed
+    return wanted
+
+
+def _slab(info: TensorInfo, expert: int) -> TensorInfo:
+    """One expert's part of a packed tensor."""
+    nbytes = info.nbytes // info.shape[0]
+    return dataclasses.replace(
+        info, shape=info.shape[1:], offset=info.offset + expert * nbytes, nbytes=nbytes
+    )
 
 
 def build_table(
@@ -115,12 +162,23 @@ def build_table(
         leaves.append(LeafPlan(path, spec, source, tuple(i for i in infos if i is not None)))
     matrices = []
     for moe_layer_idx, (layer, layout) in enumerate(zip(config.moe_layers, layouts, strict=True)):
+        for which, (stored, packed) in packed_tensors(layout, names, layer).items():
+            info = finder.find(stored)
+            if info is None or info.shape != stored.shape:
+                continue  # a problem, and noted as one
+            for expert in range(layout.num_experts):
+                part = _slab(info, expert)
+                plan = MatrixPlan(
+                    moe_layer_idx, expert, which, part, None, layout.shape(which), packed.cut
+                )
+                matrices.append(plan)
         for expert in range(layout.num_experts):
             for which, (weight, scale) in expert_tensors(layout, names, layer, expert).items():
                 info = finder.find(weight)
                 scale_info = None if scale is None else finder.find(scale, scale_of=weight.name)
                 if info is not None:
-                    plan = MatrixPlan(moe_layer_idx, expert, which, info, scale_info)
+                    shape = layout.shape(which)
+                    plan = MatrixPlan(moe_layer_idx, expert, which, info, scale_info, shape)
                     matrices.append(plan)
     ignored = finder.check_rest(names)
     finder.refuse()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxmoe.ffi.reference import ReferenceOps
 
 D, T = 32, 7
 MLA = MlaConfig(3, 24, 40, 16, 8, 12, softmax_scale=0.3)
-GQA = GqaConfig(4, 2, 16, softmax_scale=0.25, qk_norm=True)
+GQA = GqaConfig(4, 2, 16, softmax_scale=0.25, qk_norm="head")
 
 
 def fill(module: nnx.Module, seed: int = 0) -> dict[str, np.ndarray]:
@@ -102,10 +103,29 @@ def test_gqa_with_qk_norm():
     np.testing.assert_allclose(y, out.reshape(T, -1) @ w["o"].T, rtol=1e-4, atol=1e-5)
 
 
+def test_gqa_with_biases_row_norm_clipping_and_partial_rotation():
+    config = dataclasses.replace(GQA, qk_norm="row", qkv_bias=True, qkv_clip=0.8)
+    module = GqaAttention(config, RopeConfig(8, 50.0, False), D, 1e-3, lambda path: "f32", "a")
+    w = fill(module)
+    b = {name: np.asarray(getattr(module, name).bias[...]) for name in "qkv"}
+    x, y = run(module, [(2, 16), (2, 16)])
+
+    w = {name: np.asarray(getattr(module, name).data[...]) for name in "qkvo"} | {
+        name: w[name] for name in ("q_norm", "k_norm")
+    }
+    q = norm(x @ w["q"].T + b["q"], w["q_norm"], 1e-3)
+    k = norm(x @ w["k"].T + b["k"], w["k_norm"], 1e-3)
+    q, k, v = (np.clip(a, -0.8, 0.8) for a in (q, k, x @ w["v"].T + b["v"]))
+    q, k, v = q.reshape(T, 4, 16), k.reshape(T, 2, 16), v.reshape(T, 2, 16)
+    q, k = (np.concatenate([rotate(a[..., :8], 50.0, False), a[..., 8:]], axis=-1) for a in (q, k))
+    out = attend(q, k.repeat(2, axis=1), v.repeat(2, axis=1), 0.25)
+    np.testing.assert_allclose(y, out.reshape(T, -1) @ w["o"].T, rtol=1e-4, atol=1e-5)
+
+
 def test_leaves_follow_the_configuration():
     rope = RopeConfig(8, 50.0, True)
     plain = MlaAttention(MlaConfig(3, None, 40, 16, 8, 12, 0.3), rope, D, lambda path: "f32", "a")
     assert not hasattr(plain, "q_a") and plain.q.data.shape == (72, D)
-    without = GqaConfig(4, 2, 16, 0.25, qk_norm=False)
+    without = GqaConfig(4, 2, 16, 0.25, qk_norm="none")
     module = GqaAttention(without, RopeConfig(16, 50.0, False), D, 1e-6, lambda path: "f32", "a")
     assert not hasattr(module, "q_norm")

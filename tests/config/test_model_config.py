@@ -133,7 +133,7 @@ def test_qwen3_as_published(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         config = ModelConfig.from_hf(QWEN3_30B)
     assert not caplog.records
-    assert config.attention == GqaConfig(32, 4, 128, 128**-0.5, qk_norm=True)
+    assert config.attention == GqaConfig(32, 4, 128, 128**-0.5, qk_norm="head")
     assert not config.rope.interleaved and config.rope.scaling is None
     assert config.rope.theta == 1e6
     assert config.mlp_types == ("moe",) * 48

@@ -35,6 +35,8 @@ class Case:
     cache_dtype: type = jnp.bfloat16
     q_dtype: type = jnp.bfloat16
     padding: int = 0
+    window: int | None = None
+    sinks: bool = False
 
     def build(self, seed=0):
         rng = np.random.default_rng(seed)
@@ -72,7 +74,10 @@ class Case:
         new = [jnp.array(rng.standard_normal((t, k, m)), self.q_dtype) for m in dims]
         cache = tuple(jnp.array(pages, self.cache_dtype) for pages in cache)
         args = (q, new[0], new[1] if separate else None, cache, step)
-        return args, {"scale": h**-0.5, "v_dim": v}
+        options = {"scale": h**-0.5, "v_dim": v, "window": self.window}
+        if self.sinks:
+            options["sinks"] = jnp.array(2.0 * rng.standard_normal(n), jnp.float32)
+        return args, options
 
 
 CASES = [
@@ -85,6 +90,10 @@ CASES = [
     Case("mla", 16, [0, 40], [6, 1], jnp.bfloat16, jnp.float32),
     Case("mla", 64, [700], [2], jnp.float32, jnp.float32),
     Case("wide", 16, [20, 600], [3, 1]),
+    Case("gqa", 16, [0, 30, 1100], [40, 1, 12], padding=3, window=20, sinks=True),
+    Case("odd", 3, [10, 0], [1, 9], jnp.float32, jnp.float32, window=4),
+    Case("gqa", 16, [1000, 530], [3, 3], jnp.float32, jnp.float32, sinks=True),
+    Case("gqa", 16, [1100], [1], window=600, sinks=True),
 ]
 
 
@@ -102,7 +111,7 @@ def test_attend(isa_runtime, case):
         assert not np.asarray(got)[-case.padding :].any()
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[6], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[6], CASES[8], CASES[9]], ids=str)
 def test_a_token_is_the_same_bits_in_any_packing(isa_runtime, case):
     """Alone, with its row's others, with padding: whatever the threads share."""
     (q, k_new, v_new, cache, step), options = case.build()

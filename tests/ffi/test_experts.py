@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.native import FORMATS, Layer, bits, make_store
 
+from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi import reference
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.native_ops import NativeOps
@@ -59,6 +60,35 @@ def test_experts(
         rounded = rounds_hidden(isa_runtime, family, weight_format, dtype)
         assert not (rounded and dtype == jnp.float32)
         close(got, want, rounded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("activation", [None, ClampedSwiglu(1.702, 2.0)])
+def test_biases_and_clamped_swiglu(isa_runtime, family, weight_format, activation):
+    num_experts, f, d = 6, 50, 70
+    rng = np.random.default_rng(0)
+    layer = Layer.random(rng, weight_format, num_experts, f, d)
+    x, ids, weights = inputs(5, 9, d, num_experts, 3)
+    ops = reference.ReferenceOps([layer.weights])
+    biases = tuple(
+        jnp.array(4.0 * rng.standard_normal((num_experts, f)), jnp.float32) for _ in "gu"
+    )
+    options = {"activation": activation, "biases": biases}
+    want = ops.experts(x, ids, weights, 0, **options)
+    without = ops.experts(x, ids, weights, 0, activation=activation)
+    size = float(jnp.abs(want).max())
+    assert float(jnp.abs(want - without).max()) > 0.1 * size
+    training = reference.BatchedSequenceOps([layer.weights], 1)
+    np.testing.assert_allclose(
+        training.experts(x, ids, weights, 0, **options), want, rtol=1e-4, atol=1e-4 * size
+    )
+    with make_store(isa_runtime, layer) as store:
+        got = NativeOps(isa_runtime, store, family).experts(x, ids, weights, 0, **options)
+        close(got, want, rounds_hidden(isa_runtime, family, weight_format, jnp.bfloat16))
+        with pytest.raises(NATIVE_ERRORS, match="the up bias"):
+            wrong = (biases[0], biases[1][:, :-1])
+            NativeOps(isa_runtime, store, family).experts(x, ids, weights, 0, biases=wrong)
 
 
 def diagonal(codes: np.ndarray) -> Weight:

@@ -105,17 +105,22 @@ def test_training_experts_have_the_oracle_gradients():
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize("mla", [False, True])
-def test_attend_paged_equals_whole_sequences(mla):
+@pytest.mark.parametrize(
+    ("mla", "window", "with_sinks"),
+    [(False, None, False), (True, None, False), (False, 4, True), (False, None, True)],
+)
+def test_attend_paged_equals_whole_sequences(mla, window, with_sinks):
     """Two sequences through scattered pages in two steps equal what attention alone gives."""
     rng = np.random.default_rng(3)
+    sinks = jnp.array(rng.standard_normal(6), jnp.float32) if with_sinks else None
+    options = {"scale": 0.3, "window": window, "sinks": sinks}
     n, k, h, v = (6, 1, 12, 8) if mla else (6, 2, 12, 12)
     length, z = 11, 4
     q, keys = (rng.standard_normal((2 * length, m, h)).astype(np.float32) for m in (n, k))
     values = None if mla else rng.standard_normal((2 * length, k, v)).astype(np.float32)
     whole, _ = reference.BatchedSequenceOps([], 2).attend(
         jnp.array(q), jnp.array(keys), None if mla else jnp.array(values), (), None,
-        scale=0.3, v_dim=v,
+        v_dim=v, **options,
     )  # fmt: skip
 
     tables = np.array([[7, 2, 5, -1], [0, 9, 3, -1]], np.int32)
@@ -135,7 +140,7 @@ def test_attend_paged_equals_whole_sequences(mla):
         )
         v_new = None if values is None else jnp.array(values[index])
         got, cache = reference.ReferenceOps().attend(
-            jnp.array(q[index]), jnp.array(keys[index]), v_new, cache, step, scale=0.3, v_dim=v
+            jnp.array(q[index]), jnp.array(keys[index]), v_new, cache, step, v_dim=v, **options
         )
         assert not np.asarray(got)[-1].any()
         out[index[:-1]] = np.asarray(got)[:-1]
@@ -143,7 +148,9 @@ def test_attend_paged_equals_whole_sequences(mla):
 
     # And against float64 for one head of one token.
     t, head = length + 5, n - 1
-    kk = keys[length : t + 1, head // (n // k)].astype(np.float64)
-    vv = kk[:, :v] if values is None else values[length : t + 1, head // (n // k)]
+    first = length if window is None else t + 1 - window
+    kk = keys[first : t + 1, head // (n // k)].astype(np.float64)
+    vv = kk[:, :v] if values is None else values[first : t + 1, head // (n // k)]
     p = np.exp(kk @ q[t, head] * 0.3)
-    np.testing.assert_allclose(out[t, head], p @ vv / p.sum(), rtol=1e-5, atol=1e-5)
+    total = p.sum() + (0.0 if sinks is None else np.exp(float(sinks[head])))
+    np.testing.assert_allclose(out[t, head], p @ vv / total, rtol=1e-5, atol=1e-5)

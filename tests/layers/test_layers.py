@@ -42,6 +42,21 @@ def test_linear(out_dtype: object):
     np.testing.assert_allclose(np.asarray(y, np.float32), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("out_dtype", [None, "float32"])
+def test_a_bias_is_added_before_rounding(out_dtype: str | None):
+    layer = Linear(6, 5, "f32", bias=True)
+    layer.data.set_value(normal(5, 6))
+    assert layer.bias is not None
+    layer.bias.set_value(normal(5))
+    x = normal(3, 6).astype(jnp.bfloat16)
+    y = layer(x, OPS, out_dtype)
+    exact = jnp.asarray(x, jnp.float32) @ layer.data[...].T + layer.bias[...]
+    expected = exact.astype(out_dtype or jnp.bfloat16)
+    assert y.dtype == expected.dtype
+    np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(expected), rtol=1e-6)
+    assert describe(lambda: Linear(6, 5, "bf16", bias=True)).specs["bias"].dtype == "float32"
+
+
 def test_head_linear_uses_each_heads_own_map():
     layer = HeadLinear(2, 4, 3, "f32")
     layer.data.set_value(normal(2, 3, 4))

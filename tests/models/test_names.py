@@ -38,6 +38,14 @@ def test_every_tensor_is_used_or_known_as_not_needed(case: str):
             for which in ("gate", "up", "down"):
                 name = names.expert_tensor(layer, expert, which)
                 used.add(name)
+                packed = names.packed_experts(layer, which)
+                if packed is not None:
+                    assert packed.tensor == name
+                    assert packed.cut(tensors[name][expert]).shape == (
+                        (config.hidden_size, config.moe.expert_intermediate)
+                        if which == "down"
+                        else (config.moe.expert_intermediate, config.hidden_size)
+                    )
                 if config.quant.format == "fp8_block":
                     used.add(names.scale_tensor(name))
     assert used <= tensors.keys()
@@ -60,6 +68,28 @@ def test_strangers_are_not_ignored():
         assert names.ignored("model.layers.4.eh_proj.weight") == ignored
     tied = models.name_map(dataclasses.replace(config, tie_embeddings=True), {})
     assert tied.ignored("lm_head.weight")
+
+
+def test_an_indexer_is_known_and_not_needed():
+    indexer = "model.layers.0.self_attn.indexer.wq_b.weight"
+    for case, ignored in (
+        ("deepseek_v32_fp8", True),
+        ("glm_moe_dsa", True),
+        ("deepseek_v3", False),
+    ):
+        names = models.name_map(ModelConfig.from_hf(tiny_models.hf_config(case)), {})
+        assert names.ignored(indexer) == ignored
+
+
+def test_parts_of_a_larger_model():
+    names = models.name_map(ModelConfig.from_hf(tiny_models.hf_config("kimi_k25")), {})
+    weight = "language_model.model.layers.0.self_attn.o_proj.weight"
+    assert names.weight_name("layers.0.attention.o") == weight
+    assert names.weight_name("lm_head") == "language_model.lm_head.weight"
+    for name in ("vision_tower.patch_embed.proj.bias", "mm_projector.proj.0.weight"):
+        assert names.ignored(name)
+    for name in ("model.layers.0.self_attn.o_proj.weight", "audio_tower.x", weight):
+        assert not names.ignored(name)
 
 
 @pytest.mark.parametrize(("nope", "v"), [(128, 128), (128, 256), (192, 128), (64, 96)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from support import tiny_models
 from support.tiny_runner import stored_formats
@@ -18,6 +21,14 @@ def config_of(case: str) -> ModelConfig:
 
 def test_what_parses_has_names():
     assert models.SUPPORTED.keys() == families.PARSERS.keys()
+
+
+def test_the_readme_names_every_architecture_and_no_other():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+For\w+)` \|", readme, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(models.SUPPORTED)
+    held = re.findall(r"^\| [\w.-]+-like, (?:BF16|FP8) \|", readme, flags=re.MULTILINE)
+    assert len(held) == len(tiny_models.CASES)
 
 
 @pytest.mark.parametrize("case", tiny_models.CASES)
@@ -44,6 +55,13 @@ def test_modules_kept_in_bfloat16():
     assert formats("layers.1.attention.q_a") == "fp8_block"
     assert formats("layers.1.attention.o") == "bf16"
     assert formats("layers.1.mlp.router.logits") == "bf16"
+
+
+def test_a_router_may_be_float32_of_its_own():
+    config = config_of("minimax_m2_fp8")
+    assert models.configured_formats(config)("layers.1.mlp.router.logits") == "f32"
+    assert models.configured_formats(config)("layers.1.mlp.experts") == "fp8_block"
+    assert config.quant.not_converted[0] == "gate"
 
 
 Q_A = "model.layers.0.self_attn.q_a_proj.weight"

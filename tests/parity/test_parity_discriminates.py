@@ -19,7 +19,7 @@ NUM_TOKENS = 32
 
 
 def edit(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
-    """Changes fields by path: `attention__qk_norm=False`, `moe__router__num_groups=1`."""
+    """Changes fields by path: `attention__qk_norm="none"`, `moe__router__num_groups=1`."""
 
     def apply(node: Any) -> Any:
         for path, value in changes.items():
@@ -45,12 +45,40 @@ MUTATIONS = {
     "no renormalisation": ("qwen3_moe", edit(moe__router__renormalize=False)),
     "no scaling factor": ("kimi_k2", edit(moe__router__weight_scale=1.0)),
     "no shared experts": ("deepseek_v2_lite", edit(moe__shared_intermediate=0)),
-    "no QK norm": ("qwen3_moe", edit(attention__qk_norm=False)),
+    "no QK norm": ("qwen3_moe", edit(attention__qk_norm="none")),
     "other norm eps": ("qwen3_moe", edit(norm_eps=1e-2)),
+    "no renormalisation of two": ("mixtral", edit(moe__router__renormalize=False)),
+    "no QK norm of the row": ("olmoe", edit(attention__qk_norm="none")),
+    "no clipping": ("olmoe", edit(attention__qkv_clip=None)),
+    "no sinks": ("gpt_oss", edit(attention__sinks=False)),
+    "no window": ("gpt_oss", edit(windows=())),
+    "no clamping": ("gpt_oss", edit(moe__activation__limit=1e9)),
+    "no expert biases": ("gpt_oss", edit(moe__expert_bias=False)),
+    "no router bias": ("gpt_oss", edit(moe__router__logit_bias=False)),
+    "no YaRN concentration": ("gpt_oss", edit(rope__scaling__attention_factor=1.0)),
+    "no biases": ("glm4_moe", edit(attention__qkv_bias=False)),
+    "whole heads turned": ("glm4_moe", edit(rope__dim=128)),
+    "scale of the part without rope": ("glm4_moe_lite", edit(attention__softmax_scale=192**-0.5)),
+    "no correction bias of its own place": (
+        "minimax_m2",
+        edit(moe__router__correction_bias=False),
+    ),
+    "no YaRN mscale at K2.5's factor": ("kimi_k25", edit(attention__softmax_scale=192**-0.5)),
 }
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+# For the slow run: like another family's, or beside a mutation of the same family.
+SLOW = (
+    *("no renormalisation of two", "no clipping", "scale of the part without rope"),
+    *("no YaRN mscale at K2.5's factor", "no expert biases", "no router bias"),
+    "no YaRN concentration",
+)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MUTATIONS],
+)
 def test_mutation_is_noticed(mutation: str):
     case, change = MUTATIONS[mutation]
     fixture = load_fixture(case)

@@ -31,9 +31,19 @@ CASES = (
     "kimi_k2_fp8",
     "qwen3_moe",
     "qwen3_moe_fp8",
+    "mixtral",
+    "olmoe",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
+    "minimax_m2_fp8",
+    "kimi_k25",
+    "gpt_oss",
+    "deepseek_v32_fp8",
+    "glm_moe_dsa",
 )
 # Written as several files with an index; the others are one file.
-SHARDED = ("deepseek_v3", "qwen3_moe_fp8")
+SHARDED = ("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25")
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -86,19 +96,34 @@ class _Builder:
         is_qwen = config["model_type"] == "qwen3_moe"
         self.scale_dtype = BF16 if is_qwen else F32
 
-    def matrix(self, name: str, n: int, k: int, gain: float = 1.0, *, plain: bool = False) -> None:
-        """A linear map whose outputs have about `gain` times the variance of its inputs."""
+    def matrix(
+        self,
+        name: str,
+        n: int,
+        k: int,
+        gain: float = 1.0,
+        *,
+        plain: bool = False,
+        dtype: np.dtype = BF16,
+    ) -> None:
+        """A linear map whose outputs have about `gain` times the variance of its inputs.
+
+        `plain`: not quantized, whatever the case, but of `dtype`.
+        """
         w = _normal(name, self.seed, (n, k)) * np.float32(gain / k**0.5)
         if self.fp8 and not plain:
             data, scale = fp8_quantize(w, self.scale_dtype)
             self.tensors[f"{name}.weight"] = data
             self.tensors[f"{name}.weight_scale_inv"] = scale
         else:
-            self.tensors[f"{name}.weight"] = w.astype(BF16)
+            self.tensors[f"{name}.weight"] = w.astype(dtype)
 
     def norm(self, name: str, size: int) -> None:
         w = 1.0 + 0.3 * _normal(name, self.seed, (size,))
         self.tensors[f"{name}.weight"] = w.astype(BF16)
+
+    def vector(self, name: str, shape: tuple[int, ...], size: float = 0.5) -> None:
+        self.tensors[name] = (size * _normal(name, self.seed, shape)).astype(BF16)
 
     def mlp(self, prefix: str, hidden: int, width: int) -> None:
         self.matrix(f"{prefix}.gate_proj", width, hidden, 1.5)
@@ -110,6 +135,7 @@ class _Builder:
 def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     """All tensors of a case by their published names, with those a loader has to ignore."""
     config = hf_config(case)
+    config = config.get("text_config", config)
     b = _Builder(config, seed)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     b.tensors["model.embed_tokens.weight"] = _normal("embed", seed, (vocab, hidden)).astype(BF16)
@@ -119,12 +145,16 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
         prefix = f"model.layers.{i}"
         b.norm(f"{prefix}.input_layernorm", hidden)
         b.norm(f"{prefix}.post_attention_layernorm", hidden)
-        if config["model_type"] == "qwen3_moe":
-            _gqa(b, f"{prefix}.self_attn")
-        else:
+        if "kv_lora_rank" in config:
             _mla(b, f"{prefix}.self_attn")
+        else:
+            _gqa(b, f"{prefix}.self_attn")
         if i < config.get("first_k_dense_replace", 0):
             b.mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
+        elif config["model_type"] == "gpt_oss":
+            _packed_moe(b, f"{prefix}.mlp")
+        elif config["model_type"] in ("mixtral", "minimax_m2"):
+            _block_sparse_moe(b, f"{prefix}.block_sparse_moe")
         else:
             _moe(b, f"{prefix}.mlp")
     for i in range(num_layers, num_layers + num_extra):  # the draft head of training
@@ -140,6 +170,10 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
             b.tensors[name] = np.ones(32, np.float32)
     b.norm("model.norm", hidden)
     b.matrix("lm_head", vocab, hidden, 2.0, plain=True)
+    if case == "kimi_k25":  # the text model of a larger one
+        b.tensors = {f"language_model.{name}": array for name, array in b.tensors.items()}
+        b.matrix("vision_tower.encoder.blocks.0.wqkv", 192, 64)
+        b.matrix("mm_projector.linear_1", 64, 64)
     return b.tensors
 
 
@@ -157,31 +191,77 @@ def _mla(b: _Builder, prefix: str) -> None:
     b.norm(f"{prefix}.kv_a_layernorm", latent)
     b.matrix(f"{prefix}.kv_b_proj", heads * (nope + v), latent)
     b.matrix(f"{prefix}.o_proj", hidden, heads * v, 1.5)
+    if "index_topk" in c:
+        index_heads, index_dim = c["index_n_heads"], c["index_head_dim"]
+        b.matrix(f"{prefix}.indexer.wq_b", index_heads * index_dim, c["q_lora_rank"])
+        b.matrix(f"{prefix}.indexer.wk", index_dim, hidden)
+        b.norm(f"{prefix}.indexer.k_norm", index_dim)
+        b.vector(f"{prefix}.indexer.k_norm.bias", (index_dim,))
+        b.matrix(f"{prefix}.indexer.weights_proj", index_heads, hidden, plain=True)
 
 
 def _gqa(b: _Builder, prefix: str) -> None:
     c = b.config
-    hidden, head_dim = c["hidden_size"], c["head_dim"]
-    b.matrix(f"{prefix}.q_proj", c["num_attention_heads"] * head_dim, hidden)
-    b.matrix(f"{prefix}.k_proj", c["num_key_value_heads"] * head_dim, hidden)
-    b.matrix(f"{prefix}.v_proj", c["num_key_value_heads"] * head_dim, hidden)
-    b.matrix(f"{prefix}.o_proj", hidden, c["num_attention_heads"] * head_dim, 1.5)
-    b.norm(f"{prefix}.q_norm", head_dim)
-    b.norm(f"{prefix}.k_norm", head_dim)
+    hidden, num_heads = c["hidden_size"], c["num_attention_heads"]
+    head_dim = c.get("head_dim") or hidden // num_heads
+    q_row, kv_row = num_heads * head_dim, c["num_key_value_heads"] * head_dim
+    for which, row in (("q", q_row), ("k", kv_row), ("v", kv_row)):
+        b.matrix(f"{prefix}.{which}_proj", row, hidden)
+        if c.get("attention_bias"):
+            b.vector(f"{prefix}.{which}_proj.bias", (row,))
+    b.matrix(f"{prefix}.o_proj", hidden, q_row, 1.5)
+    if c["model_type"] == "gpt_oss":
+        b.vector(f"{prefix}.o_proj.bias", (hidden,))
+        b.vector(f"{prefix}.sinks", (num_heads,), 2.0)
+    if c["model_type"] in ("qwen3_moe", "glm4_moe"):
+        b.norm(f"{prefix}.q_norm", head_dim)
+        b.norm(f"{prefix}.k_norm", head_dim)
+    elif c["model_type"] in ("olmoe", "minimax_m2"):
+        b.norm(f"{prefix}.q_norm", q_row)
+        b.norm(f"{prefix}.k_norm", kv_row)
 
 
 def _moe(b: _Builder, prefix: str) -> None:
     c = b.config
-    hidden, width = c["hidden_size"], c["moe_intermediate_size"]
+    hidden, width = c["hidden_size"], c.get("moe_intermediate_size") or c["intermediate_size"]
     num_experts = c.get("n_routed_experts") or c["num_experts"]
     b.matrix(f"{prefix}.gate", num_experts, hidden, 1.5, plain=True)
-    if c.get("topk_method") == "noaux_tc":
+    if c.get("topk_method") == "noaux_tc" or c["model_type"] in ("glm4_moe", "glm4_moe_lite"):
         name = f"{prefix}.gate.e_score_correction_bias"
         b.tensors[name] = 0.2 * _normal(name, b.seed, (num_experts,))
     if c.get("n_shared_experts"):
         b.mlp(f"{prefix}.shared_experts", hidden, width * c["n_shared_experts"])
     for e in range(num_experts):
         b.mlp(f"{prefix}.experts.{e}", hidden, width)
+
+
+def _block_sparse_moe(b: _Builder, prefix: str) -> None:
+    c = b.config
+    hidden, width, num_experts = c["hidden_size"], c["intermediate_size"], c["num_local_experts"]
+    is_minimax = c["model_type"] == "minimax_m2"
+    router_dtype = F32 if is_minimax else BF16
+    b.matrix(f"{prefix}.gate", num_experts, hidden, 1.5, plain=True, dtype=router_dtype)
+    if is_minimax:
+        name = f"{prefix}.e_score_correction_bias"
+        b.tensors[name] = 0.2 * _normal(name, b.seed, (num_experts,))
+    for e in range(num_experts):
+        b.matrix(f"{prefix}.experts.{e}.w1", width, hidden, 1.5)
+        b.matrix(f"{prefix}.experts.{e}.w3", width, hidden, 1.5)
+        b.matrix(f"{prefix}.experts.{e}.w2", hidden, width)
+
+
+def _packed_moe(b: _Builder, prefix: str) -> None:
+    """All experts in one tensor, inputs first, gate and up in alternate columns. Values are large
+    enough to reach the activation's limit.
+    """
+    c = b.config
+    hidden, width, num_experts = c["hidden_size"], c["intermediate_size"], c["num_local_experts"]
+    b.matrix(f"{prefix}.router", num_experts, hidden, 1.5)
+    b.vector(f"{prefix}.router.bias", (num_experts,))
+    b.vector(f"{prefix}.experts.gate_up_proj", (num_experts, hidden, 2 * width), 3.0 / hidden**0.5)
+    b.vector(f"{prefix}.experts.gate_up_proj_bias", (num_experts, 2 * width))
+    b.vector(f"{prefix}.experts.down_proj", (num_experts, width, hidden), 0.5 / width**0.5)
+    b.vector(f"{prefix}.experts.down_proj_bias", (num_experts, hidden))
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:

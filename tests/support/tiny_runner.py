@@ -35,6 +35,11 @@ def _stack_experts(tensors: Mapping[str, np.ndarray], names: Any, config: ModelC
     for layer in config.moe_layers:
         matrices = {}
         for which in ("gate", "up", "down"):
+            packed = names.packed_experts(layer, which)
+            if packed is not None:
+                parts = [packed.cut(part) for part in tensors[packed.tensor]]
+                matrices[which] = Weight(jnp.asarray(np.stack(parts)))
+                continue
             wanted = [
                 names.expert_tensor(layer, e, which) for e in range(config.moe.router.num_experts)
             ]

@@ -80,6 +80,8 @@ struct Cache {
 struct Step {
   std::vector<int32_t> rows, positions;
   std::vector<float> q;
+  int64_t window = 0;
+  std::vector<float> sinks;
 
   Step(const Shape& shape, const std::vector<Token>& tokens) {
     for (const Token& token : tokens) {
@@ -115,7 +117,16 @@ struct Step {
     call.pages_per_row = cache.pages_per_row;
     call.num_rows = static_cast<int64_t>(cache.tables.size()) / cache.pages_per_row;
     call.out = out;
+    call.window = window;
+    call.sinks = sinks.empty() ? nullptr : sinks.data();
     return call;
+  }
+  // As layers of gpt-oss have them: some sinks far above all scores, some far below.
+  Step with(int64_t new_window, int64_t heads) const {
+    Step step = *this;
+    step.window = new_window;
+    for (int64_t n = 0; n < heads; ++n) step.sinks.push_back(static_cast<float>(n % 5 - 2) * 4.0f);
+    return step;
   }
 };
 
@@ -139,7 +150,9 @@ void check_against_double(const Cache& cache, const Step& step, const std::vecto
       const int64_t kv = n / (s.heads / s.kv_heads);
       std::vector<double> scores, want(static_cast<size_t>(s.v_dim));
       double top = -1e300, sum = 0;
-      for (int64_t p = 0; p <= step.positions[t]; ++p) {
+      const int64_t first =
+          step.window == 0 ? 0 : std::max<int64_t>(0, step.positions[t] + 1 - step.window);
+      for (int64_t p = first; p <= step.positions[t]; ++p) {
         const float* key = cache.key(step.rows[t], p, kv);
         const float* q = step.q.data() + (static_cast<int64_t>(t) * s.heads + n) * s.head_dim;
         double score = 0;
@@ -152,10 +165,13 @@ void check_against_double(const Cache& cache, const Step& step, const std::vecto
       for (size_t p = 0; p < scores.size(); ++p) {
         const double weight = std::exp(scores[p] - top);
         sum += weight;
-        const float* value = cache.value(step.rows[t], static_cast<int64_t>(p), kv);
+        const float* value = cache.value(step.rows[t], first + static_cast<int64_t>(p), kv);
         for (int64_t v = 0; v < s.v_dim; ++v) {
           want[static_cast<size_t>(v)] += weight * static_cast<double>(value[v]);
         }
+      }
+      if (!step.sinks.empty()) {
+        sum += std::exp(static_cast<double>(step.sinks[static_cast<size_t>(n)]) - top);
       }
       for (int64_t v = 0; v < s.v_dim; ++v) {
         const double error =
@@ -200,6 +216,31 @@ JAXMOE_TEST(attention_against_double) {
     for (Isa isa : isas()) {
       auto runtime = make_runtime(2, 0, isa);
       check_against_double(cache, step, run(*runtime, cache, step));
+    }
+  }
+}
+
+JAXMOE_TEST(windows_and_sinks) {
+  for (const Shape& shape : kShapes) {
+    const Cache cache(shape, {70, 1100});
+    std::vector<Token> tokens = tokens_of(0, 20, 70);
+    for (const Token& token : {Token{1, 1099}, Token{-1, 0}, Token{1, 511}, Token{1, 512}}) {
+      tokens.push_back(token);
+    }
+    const size_t per_token = static_cast<size_t>(shape.heads * shape.v_dim);
+    for (int64_t window : {0, 1, 17, 128, 600}) {
+      const Step step = Step(shape, tokens).with(window, shape.heads);
+      for (Isa isa : isas()) {
+        auto runtime = make_runtime(2, 0, isa);
+        const std::vector<float> out = run(*runtime, cache, step);
+        check_against_double(cache, step, out);
+        for (size_t t : {size_t{0}, size_t{13}, size_t{50}, size_t{53}}) {
+          const Step alone = Step(shape, {tokens[t]}).with(window, shape.heads);
+          const std::vector<float> got = run(*runtime, cache, alone);
+          JAXMOE_CHECK(std::memcmp(got.data(), out.data() + t * per_token, per_token * 4) == 0,
+                       "window %d, token %zu", static_cast<int>(window), t);
+        }
+      }
     }
   }
 }

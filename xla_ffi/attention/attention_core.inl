@@ -204,15 +204,19 @@ void attend_chunk(const ChunkCall& call, const SoftmaxState& state) {
     for (i = 0; i < call.m;) {
       const int64_t tile = i + kTileQueries <= call.m ? kTileQueries : 1;
       float factor[kTileQueries] = {};
-      int64_t seen[kTileQueries] = {};
+      int64_t seen[kTileQueries] = {}, from[kTileQueries] = {};
       int64_t common = block;
       for (int64_t j = 0; j < tile; ++j) {
         const int64_t rest = call.visible[i + j] - begin;
         seen[j] = rest < 0 ? 0 : rest < block ? rest : block;
-        common = seen[j] < common ? seen[j] : common;
+        from[j] = call.first[i + j] > begin ? call.first[i + j] - begin : 0;
+        if (from[j] >= seen[j]) seen[j] = 0;
+        // Queries whose window starts within the block go one by one.
+        common = from[j] > 0 ? 0 : seen[j] < common ? seen[j] : common;
         if (seen[j] == 0) continue;
-        factor[j] = softmax_row(call.scores + (i + j) * kKeyBlock, seen[j], state.max + i + j,
-                                state.sum + i + j);
+        float* scores = call.scores + (i + j) * kKeyBlock;
+        for (int64_t s = 0; s < from[j]; ++s) scores[s] = kMinusInfinity;
+        factor[j] = softmax_row(scores, seen[j], state.max + i + j, state.sum + i + j);
       }
       const float* p = call.scores + i * kKeyBlock;
       float* acc = state.acc + i * call.v_ld;
@@ -224,7 +228,8 @@ void attend_chunk(const ChunkCall& call, const SoftmaxState& state) {
       }
       for (int64_t j = 0; j < tile; ++j) {
         if (done < seen[j]) {
-          add_values<1>(p + j * kKeyBlock, values, value_ld, done, seen[j], factor + j,
+          const int64_t start = from[j] > done ? from[j] : done;
+          add_values<1>(p + j * kKeyBlock, values, value_ld, start, seen[j], factor + j,
                         acc + j * call.v_ld, call.v_ld);
         }
       }

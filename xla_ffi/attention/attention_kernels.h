@@ -31,7 +31,8 @@ struct ChunkCall {
   int64_t q_ld = 0;  // padded_dim(head_dim)
   int64_t head_dim = 0, v_dim = 0;
   int64_t v_ld = 0;                  // padded_dim(v_dim)
-  const int32_t* visible = nullptr;  // [m]: query i attends positions 0 to visible[i] - 1
+  const int32_t* visible = nullptr;  // [m]: query i attends positions first[i] to visible[i] - 1
+  const int32_t* first = nullptr;    // [m]
   CacheHead keys;
   CacheHead values;                // data == nullptr: the first v_dim elements of the keys
   const int32_t* pages = nullptr;  // page of position s: pages[s / page_size]

@@ -29,6 +29,7 @@ struct Group {
   int32_t first_head, num_heads;
   int32_t row;
   int64_t length;       // positions the furthest query sees
+  int64_t first_chunk;  // with a window: the first chunk that any query sees
   int64_t first_state;  // with shared chunks: index of its first partial state
 };
 
@@ -50,9 +51,14 @@ class AttentionJob final : public Job {
     return scratch_ + participant_floats_ * participant;
   }
   SoftmaxState partial(int64_t index) const { return state_at(partials_ + state_floats_ * index); }
+  int64_t first_position(int64_t token) const {
+    if (call_.window == 0) return 0;
+    return std::max<int64_t>(0, call_.positions[token] + int64_t{1} - call_.window);
+  }
   void load_queries(const Group& group, float* q, int32_t* visible) const;
   void attend(const Group& group, int64_t chunk, float* scratch, const SoftmaxState& state) const;
-  void finish(const Group& group, const SoftmaxState& state) const;
+  // `spare` is another state's place.
+  void finish(const Group& group, const SoftmaxState& state, const SoftmaxState& spare) const;
 
   const PagedAttentionCall& call_;
   const AttentionKernels& kernels_;
@@ -124,22 +130,25 @@ Status AttentionJob::plan(CpuRuntime& runtime, std::vector<Group>* groups, Scrat
     }
     int64_t count = 1;
     int64_t length = call_.positions[t] + int64_t{1};
+    int64_t begin = first_position(t);
     while (count < most_tokens && t + count < call_.num_tokens &&
            call_.token_rows[t + count] == row) {
       length = std::max(length, call_.positions[t + count] + int64_t{1});
+      begin = std::min(begin, first_position(t + count));
       ++count;
     }
+    const int64_t first_chunk = begin / chunk_;
     for (int64_t k = 0; k < call_.num_kv_heads; ++k) {
       for (int64_t h = 0; h < per_kv_head; h += most_heads) {
         const int64_t heads = std::min(most_heads, per_kv_head - h);
         groups->push_back({static_cast<int32_t>(t), static_cast<int32_t>(count),
                            static_cast<int32_t>(k), static_cast<int32_t>(k * per_kv_head + h),
-                           static_cast<int32_t>(heads), row, length, chunks});
-        chunks += (length + chunk_ - 1) / chunk_;
-        compute += length * heads * count * (call_.head_dim + call_.v_dim);
+                           static_cast<int32_t>(heads), row, length, first_chunk, chunks});
+        chunks += (length + chunk_ - 1) / chunk_ - first_chunk;
+        compute += (length - begin) * heads * count * (call_.head_dim + call_.v_dim);
       }
     }
-    kv_positions += length;
+    kv_positions += length - begin;
     t += count;
   }
   const int64_t num_groups = static_cast<int64_t>(groups->size());
@@ -157,8 +166,8 @@ Status AttentionJob::plan(CpuRuntime& runtime, std::vector<Group>* groups, Scrat
 
   state_floats_ =
       static_cast<int64_t>(align_up(static_cast<size_t>(kMostQueries * (2 + v_ld_)), 16));
-  // Queries, their visible counts, key block, value block, scores, two states.
-  participant_floats_ = kMostQueries * q_ld_ + kMostQueries + kKeyBlock * (q_ld_ + v_ld_) +
+  // Queries, what each sees (to, from), key block, value block, scores, two states.
+  participant_floats_ = kMostQueries * q_ld_ + 2 * kMostQueries + kKeyBlock * (q_ld_ + v_ld_) +
                         kMostQueries * kKeyBlock + 2 * state_floats_;
   participant_floats_ =
       static_cast<int64_t>(align_up(static_cast<size_t>(participant_floats_), 16));
@@ -222,6 +231,7 @@ void AttentionJob::load_queries(const Group& group, float* q, int32_t* visible) 
       for (int64_t h = 0; h < call_.head_dim; ++h) to[h] *= call_.scale;
       for (int64_t h = call_.head_dim; h < q_ld_; ++h) to[h] = 0;
       visible[i] = call_.positions[t] + 1;
+      visible[kMostQueries + i] = static_cast<int32_t>(first_position(t));
     }
   }
 }
@@ -236,7 +246,8 @@ void AttentionJob::attend(const Group& group, int64_t chunk, float* scratch,
   chunk_call.v_dim = call_.v_dim;
   chunk_call.v_ld = v_ld_;
   chunk_call.visible = reinterpret_cast<int32_t*>(scratch + kMostQueries * q_ld_);
-  chunk_call.key_block = scratch + kMostQueries * q_ld_ + kMostQueries;
+  chunk_call.first = chunk_call.visible + kMostQueries;
+  chunk_call.key_block = scratch + kMostQueries * q_ld_ + 2 * kMostQueries;
   chunk_call.value_block = chunk_call.key_block + kKeyBlock * q_ld_;
   chunk_call.scores = chunk_call.value_block + kKeyBlock * v_ld_;
   const int64_t element = call_.cache_type == ActivationType::kF32 ? 4 : 2;
@@ -252,10 +263,27 @@ void AttentionJob::attend(const Group& group, int64_t chunk, float* scratch,
   chunk_call.page_size = call_.page_size;
   chunk_call.begin = chunk * chunk_;
   chunk_call.end = std::min(group.length, chunk_call.begin + chunk_);
+  // Whole blocks that no query sees are not read; those left are the same as in any batch.
+  int32_t begin = chunk_call.first[0];
+  for (int64_t i = 1; i < chunk_call.m; ++i) begin = std::min(begin, chunk_call.first[i]);
+  if (begin > chunk_call.begin) {
+    chunk_call.begin += (begin - chunk_call.begin) / kKeyBlock * kKeyBlock;
+  }
   kernels_.attend_chunk(chunk_call, state);
 }
 
-void AttentionJob::finish(const Group& group, const SoftmaxState& state) const {
+void AttentionJob::finish(const Group& group, const SoftmaxState& state,
+                          const SoftmaxState& spare) const {
+  if (call_.sinks != nullptr) {
+    // A sink is one more position, which weighs in the sum and has no value.
+    const int64_t m = group.num_tokens * group.num_heads;
+    for (int64_t i = 0; i < m; ++i) {
+      spare.max[i] = call_.sinks[group.first_head + i % group.num_heads];
+      spare.sum[i] = 1.0f;
+    }
+    std::memset(spare.acc, 0, static_cast<size_t>(m * v_ld_) * sizeof(float));
+    kernels_.merge(m, v_ld_, state, spare);
+  }
   float* rows[kMostQueries];
   int64_t i = 0;
   for (int64_t t = group.first_token; t < group.first_token + group.num_tokens; ++t) {
@@ -270,32 +298,32 @@ void AttentionJob::run_unit(int, int node, uint32_t unit, int participant) noexc
   unit += first_unit_[node];
   float* scratch = participant_scratch(participant);
   int32_t* visible = reinterpret_cast<int32_t*>(scratch + kMostQueries * q_ld_);
+  float* states = scratch + participant_floats_ - 2 * state_floats_;
+  const SoftmaxState total = state_at(states), part = state_at(states + state_floats_);
   if (share_chunks_) {
     const int32_t g = unit_group_[unit];
     const Group& group = groups_[g];
     load_queries(group, scratch, visible);
-    attend(group, unit - group.first_state, scratch, partial(unit));
+    attend(group, group.first_chunk + unit - group.first_state, scratch, partial(unit));
     // Whoever ends the group's last chunk merges them, first to last.
     if (chunks_left_[g].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      const SoftmaxState total = partial(group.first_state);
-      for (int64_t chunk = 1; chunk * chunk_ < group.length; ++chunk) {
-        kernels_.merge(group.num_tokens * group.num_heads, v_ld_, total,
-                       partial(group.first_state + chunk));
+      const SoftmaxState first = partial(group.first_state);
+      for (int64_t i = 1; (group.first_chunk + i) * chunk_ < group.length; ++i) {
+        kernels_.merge(group.num_tokens * group.num_heads, v_ld_, first,
+                       partial(group.first_state + i));
       }
-      finish(group, total);
+      finish(group, first, part);
     }
     return;
   }
   const Group& group = groups_[unit];
   load_queries(group, scratch, visible);
-  float* states = scratch + participant_floats_ - 2 * state_floats_;
-  const SoftmaxState total = state_at(states), part = state_at(states + state_floats_);
-  attend(group, 0, scratch, total);
-  for (int64_t chunk = 1; chunk * chunk_ < group.length; ++chunk) {
+  attend(group, group.first_chunk, scratch, total);
+  for (int64_t chunk = group.first_chunk + 1; chunk * chunk_ < group.length; ++chunk) {
     attend(group, chunk, scratch, part);
     kernels_.merge(group.num_tokens * group.num_heads, v_ld_, total, part);
   }
-  finish(group, total);
+  finish(group, total, part);
 }
 
 }  // namespace

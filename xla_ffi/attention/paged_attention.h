@@ -34,6 +34,8 @@ struct PagedAttentionCall {
   const void* q = nullptr;  // [num_tokens, num_heads, head_dim]
   int64_t num_tokens = 0, num_heads = 0, head_dim = 0;
   float scale = 1;
+  int64_t window = 0;            // a token sees its last `window` positions; 0: all
+  const float* sinks = nullptr;  // [num_heads] scores of a position without a value, or none
   ActivationType cache_type = ActivationType::kBf16;
   const void* keys = nullptr;  // [num_pages, page_size, num_kv_heads, head_dim]
   const void* values =

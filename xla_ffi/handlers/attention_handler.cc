@@ -32,11 +32,11 @@ ffi::Error kv_write_impl(ffi::AnyBuffer pages, ffi::AnyBuffer rows, ffi::AnyBuff
 }
 
 // q [T, N, H], keys [P, Z, K, H], token_rows [T], positions [T], block_tables [R, MP], values [P,
-// Z, K, Hv] or none; out f32 [T, N, v_dim].
+// Z, K, Hv] or none, with has_sinks sinks f32 [N]; out f32 [T, N, v_dim].
 ffi::Error attention_impl(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer token_rows,
                           ffi::AnyBuffer positions, ffi::AnyBuffer block_tables,
                           ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
-                          int64_t runtime_id, float scale) {
+                          int64_t runtime_id, float scale, int64_t window, bool has_sinks) {
   constexpr const char* kOp = "paged_attention";
   std::shared_ptr<NativeRuntime> runtime = runtimes().get(runtime_id);
   if (runtime == nullptr) {
@@ -67,12 +67,25 @@ ffi::Error attention_impl(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer 
                    "; wanted a number of heads that is a multiple of the KV heads, and "
                    "no empty dimension");
   }
-  if (rest.size() > 1) {
-    return failure(std::string(kOp) + ": " + std::to_string(rest.size()) +
+  if (window < 0) {
+    return failure(std::string(kOp) + ": window " + std::to_string(window) +
+                   "; wanted a number of positions, or 0 for all");
+  }
+  call.window = window;
+  size_t num_values = rest.size();
+  if (has_sinks) {
+    if (num_values == 0) return failure(std::string(kOp) + ": has_sinks without an array of them");
+    ffi::ErrorOr<ffi::AnyBuffer> sinks = rest.get<ffi::AnyBuffer>(--num_values);
+    if (!sinks.has_value()) return sinks.error();
+    JAXMOE_RETURN_IF_ERROR(expect(kOp, "sinks", *sinks, ffi::DataType::F32, {call.num_heads}));
+    call.sinks = static_cast<const float*>(sinks->untyped_data());
+  }
+  if (num_values > 1) {
+    return failure(std::string(kOp) + ": " + std::to_string(num_values) +
                    " value arrays; wanted one, or none (values are then the first "
                    "elements of the keys)");
   }
-  if (rest.size() == 1) {
+  if (num_values == 1) {
     ffi::ErrorOr<ffi::AnyBuffer> values = rest.get<ffi::AnyBuffer>(0);
     if (!values.has_value()) return values.error();
     JAXMOE_RETURN_IF_ERROR(expect(kOp, "values", *values, keys.element_type(),
@@ -114,6 +127,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoePagedAttention, attention_impl,
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("runtime_id")
-                                  .Attr<float>("scale"));
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<bool>("has_sinks"));
 
 }  // namespace jaxmoe

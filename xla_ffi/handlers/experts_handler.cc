@@ -58,9 +58,11 @@ Status bind_call(const char* op, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyB
   return {};
 }
 
+// With two more arrays, f32 [E, F]: biases of gate and up.
 ffi::Error experts_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
-                        ffi::Result<ffi::AnyBuffer> y, int64_t runtime_id, int64_t store_id,
-                        int64_t layer, int64_t family) {
+                        ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> y,
+                        int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
+                        float alpha, float limit) {
   Objects objects;
   ExpertsCall call;
   JAXMOE_RETURN_IF_ERROR(
@@ -68,6 +70,23 @@ ffi::Error experts_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer wei
   JAXMOE_RETURN_IF_ERROR(expect("experts", "the result", *y, ffi::DataType::F32,
                                 {call.num_tokens, x.dimensions()[1]}));
   call.y = static_cast<float*>(y->untyped_data());
+  call.alpha = alpha;
+  call.limit = limit;
+  if (biases.size() != 0) {
+    if (biases.size() != 2) {
+      return failure("experts: " + std::to_string(biases.size()) +
+                     " bias arrays; wanted those of gate and up, or none");
+    }
+    const ExpertLayerSpec& shape = objects.store->layer(call.layer);
+    const float** places[] = {&call.gate_bias, &call.up_bias};
+    for (size_t i = 0; i < 2; ++i) {
+      ffi::ErrorOr<ffi::AnyBuffer> bias = biases.get<ffi::AnyBuffer>(i);
+      if (!bias.has_value()) return bias.error();
+      JAXMOE_RETURN_IF_ERROR(expect("experts", i == 0 ? "the gate bias" : "the up bias", *bias,
+                                    ffi::DataType::F32, {shape.num_experts, shape.intermediate}));
+      *places[i] = static_cast<const float*>(bias->untyped_data());
+    }
+  }
   return to_error(experts(*objects.runtime->cpu, *objects.store, call));
 }
 
@@ -130,11 +149,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExperts, experts_impl,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("runtime_id")
                                   .Attr<int64_t>("store_id")
                                   .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("family"));
+                                  .Attr<int64_t>("family")
+                                  .Attr<float>("alpha")
+                                  .Attr<float>("limit"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmit, submit_impl,
                               ffi::Ffi::Bind()

@@ -32,6 +32,15 @@ void swiglu(const float* gate, const float* up, int64_t n, float* h) {
   }
 }
 
+void swiglu_clamped(const float* gate, const float* up, int64_t n, float alpha, float limit,
+                    float* h) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = gate[i] > limit ? limit : gate[i];
+    const float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+    h[i] = g / (1.0f + exp_clamped(-alpha * g)) * (u + 1.0f);
+  }
+}
+
 void add_scaled(const float* x, float weight, int64_t n, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] += weight * x[i];
 }

@@ -270,7 +270,18 @@ void ExpertsJob::stage1_unit(int node, uint32_t unit, int participant) {
   kernel_->matmul(view(g, Matrix::kGate, node), f_begin, f_end, x, rows, m, gate, f);
   kernel_->matmul(view(g, Matrix::kUp, node), f_begin, f_end, x, rows, m, up, f);
   float* h = at<float>(h_) + group.begin * intermediate_ + f_begin;
-  for (int64_t i = 0; i < m; ++i) swiglu(gate + i * f, up + i * f, f, h + i * intermediate_);
+  const int64_t bias = group.expert * intermediate_ + f_begin;
+  for (int64_t i = 0; i < m; ++i) {
+    if (call_.gate_bias != nullptr) {
+      add_scaled(call_.gate_bias + bias, 1.0f, f, gate + i * f);
+      add_scaled(call_.up_bias + bias, 1.0f, f, up + i * f);
+    }
+    if (call_.limit > 0) {
+      swiglu_clamped(gate + i * f, up + i * f, f, call_.alpha, call_.limit, h + i * intermediate_);
+    } else {
+      swiglu(gate + i * f, up + i * f, f, h + i * intermediate_);
+    }
+  }
   if (group.stage1_left.fetch_sub(1, std::memory_order_acq_rel) == 1) finish_stage1(group);
 }
 

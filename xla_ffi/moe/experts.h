@@ -32,6 +32,11 @@ struct ExpertsCall {
   const int32_t* expert_ids = nullptr;  // [num_tokens, per_token]; -1: none. Repeats are summed.
   const float* weights = nullptr;       // [num_tokens, per_token]
   float* y = nullptr;                   // [num_tokens, hidden], written whole
+  // Added to gate and up before the activation, [experts, intermediate] each; or none.
+  const float* gate_bias = nullptr;
+  const float* up_bias = nullptr;
+  // The activation is swiglu_clamped where there is a limit, else swiglu.
+  float alpha = 0, limit = 0;
 };
 
 class ExpertsJob final : public Job {
