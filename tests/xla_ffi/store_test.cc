@@ -324,6 +324,8 @@ JAXMOE_TEST(a_shared_store_of_other_weights_is_refused) {
   JAXMOE_CHECK(contains(mapped.message(), "nothing to share"));
 }
 
+// Under ThreadSanitizer the address space itself is too small for what no memory holds.
+#ifndef __SANITIZE_THREAD__
 JAXMOE_TEST(a_shared_store_without_room_is_an_error_not_a_signal) {
   TempShared shared("room");
   std::shared_ptr<HostStore> store;
@@ -336,6 +338,7 @@ JAXMOE_TEST(a_shared_store_without_room_is_an_error_not_a_signal) {
   JAXMOE_CHECK(contains(status.message(), "no room for"), "%s", status.message().c_str());
   close(fd);
 }
+#endif
 
 JAXMOE_TEST(arenas_are_aligned_and_lazy) {
   std::unique_ptr<Arena> arena;
