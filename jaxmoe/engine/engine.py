@@ -141,13 +141,15 @@ class Engine:
         if request_id in self._completions:
             raise RequestError(f"request_id: {request_id!r} is in use; choose another")
         request = self._make_request(request_id, prompt_token_ids, params, prompt, cache_salt)
-        completions = []
-        self.prepare(request.params)  # raises before anything is queued
-        for i in range(request.params.n):
-            seq = RequestSequence(request, choice_idx=i, grammar=self._grammar(request))
-            completions.append(Completion(seq, self.tokenizer))
+        # Grammars may fail: all are made before anything is queued.
+        self.prepare(request.params)
+        seqs = [
+            RequestSequence(request, choice_idx=i, grammar=self._grammar(request))
+            for i in range(request.params.n)
+        ]
+        self._completions[request_id] = [Completion(seq, self.tokenizer) for seq in seqs]
+        for seq in seqs:
             self.scheduler.add(seq)
-        self._completions[request_id] = completions
         return request_id
 
     def prepare(self, params: SamplingParams) -> None:
@@ -266,7 +268,7 @@ class Engine:
 
     @property
     def longest_step_s(self) -> float:
-        """Of the steps that compiled nothing."""
+        """Of all steps so far."""
         return self._stats.longest_step_s
 
     def _note_progress(self, plan: StepPlan) -> None:

@@ -49,11 +49,14 @@ class Stats:
         self._ttft = _Histogram("time_to_first_token_seconds", TTFT_BUCKETS_S)
         self._tpot = _Histogram("time_per_output_token_seconds", TPOT_BUCKETS_S)
         self._read_before = (0.0, 0.0)
+        self._longest_s = 0.0
 
     @property
     def longest_step_s(self) -> float:
-        """Of the steps that compiled nothing."""
-        return self._totals["longest_step_seconds"]
+        """Of all steps, those that compiled too: what the watchdog's patience goes by. The first
+        step of a shape is the one that compiles, and says how long the next may take.
+        """
+        return self._longest_s
 
     def note_step(
         self, plan: StepPlan, seconds: float, counters: Mapping[str, int], *, compiled: bool
@@ -63,6 +66,7 @@ class Stats:
         t[f'steps_total{{kind="{kind}"}}'] += 1
         t[f'step_seconds_total{{kind="{kind}"}}'] += seconds
         t[f'step_tokens_total{{kind="{kind}"}}'] += plan.num_tokens
+        self._longest_s = max(self._longest_s, seconds)
         if not compiled:
             t["longest_step_seconds"] = max(t["longest_step_seconds"], seconds)
         weights = counters.get("experts_weight_bytes", 0) + counters.get("linear_weight_bytes", 0)

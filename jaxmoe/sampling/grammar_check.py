@@ -90,7 +90,8 @@ def _spawn() -> subprocess.Popen[bytes]:
     code = "from jaxmoe.sampling.grammar_check import child; child()"
     path = os.pathsep.join(p for p in sys.path if p)
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        # -P: or modules that lie in the working directory would be imported and run.
+        [sys.executable, "-P", "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -108,8 +108,13 @@ class Scheduler:
             self._last_kind = "prefill"
             return self._plan_prefill(prefilling)
         if decoding:
-            self._last_kind = "decode"
-            return self._plan_decode()
+            plan = self._plan_decode()
+            if plan.rows:
+                self._last_kind = "decode"
+                return plan
+            # The only one that decodes had to give its pages to prompts that came before it.
+            self._last_kind = "prefill"
+            return self._plan_prefill([s for s in self.running if s.status is Status.PREFILL])
         assert not self.waiting, "an idle engine must be able to admit"
         return None
 

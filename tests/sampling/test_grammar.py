@@ -320,6 +320,14 @@ def test_what_would_end_or_stop_the_process_is_tried_in_another(make, words, mon
     COMPILER.prepare(Spec.regex(f"after {words}"))  # by a new child
 
 
+def test_the_child_imports_nothing_from_the_working_directory(tmp_path, monkeypatch):
+    """A server may be started inside a directory that somebody else filled."""
+    (tmp_path / "base64.py").write_text("open('was_run', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    compiler().prepare(Spec.regex("[ab]+x"))
+    assert not (tmp_path / "was_run").exists()
+
+
 def test_the_child_ends_with_its_owner():
     own = compiler()
     own.prepare(Spec.regex("ab"))

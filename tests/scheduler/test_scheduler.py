@@ -320,3 +320,43 @@ def test_random_traffic_with_shared_beginnings(seed):
         assert seq.output_token_ids == alone(prompt, seq.request.max_tokens)
     assert engine.allocator.num_free == engine.allocator.num_pages
     assert engine.prefix.hit_tokens > 0
+
+
+def test_the_only_one_that_decodes_gives_way_to_prompts_before_it():
+    """A full pool, and its last page wanted by the latest arrival, while earlier ones prefill."""
+    scheduler = Scheduler(
+        PageAllocator(100, 16),
+        max_num_seqs=3,
+        prefill_chunk_tokens=512,
+        prompt_logprobs_tokens=16,
+    )
+    for name, num_prompt, max_tokens, params in (
+        ("a", 4, 8, SamplingParams()),
+        ("long", 1500, 8, SamplingParams(prompt_logprobs=1)),
+        ("c", 30, 120, SamplingParams()),
+    ):
+        request = Request(
+            request_id=name,
+            prompt_token_ids=tuple(range(num_prompt)),
+            params=params,
+            max_tokens=max_tokens,
+            stop_ids=frozenset(),
+            seed=0,
+            arrival_s=0.0,
+        )
+        scheduler.add(Sequence(request))
+    preemptions = 0
+    for _ in range(2000):
+        plan = scheduler.plan()
+        if plan is None:
+            break
+        assert plan.rows
+        scheduler.advance(plan)
+        for row in plan.rows:
+            if row.samples:
+                row.seq.output_token_ids.append(1)
+                if len(row.seq.output_token_ids) == row.seq.request.max_tokens:
+                    preemptions += row.seq.num_preemptions
+                    scheduler.cancel(row.seq)
+    assert not scheduler.has_work and preemptions
+    scheduler.pages.check()

@@ -10,7 +10,7 @@ struct Avx512Base {
   // 32 registers hold a tile of 12 sums, 12 partial sums, 3 activations and 1 weight vector.
   static constexpr int kRows = 4;
   static constexpr int kTokens = 3;
-  // Sums of 192 activation rows are 48 KiB: second-level cache, touched once a chunk of columns.
+  // Sums of 96 activation rows are 24 KiB: second-level cache, touched once a chunk of columns.
   static constexpr int64_t kTokenChunk = 96;
   // 4 decoded rows of a chunk are 8 KiB of FP32, those of three activation rows 6 KiB: less than
   // half a first-level cache.
