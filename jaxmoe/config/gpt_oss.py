@@ -1,6 +1,6 @@
 """config.json of GptOssForCausalLM (gpt-oss-20b, 120b), in BF16.
 
-As published the experts are MXFP4, which `quantization_config` says and is refused for now.
+As published the experts are MXFP4, as `quantization_config` says, and are refused.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.config.model_config import ClampedSwiglu, ModelConfig
 from jaxmoe.ffi.ops import StepInputs, Weight
 from jaxmoe.ffi.reference import BatchedSequenceOps, dequantize
 from jaxmoe.models.decoder import Decoder
@@ -52,8 +52,16 @@ class TrainingOps(BatchedSequenceOps):
         return self._einsum("tgk,gnk->tgn", x, dequantize(w)).astype(out_dtype or x.dtype)
 
     def experts(
-        self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array, moe_layer_idx: int
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
+        assert activation is None and biases is None, "the demo's experts are plain SwiGLU"
         gate, up, down = (dequantize(self._experts[moe_layer_idx][which]) for which in _WHICH)
         chosen = expert_ids[:, :, None] == jnp.arange(gate.shape[0])  # [T, A, E]
         self.loads.append(chosen.sum((0, 1)))
@@ -71,7 +79,10 @@ class TrainingOps(BatchedSequenceOps):
         *,
         scale: float,
         v_dim: int,
+        window: int | None = None,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        assert window is None and sinks is None, "the demo attends to everything"
         assert v_new is None and k_new.shape[1] == 1, "the demo has one latent key a token"
         num_tokens, num_heads, _ = q.shape
         q, k = (a.reshape(self._num_sequences, -1, *a.shape[1:]) for a in (q, k_new[:, 0]))
