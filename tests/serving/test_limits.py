@@ -318,6 +318,32 @@ def test_a_client_that_does_not_read_is_cut_and_holds_little():
     run(test())
 
 
+def test_the_end_of_an_answer_may_not_stay_unread():
+    """Less than a write waits for: the connection is idle, and closing it has to end."""
+
+    async def test():
+        async with serving(write_timeout_s=0.5, header_timeout_s=0.3) as f:
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, ("127.0.0.1", f.http.port))
+            size = len((await f.client.get("/openapi.json")).content)
+            await f.client.aclose()
+            ask = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n"
+            await loop.sock_sendall(sock, ask * (540_000 // size))
+            unread = 0
+            async with asyncio.timeout(5):
+                while f.http.connections:
+                    for writer in f.http._connections.values():
+                        unread = max(unread, writer.transport.get_write_buffer_size())
+                    await asyncio.sleep(0.01)
+            assert 0 < unread <= 256 << 10
+            sock.close()
+
+    run(test())
+
+
 def test_requests_of_a_key_have_a_number():
     async def test():
         async with serving(keys=KEYS, max_requests_per_key=2) as f:
