@@ -167,6 +167,41 @@ def test_pages_of_other_origins_stay_out_unless_named():
     run(test())
 
 
+def test_pages_can_read_errors_and_send_their_clients_headers(monkeypatch):
+    origin = {"origin": "https://app.example"}
+    key = {**origin, "x-api-key": KEYS["ann"]}
+    names = "authorization, content-type, x-stainless-os, anthropic-beta"
+    preflight = {**origin, "access-control-request-method": "POST"}
+
+    async def test():
+        more = {"allowed_origins": "https://app.example", "max_body_mb": 1, "keys": KEYS}
+        async with serving(**more) as f:
+            ask = {"access-control-request-headers": names}
+            r = await f.client.options(CHAT, headers={**preflight, **ask})
+            assert r.headers["access-control-allow-headers"] == names
+            for wrong in ("a" * 3000, "a\tb", "*"):
+                ask = {"access-control-request-headers": wrong}
+                r = await f.client.options(CHAT, headers={**preflight, **ask})
+                assert r.status_code == 204 and "access-control-allow-headers" not in r.headers
+            answers = [
+                (401, await f.post(CHAT, ASK, headers=origin)),
+                (400, await f.post(CHAT, {}, headers=key)),
+                (404, await f.client.get("/nope", headers=key)),
+                (413, await f.post(CHAT, {"x": "a" * (1 << 20)}, headers=key)),
+            ]
+            monkeypatch.setattr(f.state, "encode", None)
+            answers.append((500, await f.post(CHAT, ASK, headers=key)))
+            for status, r in answers:
+                assert r.status_code == status
+                assert r.headers["access-control-allow-origin"] == "https://app.example"
+                assert "x-request-id" in r.headers
+            other = {"origin": "https://other.example"}
+            r = await f.post(CHAT, ASK, headers=other)
+            assert r.status_code == 401 and "access-control-allow-origin" not in r.headers
+
+    run(test())
+
+
 def test_bodies_have_a_size():
     async def test():
         async with serving(max_body_mb=1) as f:
