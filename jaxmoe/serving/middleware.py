@@ -250,14 +250,13 @@ class Bodies:
                 ) from None
             if body is None:  # the client left
                 return
-            given = False
 
             async def receive_body() -> Message:
-                nonlocal given
-                if given:
+                nonlocal body
+                if body is None:
                     return await receive()
-                given = True
-                return {"type": "http.request", "body": body, "more_body": False}
+                given, body = body, None  # whoever has parsed it need not keep it
+                return {"type": "http.request", "body": given, "more_body": False}
 
             await self._app(scope, receive_body, send)
         finally:
@@ -272,13 +271,13 @@ class Bodies:
 
 
 async def _read(receive: Receive, take: Callable[[int], None]) -> bytes | None:
-    chunks = []
+    body = bytearray()  # a list of small pieces would take many times their bytes
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return None
         chunk = message.get("body", b"")
         take(len(chunk))
-        chunks.append(chunk)
+        body += chunk
         if not message.get("more_body", False):
-            return b"".join(chunks)
+            return bytes(body)

@@ -5,12 +5,15 @@ import contextlib
 import hmac
 import json
 import socket
+import sys
+import threading
+import tracemalloc
 
 import pytest
 from starlette.routing import Route
 from support.front import run, serving
 
-from jaxmoe.serving import middleware
+from jaxmoe.serving import middleware, text_api
 from jaxmoe.serving.app import routes
 
 CHAT = "/v1/chat/completions"
@@ -241,6 +244,58 @@ def test_bodies_in_memory_have_a_bound_together():
             assert (await f.post(CHAT, big)).status_code == 200
 
     run(test())
+
+
+def test_large_bodies_are_checked_beside_the_loop(monkeypatch):
+    async def test():
+        async with serving() as f:
+            seen, kept = [], []
+            check = f.state.checker.check
+
+            def noted(endpoint, body):
+                seen.append(_on_main())
+                return check(endpoint, body)
+
+            monkeypatch.setattr(f.state.checker, "check", noted)
+            monkeypatch.setattr(text_api, "check_ids", lambda *_: kept.append(_on_main()))
+            for count in (10, 40_000):
+                r = await f.post("/detokenize", {"tokens": [97] * count})
+                assert r.json()["text"] == "a" * count
+            wrong = {"tokens": [97] * 40_000, "add_special_tokens": 5, "model": 5}
+            r = await f.post("/detokenize", wrong)
+            assert r.status_code == 400 and r.json()["error"]["param"] == "model"
+            assert seen == [True, False, False] and kept == [False, False]
+
+    run(test())
+
+
+def test_a_body_of_small_pieces_takes_its_size_and_is_handed_on():
+    """A list of its pieces would be fifteen times that."""
+    count = 200_000
+
+    async def receive():
+        nonlocal count
+        count -= 1
+        return {"type": "http.request", "body": b"%03d" % (count % 1000), "more_body": count > 0}
+
+    async def app(scope, receive, send):
+        body = (await receive())["body"]
+        assert len(body) == 600_000
+        seen.append((tracemalloc.get_traced_memory()[1], sys.getrefcount(body)))
+
+    seen = []
+    bodies = middleware.Bodies(app, max_bytes=1 << 20, max_buffered_bytes=1 << 20, timeout_s=60)
+    tracemalloc.start()
+    try:
+        run(bodies({"headers": []}, receive, None))
+    finally:
+        tracemalloc.stop()
+    ((peak, references),) = seen
+    assert peak < 3 * 600_000 and references == 2  # the handler's, and getrefcount's
+
+
+def _on_main():
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.asynccontextmanager
