@@ -74,9 +74,8 @@ def make_app(state: ServerState, keys: Mapping[str, str]) -> App:
     # The page itself holds no secret; it asks its user for the key.
     public = PUBLIC_PATHS | ({"/"} if config.chat_page else frozenset())
     app = Keys(app, keys, public)
-    app = Cors(app, split_names(config.allowed_origins))
     app = Hosts(app, config.hosts(bool(keys)))
-    return Requests(app, observe)
+    return Cors(Requests(app, observe), split_names(config.allowed_origins))
 
 
 class _Errors:

@@ -7,6 +7,7 @@ share everything from here to the engine and back to the parts of a message (cha
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,15 +115,21 @@ def render(state: ServerState, request: ChatRequest) -> tuple[str, str]:
         raise bad_field(
             "continue_final_message", "wants a last message of the assistant with text in it"
         )
+    # Where the message ends cannot be told by its content: what the template puts after it may hold
+    # the same characters. The mark is random, so that no content has it.
+    mark = f"\ue000{secrets.token_hex(8)}\ue000"
     text = template.render(
-        request.messages, add_generation_prompt=False, tools=list(offered) or None, **kwargs
+        [*request.messages[:-1], {**final, "content": content + mark}],
+        add_generation_prompt=False,
+        tools=list(offered) or None,
+        **kwargs,
     )
-    at = text.rfind(content)
-    if at < 0:
+    text = text.partition(mark)[0] if text.count(mark) == 1 else ""
+    if not text.endswith(content):
         raise bad_field(
             "continue_final_message", "the chat template does not show the message as it is"
         )
-    return text[: at + len(content)], content
+    return text, content
 
 
 def _check_tools(state: ServerState, request: ChatRequest) -> None:

@@ -211,16 +211,17 @@ class _Answer:
         if self._only_echo:
             text, ids, entries = "", (), entries and ()
         echo = self._echoes[step.prompt] if first else ""
-        offset = written.setdefault(step.choice, 0)
-        if not (text or echo or delta.finish_reason or entries):
+        with_ids = self._body["return_token_ids"]
+        if not (text or echo or delta.finish_reason or entries or (with_ids and ids)):
             return b""
+        offset = written.setdefault(step.choice, 0)
         logprobs = None
         if entries is not None:
-            ids, entries = self._texts.shown(ids, entries, delta.finish_reason)
+            shown, entries = self._texts.shown(ids, entries, delta.finish_reason)
             if first and self._body["echo"]:
-                logprobs = self._logprobs(step.prompt, delta.prompt_logprobs, ids, entries)
+                logprobs = self._logprobs(step.prompt, delta.prompt_logprobs, shown, entries)
             else:
-                logprobs = completion_logprobs(entries, ids, self._texts, offset)
+                logprobs = completion_logprobs(entries, shown, self._texts, offset)
             written[step.choice] += sum(len(t) for t in logprobs["tokens"])
         choice: dict[str, Any] = {
             "index": step.choice,
@@ -230,7 +231,7 @@ class _Answer:
         }
         if self._only_echo and delta.finish_reason:
             choice["finish_reason"] = "length"
-        if self._body["return_token_ids"]:
+        if with_ids:
             choice["token_ids"] = list(ids)
             if first:
                 choice["prompt_token_ids"] = list(self._jobs[step.prompt].prompt_token_ids)

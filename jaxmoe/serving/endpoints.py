@@ -13,12 +13,15 @@ from jaxmoe.common.errors import JaxMoeError
 from jaxmoe.serving import replies
 from jaxmoe.serving.asgi import Receive, Scope, Send, header
 from jaxmoe.serving.errors import ApiError, as_api_error
-from jaxmoe.serving.fields import Endpoint
+from jaxmoe.serving.fields import Body, Endpoint
 from jaxmoe.serving.replies import JsonReply, Reply
 from jaxmoe.serving.state import Call, ServerState
 
 Handler = Callable[[ServerState, Call], Awaitable[Reply]]
 _ANONYMOUS = "-"
+# Checking takes about 0.1 s a megabyte of token ids, in which nobody else would be answered. Less
+# than this takes some milliseconds, and need not wait for a thread that long texts may be keeping.
+_CHECKED_ON_LOOP_BYTES = 64 << 10
 
 
 class PostEndpoint:
@@ -37,7 +40,10 @@ class PostEndpoint:
         key = scope.get("key_name") or _ANONYMOUS
         try:
             with state.admission.enter(key):
-                body = state.checker.check(self._endpoint, _json(scope, raw))
+                if len(raw) > _CHECKED_ON_LOOP_BYTES:
+                    body = await state.off_loop(self._check, scope, raw)
+                else:
+                    body = self._check(scope, raw)
                 del raw
                 call = Call(scope["request_id"], key, body, received_s)
                 reply = await self._reply(call, receive, deadline_s)
@@ -62,6 +68,9 @@ class PostEndpoint:
             raise error from e
         finally:
             state.metrics.request.observe(time.monotonic() - received_s)
+
+    def _check(self, scope: Scope, raw: bytes) -> Body:
+        return self._state.checker.check(self._endpoint, _json(scope, raw))
 
     async def _reply(self, call: Call, receive: Receive, deadline_s: float) -> Reply | None:
         """None where the client left before there was one."""

@@ -83,10 +83,11 @@ class HttpServer:
         assert task is not None
         if len(self._connections) >= self._config.max_connections:
             writer.write(_BUSY)
+            writer.close()
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(1.0):
-                    await writer.drain()
-            writer.close()
+                    await writer.wait_closed()
+            _cut_unread(writer)
             return
         self._connections[task] = writer
         writer.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
@@ -113,11 +114,35 @@ class HttpServer:
 
 
 class _Connection(TCPServer):
-    """hypercorn's connection, cut when its client does not read."""
+    """hypercorn's connection, cut when its client does not read.
+
+    Closing a transport waits for its buffer to be taken, without a bound; so each way to close
+    starts one. A write has its own, but waits only where much is unread.
+    """
 
     def __init__(self, write_timeout_s: float, *args: Any) -> None:
         super().__init__(*args)
         self._write_timeout_s = write_timeout_s
+        self._cut: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        try:
+            await super().run()
+        finally:
+            if self._cut is not None:
+                self._cut.cancel()
+
+    async def _close(self) -> None:
+        self._cut_later()
+        await super()._close()
+
+    async def _initiate_server_close(self) -> None:
+        self._cut_later()
+        await super()._initiate_server_close()
+
+    def _cut_later(self) -> None:
+        if self._cut is None:
+            self._cut = self.loop.call_later(self._write_timeout_s, _cut_unread, self.writer)
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -136,6 +161,12 @@ class _Connection(TCPServer):
             except (ConnectionError, RuntimeError, TimeoutError):
                 self.writer.transport.abort()
                 await self.protocol.handle(Closed())
+
+
+def _cut_unread(writer: asyncio.StreamWriter) -> None:
+    # A transport that has written everything is closed already, or is about to be.
+    if writer.transport.get_write_buffer_size():
+        writer.transport.abort()
 
 
 def _hypercorn_config(config: ServerConfig) -> Config:

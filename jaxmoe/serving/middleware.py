@@ -1,9 +1,10 @@
 """What every request passes first, as plain ASGI: an id, a log line, the host, the key, the body.
 
-In this order from the outside: `Requests` (id, log, last resort for errors), `Hosts` (DNS
-rebinding), `Cors`, `Keys` (deny by default), `Bodies` (size and deadline; the body is read whole
-before a handler runs). Nothing here looks at routes but at `scope["path"]`, so no route can be
-forgotten.
+In this order from the outside: `Cors` (pages of other origins; outside of what answers errors, for
+a page cannot read an answer without its headers), `Requests` (id, log, last resort for errors),
+`Hosts` (DNS rebinding), `Keys` (deny by default), `Bodies` (size and deadline; the body is read
+whole before a handler runs). Nothing here looks at routes but at `scope["path"]`, so no route can
+be forgotten.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from jaxmoe.serving.errors import ApiError, as_api_error, internal_error
 PUBLIC_PATHS = frozenset({"/health"})
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("jaxmoe.serving.access")
+# Names of headers that a page asks leave for: clients send many of their own (x-stainless-*).
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2048}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -112,6 +115,9 @@ class Hosts:
 class Cors:
     """Lets web pages of the given origins use the API. Without any, browsers keep pages out by
     themselves: JSON bodies need a preflight, and that is refused.
+
+    Preflights are answered here, so they have no id and no log line. They may ask for any headers:
+    what a page may do is a matter of its origin and of the key.
     """
 
     def __init__(self, app: App, origins: tuple[str, ...]) -> None:
@@ -119,7 +125,7 @@ class Cors:
         self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        origin = header(scope, b"origin")
+        origin = header(scope, b"origin") if scope["type"] == "http" else None
         allowed = origin is not None and ("*" in self._origins or origin in self._origins)
         if not allowed or origin is None:
             await self._app(scope, receive, send)
@@ -130,12 +136,11 @@ class Cors:
             (b"vary", b"origin"),
         ]
         if scope["method"] == "OPTIONS" and header(scope, b"access-control-request-method"):
+            wanted = header(scope, b"access-control-request-headers") or ""
+            if _HEADER_NAMES.fullmatch(wanted):
+                cors.append((b"access-control-allow-headers", wanted.encode()))
             cors += [
                 (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-                (
-                    b"access-control-allow-headers",
-                    b"authorization, content-type, x-api-key, x-request-id, anthropic-version",
-                ),
                 (b"access-control-max-age", b"600"),
             ]
             await send({"type": "http.response.start", "status": 204, "headers": cors})
@@ -245,14 +250,13 @@ class Bodies:
                 ) from None
             if body is None:  # the client left
                 return
-            given = False
 
             async def receive_body() -> Message:
-                nonlocal given
-                if given:
+                nonlocal body
+                if body is None:
                     return await receive()
-                given = True
-                return {"type": "http.request", "body": body, "more_body": False}
+                given, body = body, None  # whoever has parsed it need not keep it
+                return {"type": "http.request", "body": given, "more_body": False}
 
             await self._app(scope, receive_body, send)
         finally:
@@ -267,13 +271,13 @@ class Bodies:
 
 
 async def _read(receive: Receive, take: Callable[[int], None]) -> bytes | None:
-    chunks = []
+    body = bytearray()  # a list of small pieces would take many times their bytes
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return None
         chunk = message.get("body", b"")
         take(len(chunk))
-        chunks.append(chunk)
+        body += chunk
         if not message.get("more_body", False):
-            return b"".join(chunks)
+            return bytes(body)

@@ -60,12 +60,18 @@ Reply = JsonReply | StreamReply
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[_T]) -> _T | None:
-    """The result of `work`; None where the client left first, and the work was cancelled."""
+    """The result of `work`; None where the client left by then, and the work was cancelled."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        if not gone.done():
+            return task.result()
+        # Both may end in one turn of the loop. The disconnect comes once, so that whoever went on
+        # with the result would wait for it in vain.
+        if task.done() and not task.cancelled() and task.exception() is None:
+            await _discard(task.result())
+        return None
     finally:
         await _end(task, gone)
 
@@ -141,6 +147,11 @@ async def send_stream(
 
 async def send_reply(send: Send, reply: JsonReply) -> None:
     await send_json(send, 200, reply.value, reply.headers)
+
+
+async def _discard(result: Any) -> None:
+    if isinstance(result, StreamReply):
+        await result.events.aclose()
 
 
 async def _disconnected(receive: Receive) -> None:

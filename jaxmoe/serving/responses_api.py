@@ -117,6 +117,8 @@ class _Answer:
         self._calls: dict[int, int] = {}  # item of each call
         self._open = False  # whether the last item is still growing
         self._finish_reason: str | None = None
+        # Of tokens whose text is not certain yet: parts of characters, of tags, of stop strings.
+        self._held_logprobs: list[dict[str, Any]] = []
         self._sequence = 0
 
     def _response(self, status: str, error: ApiError | None = None) -> dict[str, Any]:
@@ -215,14 +217,19 @@ class _Answer:
         message = part.message
         if part.finish_reason is not None:
             self._finish_reason = part.finish_reason
-        logprobs: list[dict[str, Any]] = []
+        if message.reasoning:  # what was held back were thoughts
+            self._held_logprobs = []
+            yield from self._text("reasoning", message.reasoning, [])
         if part.logprobs is not None:
             _, shown = self._texts.shown(part.token_ids, part.logprobs, part.finish_reason)
-            logprobs = chat_logprobs(shown, self._texts)["content"]
-        if message.reasoning:
-            yield from self._text("reasoning", message.reasoning, [])
+            self._held_logprobs += chat_logprobs(shown, self._texts)["content"]
         if message.content:
+            logprobs, self._held_logprobs = self._held_logprobs, []
+            if not self._open or self._items[-1].kind != "message":
+                logprobs = _of_text(logprobs, message.content)
             yield from self._text("message", message.content, logprobs)
+        elif message.reasoning or message.tool_calls:
+            self._held_logprobs = []
         for call in message.tool_calls:
             if call.index not in self._calls:
                 yield self._start(_Item("function_call", f"fc_{uuid.uuid4().hex}", call=call))
@@ -294,6 +301,15 @@ class _Answer:
         return data + self._event(
             "response.output_item.done", output_index=at, item=item.shown(status)
         )
+
+
+def _of_text(logprobs: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Without the tokens before a message's first text, such as the tag that ended the thoughts."""
+    pieces, wanted = [bytes(e["bytes"] or ()) for e in logprobs], text.encode()
+    at = 0
+    while wanted in b"".join(pieces[at + 1 :]):
+        at += 1
+    return logprobs[at:]
 
 
 def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxmoe.serving.chat_prompt import ChatRequest, render
@@ -9,7 +10,7 @@ from jaxmoe.serving.errors import ApiError, bad_field
 from jaxmoe.serving.fields import Body
 from jaxmoe.serving.replies import JsonReply, Reply
 from jaxmoe.serving.state import Call, ServerState
-from jaxmoe.text.tokenizer import check_ids
+from jaxmoe.text.tokenizer import Tokenizer, check_ids
 
 
 async def tokenize(state: ServerState, call: Call) -> Reply:
@@ -18,15 +19,20 @@ async def tokenize(state: ServerState, call: Call) -> Reply:
     if body.given("prompt") == body.given("messages"):
         raise ApiError(400, "wanted either prompt or messages", param="prompt")
     limit = state.info().max_model_len
-    ids = await state.off_loop(_tokenize, state, body, limit)
-    tokenizer = state.tokenizer
-    out: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+    return JsonReply(await state.off_loop(_tokenize, state, body, limit))
+
+
+def _tokenize(state: ServerState, body: Body, max_model_len: int) -> dict[str, Any]:
+    """Runs in a thread."""
+    ids = _ids(state, body, max_model_len)
+    out: dict[str, Any] = {"count": len(ids), "max_model_len": max_model_len, "tokens": ids}
     if body["return_token_strs"]:
-        out["token_strs"] = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
-    return JsonReply(out)
+        token_bytes = state.tokenizer.token_bytes
+        out["token_strs"] = [token_bytes(i).decode("utf-8", "replace") for i in ids]
+    return out
 
 
-def _tokenize(state: ServerState, body: Body, max_model_len: int) -> list[int]:
+def _ids(state: ServerState, body: Body, max_model_len: int) -> list[int]:
     if body.given("prompt"):
         special = body["add_special_tokens"]
         return state.encode(body["prompt"], "prompt", max_model_len, special=special)
@@ -42,11 +48,15 @@ def _tokenize(state: ServerState, body: Body, max_model_len: int) -> list[int]:
 
 
 async def detokenize(state: ServerState, call: Call) -> Reply:
-    body, tokenizer = call.body, state.tokenizer
+    body = call.body
     state.check_model(body.get("model"))
     if not isinstance(body["tokens"], tuple):
         raise bad_field("tokens", "wanted a list of token ids")
-    check_ids(body["tokens"], tokenizer.vocab_size, "tokens")
-    decode = tokenizer.decode
-    text = await state.off_loop(decode, body["tokens"], skip_special_tokens=False)
+    text = await state.off_loop(_detokenize, state.tokenizer, body["tokens"])
     return JsonReply({"prompt": text, "text": text})
+
+
+def _detokenize(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Runs in a thread."""
+    check_ids(ids, tokenizer.vocab_size, "tokens")
+    return tokenizer.decode(ids, skip_special_tokens=False)

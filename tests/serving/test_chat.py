@@ -163,6 +163,47 @@ def test_prompts_are_rendered_as_asked():
     run(test())
 
 
+@pytest.mark.parametrize("content", ["<", "|", "end", "Well|>", "im", "\ue000"])
+def test_a_continued_message_may_look_like_the_mark_after_it(content):
+    seen = []
+
+    def script(prompt):
+        seen.append(prompt.decode())
+        return b"x"
+
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    messages = [*ASK["messages"], {"role": "assistant", "content": content}]
+
+    async def test():
+        async with serving(script, template=template) as f:
+            r = await f.post(CHAT, {**ASK, "messages": messages, "continue_final_message": True})
+            assert r.status_code == 200, r.text
+            assert seen[-1].endswith(f"<|im_end|>\n<|im_start|>assistant\n{content}")
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}:{{ m.content | upper }}|{% endfor %}",
+        "{% for m in messages %}{{ m.content }}|{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.role }}|{% endfor %}",
+    ],
+)
+def test_a_message_that_the_template_changes_is_not_continued(template):
+    messages = [*ASK["messages"], {"role": "assistant", "content": "Well"}]
+
+    async def test():
+        async with serving(template=template) as f:
+            r = await f.post(CHAT, {**ASK, "messages": messages, "continue_final_message": True})
+            assert r.status_code == 400 and "continue_final_message" in r.text
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     "change, param",
     [

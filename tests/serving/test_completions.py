@@ -122,3 +122,25 @@ def test_what_is_wrong_is_named(change, param):
                 assert (error["param"] or "").startswith(param), error
 
     run(test())
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1}])
+def test_a_stream_has_every_token_id(more):
+    """Also those of steps without text: parts of a character, the token that ends the answer."""
+
+    async def test():
+        async with serving(lambda prompt: "né€".encode()) as f:
+            body = {"prompt": "ab", "return_token_ids": True, **more}
+            whole = (await f.post(PATH, body)).json()["choices"][0]
+            events = await f.events(PATH, {**body, "stream": True})
+            parts = [e["choices"][0] for _, e in events[:-1]]
+            assert "".join(p["text"] for p in parts) == whole["text"] == "né€"
+            assert [i for p in parts for i in p["token_ids"]] == whole["token_ids"]
+            assert len(whole["token_ids"]) == 7
+            assert parts[0]["prompt_token_ids"] == whole["prompt_token_ids"] == [97, 98]
+            assert not any("prompt_token_ids" in p for p in parts[1:])
+        async with serving(lambda prompt: "é".encode()) as f:  # no text in the first step
+            events = await f.events(PATH, {**body, "stream": True})
+            assert events[0][1]["choices"][0]["prompt_token_ids"] == [97, 98]
+
+    run(test())

@@ -8,6 +8,8 @@ import httpx
 import pytest
 from support.front import run, serving
 
+from jaxmoe.serving.replies import StreamReply, until_disconnect
+
 CHAT = "/v1/chat/completions"
 
 
@@ -109,5 +111,36 @@ def test_at_random_moments_nothing_is_left_behind():
             assert f.engine.pages.num_free == f.engine.layout.num_pages
             r = await f.post(CHAT, ask(False, max_tokens=2))
             assert r.status_code == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_the_turn_in_which_the_handler_ends(fails):
+    """The disconnect is read by then: no stream may be begun that waits for another."""
+    ended = []
+
+    async def events():
+        try:
+            yield b""
+            yield b"more"
+        finally:
+            ended.append(True)
+
+    async def test():
+        made = events()
+        await anext(made)
+
+        async def work():
+            if fails:
+                raise ValueError("of no interest any more")
+            return StreamReply(made)
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        assert await until_disconnect(receive, work()) is None
+        assert bool(ended) != fails
+        await made.aclose()
 
     run(test())

@@ -5,12 +5,15 @@ import contextlib
 import hmac
 import json
 import socket
+import sys
+import threading
+import tracemalloc
 
 import pytest
 from starlette.routing import Route
 from support.front import run, serving
 
-from jaxmoe.serving import middleware
+from jaxmoe.serving import middleware, text_api
 from jaxmoe.serving.app import routes
 
 CHAT = "/v1/chat/completions"
@@ -167,6 +170,41 @@ def test_pages_of_other_origins_stay_out_unless_named():
     run(test())
 
 
+def test_pages_can_read_errors_and_send_their_clients_headers(monkeypatch):
+    origin = {"origin": "https://app.example"}
+    key = {**origin, "x-api-key": KEYS["ann"]}
+    names = "authorization, content-type, x-stainless-os, anthropic-beta"
+    preflight = {**origin, "access-control-request-method": "POST"}
+
+    async def test():
+        more = {"allowed_origins": "https://app.example", "max_body_mb": 1, "keys": KEYS}
+        async with serving(**more) as f:
+            ask = {"access-control-request-headers": names}
+            r = await f.client.options(CHAT, headers={**preflight, **ask})
+            assert r.headers["access-control-allow-headers"] == names
+            for wrong in ("a" * 3000, "a\tb", "*"):
+                ask = {"access-control-request-headers": wrong}
+                r = await f.client.options(CHAT, headers={**preflight, **ask})
+                assert r.status_code == 204 and "access-control-allow-headers" not in r.headers
+            answers = [
+                (401, await f.post(CHAT, ASK, headers=origin)),
+                (400, await f.post(CHAT, {}, headers=key)),
+                (404, await f.client.get("/nope", headers=key)),
+                (413, await f.post(CHAT, {"x": "a" * (1 << 20)}, headers=key)),
+            ]
+            monkeypatch.setattr(f.state, "encode", None)
+            answers.append((500, await f.post(CHAT, ASK, headers=key)))
+            for status, r in answers:
+                assert r.status_code == status
+                assert r.headers["access-control-allow-origin"] == "https://app.example"
+                assert "x-request-id" in r.headers
+            other = {"origin": "https://other.example"}
+            r = await f.post(CHAT, ASK, headers=other)
+            assert r.status_code == 401 and "access-control-allow-origin" not in r.headers
+
+    run(test())
+
+
 def test_bodies_have_a_size():
     async def test():
         async with serving(max_body_mb=1) as f:
@@ -206,6 +244,58 @@ def test_bodies_in_memory_have_a_bound_together():
             assert (await f.post(CHAT, big)).status_code == 200
 
     run(test())
+
+
+def test_large_bodies_are_checked_beside_the_loop(monkeypatch):
+    async def test():
+        async with serving() as f:
+            seen, kept = [], []
+            check = f.state.checker.check
+
+            def noted(endpoint, body):
+                seen.append(_on_main())
+                return check(endpoint, body)
+
+            monkeypatch.setattr(f.state.checker, "check", noted)
+            monkeypatch.setattr(text_api, "check_ids", lambda *_: kept.append(_on_main()))
+            for count in (10, 40_000):
+                r = await f.post("/detokenize", {"tokens": [97] * count})
+                assert r.json()["text"] == "a" * count
+            wrong = {"tokens": [97] * 40_000, "add_special_tokens": 5, "model": 5}
+            r = await f.post("/detokenize", wrong)
+            assert r.status_code == 400 and r.json()["error"]["param"] == "model"
+            assert seen == [True, False, False] and kept == [False, False]
+
+    run(test())
+
+
+def test_a_body_of_small_pieces_takes_its_size_and_is_handed_on():
+    """A list of its pieces would be fifteen times that."""
+    count = 200_000
+
+    async def receive():
+        nonlocal count
+        count -= 1
+        return {"type": "http.request", "body": b"%03d" % (count % 1000), "more_body": count > 0}
+
+    async def app(scope, receive, send):
+        body = (await receive())["body"]
+        assert len(body) == 600_000
+        seen.append((tracemalloc.get_traced_memory()[1], sys.getrefcount(body)))
+
+    seen = []
+    bodies = middleware.Bodies(app, max_bytes=1 << 20, max_buffered_bytes=1 << 20, timeout_s=60)
+    tracemalloc.start()
+    try:
+        run(bodies({"headers": []}, receive, None))
+    finally:
+        tracemalloc.stop()
+    ((peak, references),) = seen
+    assert peak < 3 * 600_000 and references == 2  # the handler's, and getrefcount's
+
+
+def _on_main():
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.asynccontextmanager
@@ -313,6 +403,32 @@ def test_a_client_that_does_not_read_is_cut_and_holds_little():
                 while piece := await loop.sock_recv(sock, 1 << 16):
                     got += piece
             assert got and b"[DONE]" not in got  # cut, not finished
+            sock.close()
+
+    run(test())
+
+
+def test_the_end_of_an_answer_may_not_stay_unread():
+    """Less than a write waits for: the connection is idle, and closing it has to end."""
+
+    async def test():
+        async with serving(write_timeout_s=0.5, header_timeout_s=0.3) as f:
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, ("127.0.0.1", f.http.port))
+            size = len((await f.client.get("/openapi.json")).content)
+            await f.client.aclose()
+            ask = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n"
+            await loop.sock_sendall(sock, ask * (540_000 // size))
+            unread = 0
+            async with asyncio.timeout(5):
+                while f.http.connections:
+                    for writer in f.http._connections.values():
+                        unread = max(unread, writer.transport.get_write_buffer_size())
+                    await asyncio.sleep(0.01)
+            assert 0 < unread <= 256 << 10
             sock.close()
 
     run(test())

@@ -123,3 +123,30 @@ def test_an_error_in_a_stream_is_a_failed_response():
             assert "response.failed" in text and "out of order" in text
 
     run(test())
+
+
+@pytest.mark.parametrize(
+    "written, text",
+    [
+        ("né€ x", "né€ x"),
+        ("a <b> </tool", "a <b> </tool"),
+        ("<think>\nwell</think>\n\né<ok", "é<ok"),
+        ('\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', ""),
+    ],
+)
+def test_logprobs_of_tokens_whose_text_comes_later(written, text):
+    async def test():
+        async with serving(lambda prompt: written.encode()) as f:
+            body = {**ASK, "top_logprobs": 1, "include": ["message.output_text.logprobs"]}
+            body |= {"tools": TOOLS}
+            events = await f.events(PATH, {**body, "stream": True})
+            deltas = [v for n, v in events if n == "response.output_text.delta"]
+            assert "".join(d["delta"] for d in deltas) == text
+            in_stream = [e for d in deltas for e in d["logprobs"]]
+            answer = (await f.post(PATH, body)).json()
+            messages = [i for i in answer["output"] if i["type"] == "message"]
+            whole = [e for i in messages for e in i["content"][0]["logprobs"]]
+            for entries in (in_stream, whole):
+                assert bytes(b for e in entries for b in e["bytes"]).decode() == text
+
+    run(test())
