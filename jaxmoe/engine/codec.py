@@ -198,24 +198,18 @@ def _completion_in(value: Any) -> CompletionOutput:
 
 
 def _output_out(o: RequestOutput) -> list[Any]:
+    # prompt_logprobs were on the first delta; the front puts them back (mailboxes.py).
     completions = [_completion_out(c) for c in o.outputs]
-    return [
-        o.request_id,
-        o.prompt,
-        o.prompt_token_ids,
-        completions,
-        _logprobs_out(o.prompt_logprobs),
-    ]
+    return [o.request_id, o.prompt, o.prompt_token_ids, completions]
 
 
 def _output_in(value: Any) -> RequestOutput:
-    request_id, prompt, ids, completions, prompt_logprobs = value
+    request_id, prompt, ids, completions = value
     return RequestOutput(
         _id(request_id),
         _optional(_str, prompt),
         _tokens(ids),
         _list(_completion_in, completions),
-        _prompt_logprobs_in(prompt_logprobs),
     )
 
 

@@ -81,6 +81,13 @@ def test_requests_stats_and_refusals():
             ):
                 with pytest.raises(RequestError):
                     front.generate("x", ids, params, cache_salt=salt)
+            entries = SamplingParams(temperature=0, prompt_logprobs=1)
+            _, last, items = await collect(front.generate("p", [7, 8], entries))
+            given = next(i for i in items if isinstance(i, Delta)).prompt_logprobs
+            assert len(given) == 2 and last.output.prompt_logprobs == given
+            # What no message holds is refused, and the engine lives on.
+            with pytest.raises(RequestError, match="answer is too large.*wanted at most"):
+                await collect(front.generate("e", list(b"large"), SamplingParams(logprobs=2)))
             # A program that is compiled takes longer than a hang may.
             assert (await collect(front.generate("d", list(b"compile"), GREEDY)))[0] == TEXT
             assert front.stats()["engine_restarts_total"] == 0

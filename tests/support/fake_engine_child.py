@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jaxmoe.common.errors import CapacityError  # noqa: E402
-from jaxmoe.engine import engine_process  # noqa: E402
+from jaxmoe.engine import channel, engine_process  # noqa: E402
 from jaxmoe.engine.pulse import Pulse  # noqa: E402
 from jaxmoe.engine.ready import Ready  # noqa: E402
 from support import fake_step  # noqa: E402
@@ -30,6 +30,8 @@ def load(options, on_stage, on_compile):
     on_stage("loading weights", 50.0)
     if options["model"] == "slow to load":
         time.sleep(60)
+
+    most = channel.MAX_FRAME_BYTES
 
     def script(prompt: bytes) -> bytes:
         if prompt.startswith(b"die"):
@@ -47,6 +49,10 @@ def load(options, on_stage, on_compile):
             on_compile(False)
         if prompt.startswith(b"slow"):
             time.sleep(0.05)
+        if prompt.startswith(b"large"):
+            channel.MAX_FRAME_BYTES = 400
+        else:
+            channel.MAX_FRAME_BYTES = most
         if prompt.startswith(b"garbage"):
             sock.sendall(b"\x05\0\0\0[1,2]")
         return TEXT
