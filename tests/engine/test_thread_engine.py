@@ -292,6 +292,31 @@ def test_loading_is_reported_and_refuses_until_it_is_done():
     run(test())
 
 
+def test_a_close_at_the_end_of_loading_ends():
+    async def test():
+        loaded, go = threading.Event(), threading.Event()
+        engine, _ = fake_step.make_engine(lambda prompt: b"x")
+        stats = engine.stats
+
+        def slow_stats():  # the last thing before requests are taken
+            loaded.set()
+            assert go.wait(20)
+            return stats()
+
+        engine.stats = slow_stats
+        front = ThreadEngine.on_engine(engine)
+        await asyncio.to_thread(loaded.wait)
+        closing = asyncio.create_task(front.close())
+        await asyncio.sleep(0.05)
+        go.set()
+        await asyncio.to_thread(front._thread.join, 10)
+        assert not front._thread.is_alive()
+        await closing
+        assert front.status().state == "dead"
+
+    run(test())
+
+
 def test_an_engine_that_does_not_load_is_dead_with_the_reason():
     async def test():
         def make(on_stage):
