@@ -177,6 +177,10 @@ def _timings_in(value: Any) -> Timings:
     return Timings(**fields)
 
 
+def _stop_reason_in(value: Any) -> str | int | None:
+    return _token(value) if type(value) is int else _optional(_str, value)
+
+
 def _completion_out(c: CompletionOutput) -> list[Any]:
     timings = [getattr(c.timings, name) for name in _TIMINGS]
     reason = c.finish_reason
@@ -191,7 +195,7 @@ def _completion_in(value: Any) -> CompletionOutput:
         text=_str(text),
         token_ids=_tokens(ids),
         finish_reason=_one_of(reason, _REASONS),
-        stop_reason=_optional(_token if type(stop_reason) is int else _str, stop_reason),
+        stop_reason=_stop_reason_in(stop_reason),
         logprobs=_logprobs_in(logprobs),
         timings=_timings_in(timings),
     )
@@ -223,6 +227,7 @@ def _delta_out(d: Delta) -> list[Any]:
         d.finish_reason,
         d.output and _output_out(d.output),
         _logprobs_out(d.prompt_logprobs),
+        d.stop_reason,
     ]
 
 
@@ -235,6 +240,7 @@ def _delta_in(
     reason: Any,
     output: Any,
     prompt_logprobs: Any,
+    stop_reason: Any,
 ) -> Delta:
     return Delta(
         _id(request_id),
@@ -245,6 +251,7 @@ def _delta_in(
         None if reason is None else _one_of(reason, _REASONS),
         _optional(_output_in, output),
         _prompt_logprobs_in(prompt_logprobs),
+        _stop_reason_in(stop_reason),
     )
 
 
