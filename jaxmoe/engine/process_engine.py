@@ -241,7 +241,10 @@ class ProcessEngine:
 
     async def _run_child(self) -> tuple[str, bool]:
         """Why the child ended, and whether another one would end the same way."""
-        child = await _Child.start(self._loop, self._command, self._on_message)
+        try:
+            child = await _Child.start(self._loop, self._command, self._on_message)
+        except OSError as error:  # no process or descriptor to be had; there may be one later
+            return f"its process could not be started: {error}", False
         self._child = child
         options = {name: getattr(self._config, name) for name in rules(EngineConfig)}
         if options["shared_weights"] is None:
@@ -353,9 +356,14 @@ class _Child(asyncio.Protocol):
         with theirs:
             fds = (theirs.fileno(), pulse.fd)
             # Not in a thread: it takes milliseconds, and nobody may be left with half a child.
-            process = subprocess.Popen[bytes](
-                [*command, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL
-            )
+            try:
+                process = subprocess.Popen[bytes](
+                    [*command, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL
+                )
+            except BaseException:
+                ours.close()
+                pulse.close()
+                raise
         child = cls(process, pulse, on_message)
         ours.setblocking(False)
         try:
@@ -363,6 +371,7 @@ class _Child(asyncio.Protocol):
         except BaseException:
             process.kill()
             process.wait()
+            ours.close()
             pulse.close()
             raise
         return child

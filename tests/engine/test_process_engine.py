@@ -299,3 +299,20 @@ def test_a_close_while_loading_leaves_no_memory_behind(stores, after_s):
             os.kill(pid, 0)
 
     run(test())
+
+
+def test_a_process_that_cannot_be_started_is_tried_again():
+    async def test():
+        def descriptors():
+            return len(os.listdir("/proc/self/fd"))
+
+        before = descriptors()
+        supervision = Supervision(max_restarts=2, pauses_s=(0.0,))
+        front = ProcessEngine(EngineConfig(model="fake"), supervision, ("/no/such/program",))
+        with pytest.raises(EngineDeadError, match="could not be started.*No such file"):
+            await front.wait_ready()
+        assert front.stats()["engine_restarts_total"] == 2
+        assert descriptors() == before
+        await front.close()
+
+    run(test())
