@@ -20,8 +20,8 @@ import numpy as np
 from jaxmoe.common.errors import EngineDeadError, JaxMoeError, RequestError
 from jaxmoe.common.fields import shown
 from jaxmoe.config.engine_config import EngineConfig
-from jaxmoe.engine.engine import NOT_FINITE, Engine
-from jaxmoe.request import Delta, RequestOutput
+from jaxmoe.engine.engine import Engine
+from jaxmoe.request import Delta, RequestOutput, failure
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.text.chat_template import ChatTemplate, check_messages
 from jaxmoe.text.tokenizer import Tokenizer
@@ -323,6 +323,5 @@ def _as_params(params: Params, count: int) -> list[SamplingParams | None]:
 def _without_errors(output: RequestOutput) -> RequestOutput:
     for c in output.outputs:
         if c.finish_reason == "error":
-            why = c.stop_reason or f"{NOT_FINITE}; the checkpoint may be damaged"
-            raise JaxMoeError(f"request {output.request_id}: {why}")
+            raise JaxMoeError(f"request {output.request_id}: {failure(c)}")
     return output

@@ -16,6 +16,7 @@ from jaxmoe.common.timing import Timings
 from jaxmoe.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error", "abort"]
+NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,7 @@ class TokenLogprob:
 class Delta:
     """What one step added to one completion. The last one carries the finish_reason.
 
+    stop_reason: as of CompletionOutput, with the finish_reason.
     output: the whole answer, on the last delta of the request's last completion. prompt_logprobs:
     where asked for, on the first delta of the first completion: one entry a prompt token, None for
     the first one, which nothing comes before.
@@ -135,6 +137,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    stop_reason: str | int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,3 +171,8 @@ class RequestOutput:
     def text(self) -> str:
         """The text of the first completion."""
         return self.outputs[0].text
+
+
+def failure(ended: CompletionOutput | Delta) -> str:
+    """Why a completion ended with finish_reason "error", for people."""
+    return str(ended.stop_reason or f"{NOT_FINITE}; the checkpoint may be damaged")

@@ -11,7 +11,7 @@ from jaxmoe.cli.batch_lines import MAX_LINE_BYTES, Item, LineError, error_record
 from jaxmoe.cli.batch_output import DUPLICATE, BatchOutputs
 from jaxmoe.common.errors import ConfigError, RequestError
 from jaxmoe.llm import LLM
-from jaxmoe.request import RequestOutput
+from jaxmoe.request import RequestOutput, failure
 from jaxmoe.sampling_params import SamplingParams
 
 
@@ -144,9 +144,9 @@ class BatchRun:
             return
         item = running.item
         outputs = [running.outputs[i] for i in running.request_ids]
-        if any(c.finish_reason == "error" for o in outputs for c in o.outputs):
-            error = LineError("model_error", "the model's logits are not finite", item.custom_id)
-            self._refuse(item.line, error)
+        failed = [c for o in outputs for c in o.outputs if c.finish_reason == "error"]
+        if failed:
+            self._refuse(item.line, LineError("model_error", failure(failed[0]), item.custom_id))
             return
         self._outputs.answers.write(record(item, outputs, self._model, self._llm.tokenizer))
         self.totals.answered += 1

@@ -24,6 +24,7 @@ from jaxmoe.cli import command
 from jaxmoe.cli import flags as option_flags
 from jaxmoe.common.errors import ConfigError, JaxMoeError
 from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.request import failure
 from jaxmoe.sampling_params import SamplingParams
 
 
@@ -115,8 +116,9 @@ def _run_prompts(
                     print(f"=== {prompt}{choice}\n{c.text}")
         seconds = time.perf_counter() - start
         completions = [c for o in outputs for c in o.outputs]
-        if any(c.finish_reason == "error" for c in completions):
-            raise JaxMoeError("the model's logits are not finite; the checkpoint may be damaged")
+        for c in completions:
+            if c.finish_reason == "error":
+                raise JaxMoeError(failure(c))
         if not quiet:
             count = sum(len(c.token_ids) for c in completions)
             ttft_s = min(c.timings.ttft_s for c in completions)

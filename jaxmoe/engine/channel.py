@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterable, Iterator
 
 from jaxmoe.engine.codec import ChannelError, decode, encode
-from jaxmoe.engine.messages import Message
+from jaxmoe.engine.messages import Event, Failed, Message
+from jaxmoe.request import Delta
 
 MAX_FRAME_BYTES = 1 << 28  # a context of 2**24 tokens takes less than half of it
 _HEADER_BYTES = 4
@@ -62,6 +63,23 @@ class Channel:
         data = b"".join(map(frame, messages))
         with self._sending:
             self._socket.sendall(data)
+
+    def send_events(self, events: Iterable[Event]) -> list[str]:
+        """As `send`; an event that is too large becomes the refusal of its request, and nothing
+        else suffers. Returns the ids of requests refused so that have not ended yet.
+        """
+        data, refused = [], []
+        for event in events:
+            try:
+                data.append(frame(event))
+            except ChannelError as error:
+                words = f"the answer is too large: {error}; ask for less (logprobs, n, max_tokens)"
+                data.append(frame(Failed(event.request_id, "request", words)))
+                if not isinstance(event, Delta) or event.output is None:
+                    refused.append(event.request_id)
+        with self._sending:
+            self._socket.sendall(b"".join(data))
+        return refused
 
     def receive(self) -> Iterator[Message]:
         """Messages until the other end closes."""

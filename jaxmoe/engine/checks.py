@@ -13,6 +13,10 @@ from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.text.tokenizer import check_ids
 
+# Log probabilities of one answer. Its last message carries all of its completions' at once, up to
+# 32 bytes each: half of a frame (channel.py); 190,000 tokens with the 20 likeliest fit.
+MAX_LOGPROB_ENTRIES = 1 << 22
+
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
     """Raises RequestError for an empty prompt and for ids that are not in the vocabulary."""
@@ -34,7 +38,8 @@ def resolve_max_tokens(
 ) -> int:
     """Longest output of a request; RequestError with both numbers where it does not fit.
 
-    default: where the request names none; gives way to a context that has less room.
+    default: where the request names none; gives way to a context that has less room, and to what
+    an answer may hold of log probabilities.
     """
     room = max_model_len - num_prompt
     if room < 1:
@@ -43,8 +48,17 @@ def resolve_max_tokens(
             "(max_model_len) and one is needed for the output; shorten the prompt or, if the "
             "model's limit allows, raise max_model_len"
         )
+    entries_left = MAX_LOGPROB_ENTRIES
+    if params.prompt_logprobs is not None:
+        entries_left -= num_prompt * (params.prompt_logprobs + 1)
+    if params.logprobs is not None:
+        logprobs_room = entries_left // (params.n * (params.logprobs + 1))
+    else:
+        logprobs_room = room if entries_left >= 0 else 0
+    if (params.max_tokens or 1) > logprobs_room and (params.max_tokens or 1) <= room:
+        raise RequestError(_too_many_logprobs(num_prompt, params))
     if params.max_tokens is None:
-        max_tokens = min(room, default or room)
+        max_tokens = min(room, default or room, logprobs_room)
     elif params.max_tokens > room:
         raise RequestError(
             f"prompt ({num_prompt} tokens) + max_tokens ({params.max_tokens}) = "
@@ -59,6 +73,19 @@ def resolve_max_tokens(
             f"min_tokens: got {params.min_tokens}, but at most {max_tokens} tokens have room"
         )
     return max_tokens
+
+
+def _too_many_logprobs(num_prompt: int, params: SamplingParams) -> str:
+    parts = []
+    if params.prompt_logprobs is not None:
+        parts.append(f"{num_prompt} prompt tokens x ({params.prompt_logprobs} + 1)")
+    if params.logprobs is not None:
+        max_tokens = params.max_tokens or 1
+        parts.append(f"n ({params.n}) x {max_tokens} tokens x ({params.logprobs} + 1)")
+    return (
+        f"logprobs: got {' + '.join(parts)} log probabilities, wanted at most "
+        f"{MAX_LOGPROB_ENTRIES} in one answer; lower logprobs, prompt_logprobs, n or max_tokens"
+    )
 
 
 def check_request(info: EngineInfo, token_ids: Sequence[int], params: SamplingParams) -> None:

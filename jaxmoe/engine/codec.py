@@ -177,6 +177,10 @@ def _timings_in(value: Any) -> Timings:
     return Timings(**fields)
 
 
+def _stop_reason_in(value: Any) -> str | int | None:
+    return _token(value) if type(value) is int else _optional(_str, value)
+
+
 def _completion_out(c: CompletionOutput) -> list[Any]:
     timings = [getattr(c.timings, name) for name in _TIMINGS]
     reason = c.finish_reason
@@ -191,31 +195,25 @@ def _completion_in(value: Any) -> CompletionOutput:
         text=_str(text),
         token_ids=_tokens(ids),
         finish_reason=_one_of(reason, _REASONS),
-        stop_reason=_optional(_token if type(stop_reason) is int else _str, stop_reason),
+        stop_reason=_stop_reason_in(stop_reason),
         logprobs=_logprobs_in(logprobs),
         timings=_timings_in(timings),
     )
 
 
 def _output_out(o: RequestOutput) -> list[Any]:
+    # prompt_logprobs were on the first delta; the front puts them back (mailboxes.py).
     completions = [_completion_out(c) for c in o.outputs]
-    return [
-        o.request_id,
-        o.prompt,
-        o.prompt_token_ids,
-        completions,
-        _logprobs_out(o.prompt_logprobs),
-    ]
+    return [o.request_id, o.prompt, o.prompt_token_ids, completions]
 
 
 def _output_in(value: Any) -> RequestOutput:
-    request_id, prompt, ids, completions, prompt_logprobs = value
+    request_id, prompt, ids, completions = value
     return RequestOutput(
         _id(request_id),
         _optional(_str, prompt),
         _tokens(ids),
         _list(_completion_in, completions),
-        _prompt_logprobs_in(prompt_logprobs),
     )
 
 
@@ -229,6 +227,7 @@ def _delta_out(d: Delta) -> list[Any]:
         d.finish_reason,
         d.output and _output_out(d.output),
         _logprobs_out(d.prompt_logprobs),
+        d.stop_reason,
     ]
 
 
@@ -241,6 +240,7 @@ def _delta_in(
     reason: Any,
     output: Any,
     prompt_logprobs: Any,
+    stop_reason: Any,
 ) -> Delta:
     return Delta(
         _id(request_id),
@@ -251,6 +251,7 @@ def _delta_in(
         None if reason is None else _one_of(reason, _REASONS),
         _optional(_output_in, output),
         _prompt_logprobs_in(prompt_logprobs),
+        _stop_reason_in(stop_reason),
     )
 
 

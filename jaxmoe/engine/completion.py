@@ -133,4 +133,5 @@ class Completion:
             logprobs,
             reason,
             prompt_logprobs=prompt_logprobs,
+            stop_reason=None if reason is None else self._stop_reason,
         )

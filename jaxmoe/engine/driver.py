@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -41,26 +42,39 @@ class Driver:
         self._on_step = on_step
         self._on_stats = on_stats
         self._commands: collections.deque[Command | Failed] = collections.deque()
-        # Requests whose grammar is being compiled, with what came for them since.
-        self._preparing: dict[str, list[Command]] = {}
+        # Requests whose grammar is being compiled or waits for it; those of an id in their order.
+        self._preparing: dict[str, list[AddRequest]] = {}
         self._preparers = concurrent.futures.ThreadPoolExecutor(PREPARERS, "grammars")
         self._changed = threading.Condition()
+        self._ended = False
 
     def post(self, command: Command) -> None:
-        """Hands a command over; from any thread."""
+        """Hands a command over; from any thread. Dropped once `run` has ended."""
         with self._changed:
+            if self._ended:
+                return
             if isinstance(command, AddRequest) and command.params.structured is not None:
                 # A second request of that id meets the first one when both are added.
-                self._preparing.setdefault(command.request_id, [])
+                self._preparing.setdefault(command.request_id, []).append(command)
                 self._preparers.submit(self._prepare, command)
                 return
-            if isinstance(command, AbortRequest) and command.request_id in self._preparing:
-                self._preparing[command.request_id].append(command)
-                return
+            if isinstance(command, AbortRequest):
+                # They end at once, as requests of no grammar: no step comes between the two.
+                for waiting in self._preparing.pop(command.request_id, []):
+                    params = dataclasses.replace(waiting.params, structured=None)
+                    self._commands.append(dataclasses.replace(waiting, params=params))
+                    self._commands.append(command)
             self._commands.append(command)
             self._changed.notify()
 
+    def _is_wanted(self, command: AddRequest) -> bool:
+        """Whether nobody has aborted it. Under the lock."""
+        return any(c is command for c in self._preparing.get(command.request_id, ()))
+
     def _prepare(self, command: AddRequest) -> None:
+        with self._changed:
+            if not self._is_wanted(command):
+                return
         result: AddRequest | Failed = command
         try:
             self._engine.prepare(command.params)
@@ -68,7 +82,12 @@ class Driver:
             known = error if isinstance(error, JaxMoeError) else RequestError(f"grammar: {error}")
             result = Failed.of(command.request_id, known)
         with self._changed:
-            self._commands += [result, *self._preparing.pop(command.request_id, [])]
+            if not self._is_wanted(command):  # answered meanwhile
+                return
+            left = [c for c in self._preparing.pop(command.request_id) if c is not command]
+            if left:
+                self._preparing[command.request_id] = left
+            self._commands.append(result)
             self._changed.notify()
 
     def run(self) -> None:
@@ -76,6 +95,8 @@ class Driver:
         try:
             self._run()
         finally:
+            with self._changed:
+                self._ended = True
             self._preparers.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:

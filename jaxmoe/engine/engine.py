@@ -29,7 +29,7 @@ from jaxmoe.engine.stats import Stats
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
-from jaxmoe.request import Delta, Request, RequestOutput
+from jaxmoe.request import NOT_FINITE, Delta, Request, RequestOutput
 from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
@@ -38,7 +38,6 @@ from jaxmoe.scheduler.scheduler import Row, Scheduler, StepPlan
 from jaxmoe.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-NOT_FINITE = "the model's logits are not finite"
 
 
 class StepRunner(Protocol):
@@ -329,7 +328,7 @@ class Engine:
             _log.error(
                 "request %s: %s after %d tokens",
                 request.request_id,
-                completion.output and completion.output.stop_reason or NOT_FINITE,
+                delta.stop_reason or NOT_FINITE,
                 row.seq.num_tokens,
             )
         return self._close_request(completion, delta)

@@ -76,7 +76,8 @@ def serve(sock: socket.socket, pulse: Pulse, load: Load = load) -> int:
         engine = ready.engine
 
         def emit(events: list[Event]) -> None:
-            channel.send(events)
+            for request_id in channel.send_events(events):
+                driver.post(AbortRequest(request_id))
 
         driver = Driver(engine, emit, lambda: pulse.beat(engine.longest_step_s), pulse.set_stats)
         commands.to(driver)

@@ -17,7 +17,7 @@ from jaxmoe.common.errors import JaxMoeError, RequestError
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import EngineStatus, PrefillProgress
 from jaxmoe.engine.messages import Event, Failed
-from jaxmoe.request import Delta
+from jaxmoe.request import Delta, TokenLogprob
 
 # A reader this far behind gets tokens in larger pieces, so that what waits for it stays small.
 _MERGE_FROM, _MERGED_TOKENS = 32, 64
@@ -32,11 +32,14 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
         self.started = False  # whether the engine has begun to compute it
         self._leave = leave
         self._items: collections.deque[Delta | PrefillProgress] = collections.deque()
+        self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self._error: JaxMoeError | None = None
         self.done = False  # nothing more will arrive
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: Delta | PrefillProgress) -> None:
+        if isinstance(item, Delta):
+            item = self._with_prompt_logprobs(item)
         # Only the latest progress is of interest.
         if isinstance(item, PrefillProgress) and self._items:
             if isinstance(self._items[-1], PrefillProgress):
@@ -49,6 +52,15 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
         self._items.append(item)
         self.done = self.done or (isinstance(item, Delta) and item.output is not None)
         self._wake()
+
+    def _with_prompt_logprobs(self, delta: Delta) -> Delta:
+        """The output has them too; between processes they come with the first delta only."""
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = delta.prompt_logprobs
+        if delta.output is None or self._prompt_logprobs is None:
+            return delta
+        output = dataclasses.replace(delta.output, prompt_logprobs=self._prompt_logprobs)
+        return dataclasses.replace(delta, output=output)
 
     def fail(self, error: JaxMoeError) -> None:
         self._error, self.done = error, True

@@ -16,7 +16,6 @@ import asyncio
 import collections
 import dataclasses
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -50,7 +49,7 @@ from jaxmoe.engine.pulse import Pulse
 from jaxmoe.engine.watchdog import Patience, Watchdog
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.weights.shared_store import Hold
+from jaxmoe.weights.shared_store import Hold, remove_unused
 
 _log = logging.getLogger(__name__)
 # -P: the working directory is no place to import from.
@@ -154,18 +153,29 @@ class ProcessEngine:
         self._abort(request_id)
 
     async def close(self, drain_s: float = 0.0) -> None:
-        """See AsyncEngine. The child is gone when this returns."""
+        """See AsyncEngine. The child is gone when this returns, also where it is cancelled."""
         self._closing = True
-        if self._status.state == "ready":
-            self._status = EngineStatus("draining")
-            self._mailboxes.begin_drain()
-            await self._mailboxes.wait_empty(drain_s)
-            for request_id in self._mailboxes.request_ids():
-                self._abort(request_id)
-            await self._mailboxes.wait_empty(self._supervision.stop_s)
-        if self._child is not None:
-            self._child.send(Stop())
-            await self._child.wait_end(self._supervision.stop_s)
+        try:
+            if self._status.state == "ready":
+                self._status = EngineStatus("draining")
+                self._mailboxes.begin_drain()
+                await self._mailboxes.wait_empty(drain_s)
+                for request_id in self._mailboxes.request_ids():
+                    self._abort(request_id)
+                await self._mailboxes.wait_empty(self._supervision.stop_s)
+            if self._child is not None:
+                self._child.send(Stop())
+                await self._child.wait_end(self._supervision.stop_s)
+        finally:
+            end = asyncio.create_task(self._end())
+            try:
+                await asyncio.shield(end)
+            except asyncio.CancelledError:
+                await end
+                raise
+
+    async def _end(self) -> None:
+        """Neither a child nor its memory is left."""
         self._supervisor.cancel()
         await asyncio.gather(self._supervisor, return_exceptions=True)
         if self._child is not None:
@@ -203,6 +213,7 @@ class ProcessEngine:
                 _log.error("the engine ended: %s", why)
                 pause_s = None if hopeless else self._next_pause()
                 if pause_s is None:
+                    self._release_store()
                     self._status = EngineStatus("dead", error=why)
                     self._fail_all(f"the engine died: {why}")
                     return
@@ -230,7 +241,10 @@ class ProcessEngine:
 
     async def _run_child(self) -> tuple[str, bool]:
         """Why the child ended, and whether another one would end the same way."""
-        child = await _Child.start(self._loop, self._command, self._on_message)
+        try:
+            child = await _Child.start(self._loop, self._command, self._on_message)
+        except OSError as error:  # no process or descriptor to be had; there may be one later
+            return f"its process could not be started: {error}", False
         self._child = child
         options = {name: getattr(self._config, name) for name in rules(EngineConfig)}
         if options["shared_weights"] is None:
@@ -297,13 +311,22 @@ class ProcessEngine:
         """Keeps the weights while there is no child that does."""
         if name is None or (self._hold is not None and self._hold.name == name):
             return
-        self._release_store()
+        self._drop_hold()
         try:
             self._hold = Hold(name)
         except OSError as error:
             _log.warning("the shared weights %s will not outlive the engine: %s", name, error)
 
     def _release_store(self) -> None:
+        """Lets the weights go, and what a child has filled that died before it was ready: nobody
+        holds that. Only where there is no child.
+        """
+        self._drop_hold()
+        if self._config.shared_weights is not False:
+            for name in remove_unused():
+                _log.info("removed %s: shared weights that nobody used", name)
+
+    def _drop_hold(self) -> None:
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.release(remove=True)
@@ -333,9 +356,14 @@ class _Child(asyncio.Protocol):
         with theirs:
             fds = (theirs.fileno(), pulse.fd)
             # Not in a thread: it takes milliseconds, and nobody may be left with half a child.
-            process = subprocess.Popen[bytes](
-                [*command, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL
-            )
+            try:
+                process = subprocess.Popen[bytes](
+                    [*command, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL
+                )
+            except BaseException:
+                ours.close()
+                pulse.close()
+                raise
         child = cls(process, pulse, on_message)
         ours.setblocking(False)
         try:
@@ -343,6 +371,7 @@ class _Child(asyncio.Protocol):
         except BaseException:
             process.kill()
             process.wait()
+            ours.close()
             pulse.close()
             raise
         return child
@@ -379,8 +408,8 @@ class _Child(asyncio.Protocol):
         return code
 
     def _signal(self, number: signal.Signals) -> None:
-        if self.process.poll() is None:
-            os.kill(self.process.pid, number)
+        # Not os.kill after a poll: another thread may be taking its exit code.
+        self.process.send_signal(number)
 
     # Called by the event loop.
 

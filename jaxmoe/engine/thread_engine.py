@@ -38,6 +38,8 @@ class ThreadEngine:
 
     def __init__(self, make: Callable[[OnStage], Ready], bounds: QueueBounds | None = None) -> None:
         self._status = EngineStatus("loading", "starting")
+        # Of every change of the status that depends on the one before: both threads make such.
+        self._changing = threading.Lock()
         self._info: EngineInfo | None = None
         self._driver: Driver | None = None
         self._stats: Mapping[str, float] = {}
@@ -116,10 +118,11 @@ class ThreadEngine:
             for request_id in self._mailboxes.request_ids():
                 self._post_abort(request_id)
             await self._mailboxes.wait_empty(10.0)  # a step under way has to end first
-        if self._driver is not None:
-            self._driver.post(Stop())
-        # Loading cannot be interrupted; the thread ends with it.
-        self._status = EngineStatus("dead", error="closed")
+        with self._changing:
+            # Loading cannot be interrupted; the thread ends with it.
+            self._status = EngineStatus("dead", error="closed")
+            if self._driver is not None:
+                self._driver.post(Stop())
         self._mailboxes.fail_all(lambda: EngineDeadError("the engine was closed"))
         await asyncio.to_thread(self._thread.join)
 
@@ -152,29 +155,31 @@ class ThreadEngine:
             ready.close()
 
     def _serve(self, ready: Ready) -> None:
-        if self._status.state == "dead":  # closed meanwhile
-            return
-
         def note(stats: dict[str, float]) -> None:
             self._stats = stats
 
         note(ready.engine.stats())
-        self._info = ready.info
-        self._driver = Driver(ready.engine, self._emit, on_stats=note)
-        self._status = EngineStatus("ready", percent=100.0)
+        with self._changing:
+            if self._status.state == "dead":  # closed meanwhile
+                return
+            self._info = ready.info
+            self._driver = Driver(ready.engine, self._emit, on_stats=note)
+            self._status = EngineStatus("ready", percent=100.0)
         self._driver.run()
 
     def _report_stage(self, stage: str, percent: float) -> None:
-        if self._status.state == "loading":
-            self._status = EngineStatus("loading", stage, percent)
+        with self._changing:
+            if self._status.state == "loading":
+                self._status = EngineStatus("loading", stage, percent)
 
     def _emit(self, events: list[Event]) -> None:
         self._call_front(lambda: self._mailboxes.deliver(events))
 
     def _die(self, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
-        if self._status.state != "dead":
-            self._status = EngineStatus("dead", error=message)
+        with self._changing:
+            if self._status.state != "dead":
+                self._status = EngineStatus("dead", error=message)
         self._call_front(
             lambda: self._mailboxes.fail_all(lambda: EngineDeadError(f"the engine died: {message}"))
         )

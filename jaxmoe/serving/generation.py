@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from jaxmoe.engine.async_engine import AsyncEngine, PrefillProgress
-from jaxmoe.request import CompletionOutput, Delta, RequestOutput
+from jaxmoe.request import CompletionOutput, Delta, RequestOutput, failure
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.serving.errors import ApiError
 from jaxmoe.serving.metrics import Metrics
@@ -76,7 +76,7 @@ class Generation:
         """Ends when every completion has ended.
 
         Raises what AsyncEngine.generate raises, and ApiError 500 where the model's logits were not
-        finite.
+        finite or a grammar failed.
         """
         source = self._one(0) if len(self.jobs) == 1 else self._many()
         async with contextlib.aclosing(source):
@@ -85,11 +85,7 @@ class Generation:
                     yield item
                     continue
                 if item.finish_reason == "error":
-                    raise ApiError(
-                        500,
-                        "the model's logits are not finite; the checkpoint may be damaged",
-                        code="model_error",
-                    )
+                    raise ApiError(500, failure(item), code="model_error")
                 self.usage.completion_tokens += len(item.token_ids)
                 if item.output is not None:
                     self._note_output(prompt, item.output)

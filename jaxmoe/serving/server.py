@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 # After the last completion has ended, its answer still has to be written.
 _WRITE_GRACE_S = 1.0
 _CLOSE_S = 10.0  # what an engine may take to end: a step under way comes first
+# What it may take after a second signal: above twice the 0.8 s (process_engine.py, stop_s) after
+# which an engine process is killed, so that its memory is given back.
+_HURRY_S = 2.0
 _POLL_S = 0.02
 
 
@@ -110,6 +113,9 @@ class Server:
         end, hurried = time.monotonic() + _CLOSE_S, False
         while time.monotonic() < end and (state.admission.requests or not closing.done()):
             if not hurried and (closing.done() or self._now.is_set()):
-                end, hurried = time.monotonic() + _WRITE_GRACE_S, True
+                grace_s = _WRITE_GRACE_S if closing.done() else _HURRY_S
+                end, hurried = min(end, time.monotonic() + grace_s), True
             await asyncio.sleep(_POLL_S)
         closing.cancel()
+        # An engine process is still cleared away then.
+        await asyncio.gather(closing, return_exceptions=True)

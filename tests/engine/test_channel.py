@@ -8,7 +8,9 @@ import socket
 import orjson
 import pytest
 
+from jaxmoe.common.errors import RequestError
 from jaxmoe.common.timing import Timings
+from jaxmoe.engine import channel
 from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.engine.channel import MAX_FRAME_BYTES, Channel, FrameReader, frame
 from jaxmoe.engine.codec import ChannelError, decode, encode
@@ -51,7 +53,6 @@ OUTPUT = RequestOutput(
         CompletionOutput(0, "x", (3,), "stop", "stop here", (ENTRY,), TIMINGS),
         CompletionOutput(1, "", (), "abort", 7, None, TIMINGS),
     ),
-    (None, ENTRY),
 )
 INFO = EngineInfo("m", 8, 9, 2, 3, 4, (1, 2), PARAMS, "report\nof lines", 5, False)
 MESSAGES = [
@@ -60,7 +61,8 @@ MESSAGES = [
     AbortRequest("r"),
     Stop(),
     Delta("r", 1, "täxt\0👩", (1, 2), (ENTRY,), None, None, (None, ENTRY)),
-    Delta("r", 0, "", (), None, "error", OUTPUT),
+    Delta("r", 0, "", (), None, "error", OUTPUT, None, "the grammar failed: x"),
+    Delta("r", 0, "", (), None, "stop", None, None, 7),
     PrefillProgress("r", 3, 4),
     Failed("r", "capacity", "full"),
     Configure({"model": None, "page_size": 3, "kv_cache_gb": 0.5, "show_progress": False}),
@@ -130,6 +132,30 @@ def test_what_is_no_message_is_an_error(data, words):
 def test_frames_have_a_largest_size():
     with pytest.raises(ChannelError, match="wanted at most"):
         list(FrameReader().feed((MAX_FRAME_BYTES + 1).to_bytes(4, "little")))
+
+
+def test_an_event_that_is_too_large_refuses_its_request_only(monkeypatch):
+    monkeypatch.setattr(channel, "MAX_FRAME_BYTES", 500)
+    large = Delta("large", 0, "x" * 500, (1,))
+    last = dataclasses.replace(large, request_id="last", output=OUTPUT)
+    small = Delta("small", 0, "x", (1,))
+    a, b = socket.socketpair()
+    with a, b:
+        assert Channel(a).send_events([small, large, last, small]) == ["large"]
+        a.shutdown(socket.SHUT_WR)
+        got = list(Channel(b).receive())
+    assert [m.request_id for m in got] == ["small", "large", "last", "small"]
+    assert got[0] == got[3] == small
+    for failed in got[1:3]:
+        assert isinstance(failed.error(), RequestError) and "wanted at most 500" in failed.message
+
+
+def test_prompt_logprobs_are_sent_once():
+    prompt = (None, *[ENTRY] * 100)
+    output = dataclasses.replace(OUTPUT, prompt_logprobs=prompt)
+    delta = Delta("r", 0, "", (), None, "stop", output, prompt)
+    bare = dataclasses.replace(delta, output=OUTPUT)
+    assert encode(delta) == encode(bare)
 
 
 @pytest.mark.parametrize("seed", range(300))

@@ -19,6 +19,7 @@ from jaxmoe.engine.process_engine import ProcessEngine, Supervision
 from jaxmoe.engine.watchdog import Patience
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.weights import shared_store
 
 GREEDY = SamplingParams(temperature=0)
 TEXT = fake_engine_child.TEXT.decode()
@@ -81,6 +82,13 @@ def test_requests_stats_and_refusals():
             ):
                 with pytest.raises(RequestError):
                     front.generate("x", ids, params, cache_salt=salt)
+            entries = SamplingParams(temperature=0, prompt_logprobs=1)
+            _, last, items = await collect(front.generate("p", [7, 8], entries))
+            given = next(i for i in items if isinstance(i, Delta)).prompt_logprobs
+            assert len(given) == 2 and last.output.prompt_logprobs == given
+            # What no message holds is refused, and the engine lives on.
+            with pytest.raises(RequestError, match="answer is too large.*wanted at most"):
+                await collect(front.generate("e", list(b"large"), SamplingParams(logprobs=2)))
             # A program that is compiled takes longer than a hang may.
             assert (await collect(front.generate("d", list(b"compile"), GREEDY)))[0] == TEXT
             assert front.stats()["engine_restarts_total"] == 0
@@ -237,5 +245,74 @@ def test_closing_drains_aborts_and_ends_a_child_that_loads():
         assert time.monotonic() - start < 4.0
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+    run(test())
+
+
+@pytest.fixture
+def stores(monkeypatch):
+    """Lists the stores there are, of names that no other process uses."""
+    prefix = f"jaxmoe-test-{os.getpid()}-"
+    monkeypatch.setattr(shared_store, "_PREFIX", prefix)
+    yield lambda: list(shared_store.DIRECTORY.glob(f"{prefix}*"))
+    shared_store.remove_unused()
+
+
+def loading_model(how):
+    """A fake model whose loading fills a store and then does `how`."""
+    return f"{how} {shared_store.StoreName.of(b'half full').name}"
+
+
+@pytest.mark.parametrize("how", ["fill and fail", "fill and die"])
+def test_a_load_that_fails_leaves_no_memory_behind(stores, how):
+    async def test():
+        supervision = Supervision(max_restarts=1, pauses_s=(0.0,))
+        config = EngineConfig(model=loading_model(how))
+        front = ProcessEngine(config, supervision, fake_engine_child.COMMAND)
+        with pytest.raises(EngineDeadError):
+            await front.wait_ready()
+        assert stores() == []
+        await front.close()
+
+    run(test())
+
+
+@pytest.mark.parametrize("after_s", [None, 0.0, 0.2, 0.5])
+def test_a_close_while_loading_leaves_no_memory_behind(stores, after_s):
+    """Also one that is cancelled. The child does not answer: it is stopped."""
+
+    async def test():
+        config = EngineConfig(model=loading_model("fill and wait"))
+        front = ProcessEngine(config, QUICK, fake_engine_child.COMMAND)
+        while not stores():
+            await asyncio.sleep(0.01)
+        pid = front.pid
+        os.kill(pid, signal.SIGSTOP)
+        closing = asyncio.create_task(front.close())
+        if after_s is not None:
+            await asyncio.sleep(after_s)
+            closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        assert closing.cancelled() == (after_s is not None)
+        assert stores() == []
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    run(test())
+
+
+def test_a_process_that_cannot_be_started_is_tried_again():
+    async def test():
+        def descriptors():
+            return len(os.listdir("/proc/self/fd"))
+
+        before = descriptors()
+        supervision = Supervision(max_restarts=2, pauses_s=(0.0,))
+        front = ProcessEngine(EngineConfig(model="fake"), supervision, ("/no/such/program",))
+        with pytest.raises(EngineDeadError, match="could not be started.*No such file"):
+            await front.wait_ready()
+        assert front.stats()["engine_restarts_total"] == 2
+        assert descriptors() == before
+        await front.close()
 
     run(test())

@@ -13,6 +13,7 @@ from jaxmoe.common.errors import JaxMoeError, RequestError
 from jaxmoe.engine.engine import Engine
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.llm import LLM
+from jaxmoe.request import failure
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.structured_output import StructuredOutput as Spec
 from jaxmoe.text.tokenizer import Tokenizer
@@ -164,7 +165,7 @@ def test_a_grammar_that_fails_ends_its_own_request(engine, caplog):
     assert outputs["good"].outputs[0].finish_reason == "stop"
     (bad,) = outputs["bad"].outputs
     assert (bad.finish_reason, len(bad.token_ids)) == ("error", 3)
-    assert bad.stop_reason == "the grammar failed: too complex"
+    assert bad.stop_reason == failure(bad) == "the grammar failed: too complex"
     assert "request bad: the grammar failed: too complex after" in caplog.text
 
 

@@ -11,6 +11,8 @@ from support import fake_step
 from jaxmoe.common.errors import CapacityError, EngineDeadError, RequestError
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import PrefillProgress
+from jaxmoe.engine.driver import Driver
+from jaxmoe.engine.messages import AbortRequest, AddRequest, Stop
 from jaxmoe.engine.ready import Ready
 from jaxmoe.engine.thread_engine import ThreadEngine
 from jaxmoe.request import Delta
@@ -245,6 +247,56 @@ def test_a_hard_grammar_holds_up_nobody_else():
     run(test())
 
 
+def test_grammars_of_aborted_requests_are_not_compiled():
+    async def test():
+        async with serving() as front:
+            busy, go, prepare = threading.Semaphore(0), threading.Event(), front.engine.prepare
+            compiled = []
+
+            def slow(params):
+                if (
+                    params.structured is not None
+                    and threading.current_thread() is not front._thread
+                ):
+                    compiled.append(params)
+                    busy.release()
+                    assert go.wait(20)
+                prepare(params)
+
+            front.engine.prepare = slow
+            grammar = SamplingParams(temperature=0, structured=StructuredOutput.regex("[0-9]*"))
+            streams = [front.generate(f"s{i}", [7], grammar) for i in range(8)]
+            for _ in range(2):
+                await asyncio.to_thread(busy.acquire)
+            for i in range(1, 8):
+                await front.abort(f"s{i}")
+            # They are answered while the compilers are still at it, and their ids are free again.
+            for stream in streams[1:]:
+                _, last, _ = await collect(stream)
+                assert last.output.outputs[0].finish_reason == "abort"
+                assert last.output.prompt_token_ids == (7,)
+            again = front.generate("s1", [7], grammar)
+            go.set()
+            assert (await collect(streams[0]))[0] == LONG.decode()
+            assert (await collect(again))[0] == LONG.decode()
+            assert len(compiled) == 3
+            await settle(front)
+
+    run(test())
+
+
+def test_commands_after_the_end_are_dropped():
+    engine, _ = fake_step.make_engine(lambda prompt: LONG)
+    driver = Driver(engine, lambda events: None)
+    driver.post(Stop())
+    driver.run()
+    grammar = SamplingParams(structured=StructuredOutput.regex("[0-9]*"))
+    for params in (GREEDY, grammar):
+        driver.post(AddRequest("late", (7,), params))
+    driver.post(AbortRequest("late"))
+    assert not engine.has_work
+
+
 def test_a_failed_step_ends_every_request_and_later_ones():
     async def test():
         engine, step = fake_step.make_engine(lambda prompt: LONG)
@@ -288,6 +340,31 @@ def test_loading_is_reported_and_refuses_until_it_is_done():
         await front.wait_ready()
         assert (await collect(front.generate("a", [7], GREEDY)))[0] == "x"
         await front.close()
+
+    run(test())
+
+
+def test_a_close_at_the_end_of_loading_ends():
+    async def test():
+        loaded, go = threading.Event(), threading.Event()
+        engine, _ = fake_step.make_engine(lambda prompt: b"x")
+        stats = engine.stats
+
+        def slow_stats():  # the last thing before requests are taken
+            loaded.set()
+            assert go.wait(20)
+            return stats()
+
+        engine.stats = slow_stats
+        front = ThreadEngine.on_engine(engine)
+        await asyncio.to_thread(loaded.wait)
+        closing = asyncio.create_task(front.close())
+        await asyncio.sleep(0.05)
+        go.set()
+        await asyncio.to_thread(front._thread.join, 10)
+        assert not front._thread.is_alive()
+        await closing
+        assert front.status().state == "dead"
 
     run(test())
 

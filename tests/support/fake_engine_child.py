@@ -4,6 +4,7 @@ crash, fail, hang, compile or take its time. Run it as a program: `fake_engine_c
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -15,21 +16,38 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jaxmoe.common.errors import CapacityError  # noqa: E402
-from jaxmoe.engine import engine_process  # noqa: E402
+from jaxmoe.engine import channel, engine_process  # noqa: E402
 from jaxmoe.engine.pulse import Pulse  # noqa: E402
 from jaxmoe.engine.ready import Ready  # noqa: E402
+from jaxmoe.weights import shared_store  # noqa: E402
 from support import fake_step  # noqa: E402
 
 TEXT = b"0123456789" * 3
 COMMAND = (sys.executable, __file__)
 
 
+def fill(name):
+    """Half of a store, held as its users hold it."""
+    fd = os.open(shared_store.DIRECTORY / name.removeprefix("/"), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    os.write(fd, b"half")
+
+
 def load(options, on_stage, on_compile):
     if options["model"] == "too large":
         raise CapacityError("no memory for it")
     on_stage("loading weights", 50.0)
-    if options["model"] == "slow to load":
+    if options["model"].startswith("fill and"):
+        how, _, name = options["model"].removeprefix("fill and ").partition(" ")
+        fill(name)
+        if how == "fail":
+            raise CapacityError("no memory for the rest")
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if options["model"] == "slow to load" or options["model"].startswith("fill and wait"):
         time.sleep(60)
+
+    most = channel.MAX_FRAME_BYTES
 
     def script(prompt: bytes) -> bytes:
         if prompt.startswith(b"die"):
@@ -47,6 +65,10 @@ def load(options, on_stage, on_compile):
             on_compile(False)
         if prompt.startswith(b"slow"):
             time.sleep(0.05)
+        if prompt.startswith(b"large"):
+            channel.MAX_FRAME_BYTES = 400
+        else:
+            channel.MAX_FRAME_BYTES = most
         if prompt.startswith(b"garbage"):
             sock.sendall(b"\x05\0\0\0[1,2]")
         return TEXT
