@@ -53,8 +53,9 @@ def test_what_is_sent_and_what_is_reported(run, server, tmp_path, endpoint):
     assert (point["requests"], point["errors"], point["concurrency"]) == (3, 0, 1)
     assert (point["output_tokens"], point["prompt_tokens"]) == (9, 15)
     assert point["token_counts"] == "usage"
-    # Pauses are lower bounds: a busy machine makes them longer, never shorter.
-    assert point["ttft_s"]["min"] >= 0.05 and point["tpot_s"]["min"] >= 0.02
+    # Pauses bound what is counted from the request on from below: a busy machine makes it longer,
+    # never shorter. Between tokens it does both: a token that comes late is nearer to the next.
+    assert point["ttft_s"]["min"] >= 0.05 and point["tpot_s"]["min"] > 0
     assert point["itl_s"]["count"] == 6 and point["e2e_s"]["min"] >= 0.09
     assert point["seconds"] >= 3 * 0.09
     for record in point["records"]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import time
 
 import httpx
 import pytest
@@ -35,6 +36,17 @@ async def wait_until(condition):
             await asyncio.sleep(0.005)
 
 
+def slow_down(step):
+    """Steps of a real engine's length: else hundreds are done before a busy client can leave."""
+    run = step.run
+
+    def slow(kind, rows):
+        time.sleep(0.02)
+        return run(kind, rows)
+
+    step.run = slow
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_in_decode(path, stream):
@@ -48,6 +60,7 @@ def test_in_decode(path, stream):
                 "/v1/messages": ask(stream, max_tokens=300),
                 "/v1/responses": {"input": text, "stream": stream},
             }
+            slow_down(f.step)
             task = asyncio.create_task(c.post(path, json=bodies[path]))
             await wait_until(lambda: len(f.step.calls) > 3)
             await leave(task)
