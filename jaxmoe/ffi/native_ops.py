@@ -28,7 +28,7 @@ class NativeOps:
 
     runtime: threads and instruction set.
     store: the routed experts; None for a model (or a test) without them.
-    family: "vector" (exact products with FP32 activations: decode) or "matrix" (the fastest
+    family: "vector" (exact products; F32 activations stay so: decode) or "matrix" (the fastest
         many-row form, BF16 activations: prefill).
     """
 
