@@ -144,6 +144,8 @@ Status HostStore::create(const Topology& topology, std::vector<ExpertLayerSpec> 
     result->layer_offset_.push_back(std::move(offsets));
   }
   const size_t scale_bytes = scale_floats * sizeof(float);
+  result->node_bytes_ = node_bytes;
+  result->scale_bytes_ = scale_bytes;
   Status status = shared != nullptr
                       ? result->place_shared(topology, node_bytes, entries, scale_bytes, *shared)
                       : result->place_private(topology, node_bytes, entries, scale_bytes);
@@ -483,6 +485,31 @@ WeightView HostStore::view(int layer, int expert, Matrix which, int node) const 
   view.scale = scale(layer, expert, which);
   view.scale_stride = view.scale != nullptr ? scale_shape(layer, which).second : 0;
   return view;
+}
+
+std::vector<MemoryRange> HostStore::memory_ranges() const {
+  std::vector<MemoryRange> ranges;
+  for (size_t node = 0; node < node_data_.size(); ++node) {
+    ranges.push_back({"the experts of NUMA node " + std::to_string(node), node_data_[node],
+                      node_bytes_[node], sealed_});
+  }
+  {
+    std::lock_guard<std::mutex> lock(files_mutex_);
+    for (const auto& file : files_) {
+      ranges.push_back({file->path(), const_cast<uint8_t*>(file->data()), file->bytes(), true});
+    }
+  }
+  if (scale_bytes_ > 0) {
+    ranges.push_back({"the experts' scales", reinterpret_cast<uint8_t*>(scales_), scale_bytes_,
+                      segment_ != nullptr && sealed_});
+  }
+  return ranges;
+}
+
+Status HostStore::lock_pages(std::shared_ptr<DeviceDriver> driver,
+                             const PageLock::Progress& progress, size_t part_bytes) {
+  if (page_lock_ != nullptr) return {};
+  return PageLock::create(std::move(driver), memory_ranges(), progress, &page_lock_, part_bytes);
 }
 
 }  // namespace jaxmoe

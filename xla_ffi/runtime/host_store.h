@@ -26,6 +26,7 @@
 
 #include "kernels/kernels.h"
 #include "runtime/memory.h"
+#include "runtime/page_lock.h"
 #include "runtime/pool.h"
 #include "runtime/shared_segment.h"
 #include "runtime/status.h"
@@ -109,6 +110,14 @@ class HostStore {
   const float* scale(int layer, int expert, Matrix which) const;
   std::pair<int64_t, int64_t> scale_shape(int layer, Matrix which) const;
 
+  // Where weights and scales lie: each node's arena, or the mapped files, and the scales.
+  std::vector<MemoryRange> memory_ranges() const;
+  // Page-locks all of it, for every device of the driver's kind, until the store is destroyed.
+  // Everything must be in its place: a file that is mapped later is not locked.
+  Status lock_pages(std::shared_ptr<DeviceDriver> driver, const PageLock::Progress& progress = {},
+                    size_t part_bytes = PageLock::kPartBytes);
+  const PageLock* page_lock() const { return page_lock_.get(); }  // nullptr: not locked
+
  private:
   HostStore() = default;
   using Mark = std::atomic<uint8_t>;  // kHasData | kHasScale
@@ -135,14 +144,17 @@ class HostStore {
   std::vector<std::vector<size_t>>
       layer_offset_;                 // [node][layer]: where its experts begin in the arena
   std::vector<uint8_t*> node_data_;  // [node]: start of its arena
+  std::vector<size_t> node_bytes_;   // [node]
   std::vector<std::unique_ptr<Arena>> arenas_;  // [node], where private
   std::vector<size_t> scale_offset_;            // [layer], in floats
   float* scales_ = nullptr;
+  size_t scale_bytes_ = 0;
   std::unique_ptr<Arena> own_scales_;
   std::unique_ptr<SharedSegment> segment_;
   bool sealed_ = false;
   mutable std::mutex files_mutex_;
   std::vector<std::unique_ptr<MappedFile>> files_;
+  std::unique_ptr<PageLock> page_lock_;  // last: undone before the memory goes
 };
 
 }  // namespace jaxmoe
