@@ -21,7 +21,8 @@ _registered = False
 
 
 def register_targets() -> None:
-    """Makes the `jaxmoe_*` custom calls known to platform "cpu"; later calls do nothing."""
+    """Makes the `jaxmoe_*` custom calls known to platform "cpu", and where JAX has a CUDA backend
+    those of "CUDA" to it; later calls do nothing."""
     global _registered
     with _lock:
         if _registered:
@@ -29,4 +30,14 @@ def register_targets() -> None:
         jax.local_devices(backend="cpu")
         for name, handler in _native.handlers().items():
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
+        if _has_cuda():
+            for name, handler in _native.cuda_handlers().items():
+                jax.ffi.register_ffi_target(name, handler, platform="CUDA")
         _registered = True
+
+
+def _has_cuda() -> bool:
+    try:
+        return bool(jax.local_devices(backend="cuda"))
+    except RuntimeError:  # JAX's answer where there is none
+        return False

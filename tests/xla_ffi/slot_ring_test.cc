@@ -1,11 +1,12 @@
 // SlotRing: every value is in its slot between ON and OFF in whatever order threads run, failures
 // and aborts end a run with their cause, and the next run works.
+#include "prefill/slot_ring.h"
+
 #include <cstring>
 #include <memory>
 #include <thread>
 
 #include "native_testing.h"
-#include "prefill/slot_ring.h"
 #include "runtime/host_driver.h"
 
 using namespace jaxmoe;
@@ -130,8 +131,8 @@ struct Setup {
     ok(ring->start(jobs));
     ok(model(*jobs, on_stream));
     ok(ring->finish());
-    JAXMOE_CHECK(checked - before == count && wrong == 0, "%d of %d, %d wrong",
-                 checked - before, count, wrong.load());
+    JAXMOE_CHECK(checked - before == count && wrong == 0, "%d of %d, %d wrong", checked - before,
+                 count, wrong.load());
   }
 
   std::shared_ptr<HostDriver> driver;
@@ -284,13 +285,13 @@ JAXMOE_TEST(misuse_is_named) {
     int slot = 0;
   };
   const uint8_t source[200] = {};
-  for (const Bad& bad : {Bad{"names slot 2", {0, 0, source, 1}, 2}, Bad{"names slot -1", {}, -1},
-                         Bad{"names buffer 2", {2, 0, source, 1}},
-                         Bad{"copy of nothing", {0, 0, nullptr, 1}},
-                         Bad{"copy of nothing", {0, 0, source, 0}},
-                         Bad{"copy of nothing", {0, 0, source, 8, 2, 7, 8}},
-                         Bad{"up to byte 97 of buffer 0", {0, 1, source, 96}},
-                         Bad{"up to byte 44 of buffer 1", {1, 0, source, 11, 4, 11, 11}}}) {
+  for (const Bad& bad :
+       {Bad{"names slot 2", {0, 0, source, 1}, 2}, Bad{"names slot -1", {}, -1},
+        Bad{"names buffer 2", {2, 0, source, 1}}, Bad{"copy of nothing", {0, 0, nullptr, 1}},
+        Bad{"copy of nothing", {0, 0, source, 0}},
+        Bad{"copy of nothing", {0, 0, source, 8, 2, 7, 8}},
+        Bad{"up to byte 97 of buffer 0", {0, 1, source, 96}},
+        Bad{"up to byte 44 of buffer 1", {1, 0, source, 11, 4, 11, 11}}}) {
     auto jobs = std::make_shared<SlotJobs>();
     jobs->jobs.push_back({bad.slot, "bad", {bad.copy}});
     fails_with(ring.start(jobs), bad.message);

@@ -180,6 +180,18 @@ class StoreBinding {
 
   void seal() const { throw_value_error(get()->seal()); }
 
+  // An OSError where the machine refuses.
+  void lock_pages(py::handle driver, const py::object& progress) const {
+    std::shared_ptr<HostStore> store = get();
+    std::shared_ptr<DeviceDriver> on = driver_of(driver);
+    throw_os_error(with_progress(
+        progress, [&](const PageLock::Progress& report) { return store->lock_pages(on, report); }));
+  }
+  int64_t locked_bytes() const {
+    const PageLock* lock = get()->page_lock();
+    return lock != nullptr ? lock->bytes() : 0;
+  }
+
   py::array scale(int layer, int expert, int which) const {
     std::shared_ptr<HostStore> store = at(layer, expert, which);
     const Matrix matrix = static_cast<Matrix>(which);
@@ -203,6 +215,8 @@ WeightFormat format_from_name(const std::string& name) {
   throw py::value_error("weight format is \"" + name +
                         "\"; wanted \"bf16\", \"f32\" or \"fp8_block\"");
 }
+
+std::shared_ptr<HostStore> store_of(py::handle store) { return store.cast<StoreBinding&>().get(); }
 
 void bind_host_store(py::module_& module) {
   py::class_<StoreBinding>(module, "HostStore")
@@ -234,6 +248,9 @@ void bind_host_store(py::module_& module) {
            py::arg("which"))
       .def("seal", &StoreBinding::seal)
       .def("scale", &StoreBinding::scale, py::arg("layer"), py::arg("expert"), py::arg("which"))
+      .def("lock_pages", &StoreBinding::lock_pages, py::arg("driver"),
+           py::arg("progress") = py::none())
+      .def_property_readonly("locked_bytes", &StoreBinding::locked_bytes)
       .def("close", &StoreBinding::close);
 }
 

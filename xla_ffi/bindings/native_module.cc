@@ -105,6 +105,18 @@ py::dict handlers() {
   add("jaxmoe_experts_wait", JaxmoeExpertsWait);
   add("jaxmoe_kv_write", JaxmoeKvWrite);
   add("jaxmoe_paged_attention", JaxmoePagedAttention);
+  add("jaxmoe_slot_acquire", JaxmoeSlotAcquire);
+  add("jaxmoe_slot_release", JaxmoeSlotRelease);
+  return result;
+}
+
+py::dict cuda_handlers() {
+  py::dict result;
+  auto add = [&result](const char* name, XLA_FFI_Handler* handler) {
+    result[name] = py::capsule(reinterpret_cast<void*>(handler));
+  };
+  add("jaxmoe_slot_acquire", JaxmoeSlotAcquireCuda);
+  add("jaxmoe_slot_release", JaxmoeSlotReleaseCuda);
   return result;
 }
 
@@ -159,6 +171,8 @@ PYBIND11_MODULE(_native, module) {
            py::arg("repeats"))
       .def("close", &RuntimeBinding::close);
   jaxmoe::bind_host_store(module);
+  jaxmoe::bind_device(module);
   module.def("handlers", &jaxmoe::handlers);
+  module.def("cuda_handlers", &jaxmoe::cuda_handlers);
   module.def("supported_isas", &jaxmoe::supported_isas);
 }

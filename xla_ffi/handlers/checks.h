@@ -32,6 +32,11 @@ Status expect(const char* op, const char* name, const ffi::AnyBuffer& buffer, ff
 Status expect_activation(const char* op, const char* name, const ffi::AnyBuffer& buffer,
                          std::initializer_list<int64_t> dims, ActivationType* type);
 
+// Some operations carry arrays through unchanged, which orders what uses them before and after: an
+// error unless every result is aliased to its operand.
+ffi::Error check_pass_through(const char* op, const ffi::RemainingArgs& args,
+                              const ffi::RemainingRets& rets);
+
 inline ffi::Error failure(const std::string& message) {
   return ffi::Error::InvalidArgument(message);
 }

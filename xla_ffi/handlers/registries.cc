@@ -12,4 +12,9 @@ Registry<HostStore>& stores() {
   return *registry;
 }
 
+Registry<SlotRingGroup>& slot_rings() {
+  static auto* registry = new Registry<SlotRingGroup>();
+  return *registry;
+}
+
 }  // namespace jaxmoe

@@ -3,8 +3,11 @@
 #define JAXMOE_HANDLERS_REGISTRIES_H_
 
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "moe/experts_queue.h"
+#include "prefill/slot_ring.h"
 #include "runtime/cpu_runtime.h"
 #include "runtime/host_store.h"
 #include "runtime/registry.h"
@@ -18,9 +21,23 @@ struct NativeRuntime {
   ExpertsQueue experts;  // ends before the pool it runs on
 };
 
+// What a program's ring id names: a ring, or one ring a device where a program runs on several.
+struct SlotRingGroup {
+  static constexpr int kAnyDevice = -1;
+  std::vector<std::pair<int, std::shared_ptr<SlotRing>>> rings;  // by device ordinal
+
+  SlotRing* find(int device_ordinal) const {
+    for (const auto& [ordinal, ring] : rings) {
+      if (ordinal == device_ordinal || ordinal == kAnyDevice) return ring.get();
+    }
+    return nullptr;
+  }
+};
+
 // Never destroyed: XLA's threads may still run handlers while the process exits.
 Registry<NativeRuntime>& runtimes();
 Registry<HostStore>& stores();
+Registry<SlotRingGroup>& slot_rings();
 
 }  // namespace jaxmoe
 

@@ -23,8 +23,8 @@ Status in_job(const SlotJob& job, const Status& status) {
 }  // namespace
 
 Status SlotRing::create(std::shared_ptr<DeviceDriver> driver,
-                        std::vector<std::vector<SlotBuffer>> slots,
-                        std::shared_ptr<SlotRing>* ring, std::chrono::nanoseconds stall) {
+                        std::vector<std::vector<SlotBuffer>> slots, std::shared_ptr<SlotRing>* ring,
+                        std::chrono::nanoseconds stall) {
   if (slots.size() < 2) {
     return Status::error("a ring of " + std::to_string(slots.size()) +
                          " slots cannot be filled while it is read: wanted at least 2");
@@ -42,8 +42,9 @@ Status SlotRing::create(std::shared_ptr<DeviceDriver> driver,
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i) {
     if (ranges[i].first < ranges[i - 1].second) {
-      return Status::error("two buffers of the ring share memory: every one must be an array of "
-                           "its own");
+      return Status::error(
+          "two buffers of the ring share memory: every one must be an array of "
+          "its own");
     }
   }
   std::shared_ptr<SlotRing> result(new SlotRing(std::move(driver), stall));
@@ -115,7 +116,12 @@ const SlotJob& SlotRing::job_of(int slot, int64_t generation) const {
   return *std::find_if(run_->jobs.begin(), run_->jobs.end(), is_it);
 }
 
-Status SlotRing::start(std::shared_ptr<const SlotJobs> jobs) {
+Status SlotRing::start(std::shared_ptr<const SlotJobs> jobs, bool allow_unlocked) {
+  if (jobs->unlocked_bytes > 0 && !allow_unlocked && !driver_->is_host()) {
+    return Status::error(std::to_string(jobs->unlocked_bytes) +
+                         " bytes of the run's sources are not page-locked: lock them before the "
+                         "jobs are made, or allow such copies, which are several times slower");
+  }
   for (size_t i = 0; i < jobs->jobs.size(); ++i) {
     Status status = check_job(jobs->jobs[i], i);
     if (!status.ok()) return status;
@@ -168,8 +174,10 @@ Status SlotRing::acquire(int index, DeviceStream stream) {
     return failure_;
   }
   if (slot.acquired == slot.jobs) {
-    fail(Status::error("slot " + std::to_string(index) + " was acquired more often than the run "
-                       "fills it (" + std::to_string(slot.jobs) + " times)"));
+    fail(Status::error("slot " + std::to_string(index) +
+                       " was acquired more often than the run "
+                       "fills it (" +
+                       std::to_string(slot.jobs) + " times)"));
     return failure_;
   }
   ++calls_;
@@ -216,6 +224,7 @@ Status SlotRing::release(int index, DeviceStream stream) {
 }
 
 Status SlotRing::finish() {
+  std::shared_ptr<const SlotJobs> last;  // may own what wants other locks: goes after ours
   std::unique_lock<std::mutex> lock(mutex_);
   if (!has_run_) {
     // A failure that abort() or an earlier finish() ended is told again.
@@ -224,17 +233,18 @@ Status SlotRing::finish() {
   wait_moving(lock, "finish", [&] { return state_ == State::kIdle && all_released(); });
   changed_.wait(lock, [&] { return state_ == State::kIdle; });
   has_run_ = false;
-  run_ = nullptr;
+  last.swap(run_);
   return failure_;
 }
 
 void SlotRing::abort(const std::string& cause) {
+  std::shared_ptr<const SlotJobs> last;
   std::unique_lock<std::mutex> lock(mutex_);
   if (!has_run_) return;
   if (failure_.ok()) fail(Status::error("the run was aborted: " + cause));
   changed_.wait(lock, [&] { return state_ == State::kIdle; });
   has_run_ = false;
-  run_ = nullptr;
+  last.swap(run_);
 }
 
 SlotRingStats SlotRing::stats() const {

@@ -61,6 +61,7 @@ struct SlotJob {
 struct SlotJobs {
   std::vector<SlotJob> jobs;
   std::vector<std::shared_ptr<const void>> keep;  // the owners of what is copied
+  int64_t unlocked_bytes = 0;  // of the sources: those not page-locked when the jobs were made
 };
 
 struct SlotRingStats {  // of the present or the last run
@@ -80,8 +81,7 @@ class SlotRing {
 
   // An error where a ring has fewer than two slots, or two buffers share memory.
   static Status create(std::shared_ptr<DeviceDriver> driver,
-                       std::vector<std::vector<SlotBuffer>> slots,
-                       std::shared_ptr<SlotRing>* ring,
+                       std::vector<std::vector<SlotBuffer>> slots, std::shared_ptr<SlotRing>* ring,
                        std::chrono::nanoseconds stall = kStall);
   ~SlotRing();  // aborts
   SlotRing(const SlotRing&) = delete;
@@ -92,8 +92,9 @@ class SlotRing {
   DeviceDriver& driver() const { return *driver_; }
 
   // Checks every job and hands them to the loader. An error while a run is under way; after one
-  // that failed, the programs that used it must have ended.
-  Status start(std::shared_ptr<const SlotJobs> jobs);
+  // that failed, the programs that used it must have ended. Sources that are not page-locked, which
+  // a device copies slowly and not asynchronously, are an error unless they are allowed.
+  Status start(std::shared_ptr<const SlotJobs> jobs, bool allow_unlocked = false);
   // The slot's next job is in place for what `stream` does from now on; nullptr: for the caller.
   Status acquire(int slot, DeviceStream stream);
   // What `stream` (nullptr: the caller) was given so far reads the slot last.

@@ -28,16 +28,6 @@ void add_piece(std::vector<Piece>* pieces, const Piece& piece) {
   pieces->push_back(piece);
 }
 
-// One copy, cut where page-locked parts meet.
-void add_cut(int buffer, Piece piece, const PageLock* lock, std::vector<SlotCopy>* copies) {
-  while (piece.bytes > 0) {
-    size_t length = lock != nullptr ? lock->run_length(piece.src) : 0;
-    length = length == 0 ? piece.bytes : std::min(piece.bytes, length);
-    copies->push_back({buffer, piece.dst, piece.src, length});
-    piece = {piece.dst + length, piece.src + length, piece.bytes - length};
-  }
-}
-
 // Pieces of one size at equal distances, from `first` on: how many.
 size_t count_rows(const std::vector<Piece>& pieces, size_t first) {
   size_t end = first + 1;
@@ -65,7 +55,7 @@ void add_copies(int buffer, const std::vector<Piece>& pieces, const PageLock* lo
         continue;
       }
     }
-    add_cut(buffer, first, lock, copies);
+    append_cut(buffer, first.dst, first.src, first.bytes, lock, copies);
     ++i;
   }
 }
@@ -121,6 +111,18 @@ void add_matrix(const HostStore& store, const ExpertGroup& group, Matrix which, 
 
 }  // namespace
 
+void append_cut(int buffer, size_t dst, const uint8_t* src, size_t bytes, const PageLock* lock,
+                std::vector<SlotCopy>* copies) {
+  while (bytes > 0) {
+    size_t length = lock != nullptr ? lock->run_length(src) : 0;
+    length = length == 0 ? bytes : std::min(bytes, length);
+    copies->push_back({buffer, dst, src, length});
+    dst += length;
+    src += length;
+    bytes -= length;
+  }
+}
+
 Status append_store_jobs(const std::shared_ptr<HostStore>& store,
                          const std::vector<ExpertGroup>& groups, SlotJobs* jobs) {
   for (const ExpertGroup& group : groups) {
@@ -145,6 +147,11 @@ Status append_store_jobs(const std::shared_ptr<HostStore>& store,
     for (int m = 0; m < kNumMatrices; ++m) {
       add_matrix(*store, group, static_cast<Matrix>(m), false, &job.copies);
       if (has_scales) add_matrix(*store, group, static_cast<Matrix>(m), true, &job.copies);
+    }
+    if (store->page_lock() == nullptr) {
+      for (const SlotCopy& copy : job.copies) {
+        jobs->unlocked_bytes += static_cast<int64_t>(copy.bytes());
+      }
     }
     jobs->jobs.push_back(std::move(job));
   }

@@ -25,6 +25,10 @@ struct ExpertGroup {
   int num_experts = 0;
 };
 
+// A copy of consecutive bytes, in pieces where page-locked parts meet. lock: nullptr for none.
+void append_cut(int buffer, size_t dst, const uint8_t* src, size_t bytes, const PageLock* lock,
+                std::vector<SlotCopy>* copies);
+
 // Copies that are neighbours in the store and in the slot become one; many small ones at equal
 // distances (scales, mostly) become one of rows; none crosses a border of page-locked parts.
 // Fails where an expert of a group was not loaded.
