@@ -39,7 +39,8 @@ def dequantize(weight: Weight) -> jax.Array:
     return data * scale
 
 
-def _activate(gate: jax.Array, up: jax.Array, activation: ClampedSwiglu | None) -> jax.Array:
+def activate(gate: jax.Array, up: jax.Array, activation: ClampedSwiglu | None) -> jax.Array:
+    """What an expert does between its products; `activation` None is silu(gate) * up."""
     if activation is None:
         return jax.nn.silu(gate) * up
     gate = jnp.minimum(gate, activation.limit)
@@ -92,7 +93,7 @@ class ReferenceOps:
             up = jnp.einsum("td,fd->tf", x, matrix("up"), precision=_HIGHEST)
             if biases is not None:
                 gate, up = gate + biases[0][e], up + biases[1][e]
-            hidden = _activate(gate, up, activation)
+            hidden = activate(gate, up, activation)
             out = jnp.einsum("tf,df->td", hidden, matrix("down"), precision=_HIGHEST)
             chosen = expert_ids == e  # [T, A]
             share = jnp.where(chosen, combine_weights.astype(jnp.float32), 0.0).sum(-1)  # [T]
@@ -241,7 +242,7 @@ class BatchedSequenceOps(ReferenceOps):
         if biases is not None:
             gates += biases[0][block_expert][:, None, :]
             ups += biases[1][block_expert][:, None, :]
-        h = _activate(gates, ups, activation)
+        h = activate(gates, ups, activation)
         y_blocks = jnp.einsum("bmf,bdf->bmd", h, down[block_expert])
         y_pairs = y_blocks.reshape(num_blocks * _TOKEN_BLOCK, -1)[place_of_pair]
         share = jnp.where(expert_ids < 0, 0.0, combine_weights.astype(jnp.float32))
