@@ -39,6 +39,11 @@ class NativeOps:
         self._store = store
         self._family: Family = family
 
+    expands_latents = False
+
+    def attend_latents(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the CPU attends latents as they are")
+
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         """One row after the other, by code for one row: the same bits in a step of any size."""
         return jax.lax.map(f, x)

@@ -54,6 +54,11 @@ class StepInputs:
 
 
 class Ops(Protocol):
+    @property
+    def expands_latents(self) -> bool:
+        """Whether MLA calls `attend_latents` instead of `attend`."""
+        ...
+
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         """`f` of every row of the arrays `[T, ...]` in `x`, stacked: for all but single operations.
 
@@ -114,5 +119,24 @@ class Ops(Protocol):
         `sinks [N]` float32 are scores of one more position each head sees, which has no value.
         Softmax in FP32. Returns f32 `[T, N, v_dim]` and the updated cache (same buffers where the
         platform can alias them).
+        """
+        ...
+
+    def attend_latents(
+        self,
+        q: jax.Array,
+        k_new: jax.Array,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        *,
+        w_uk: Weight,
+        w_uv: Weight,
+        scale: float,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """MLA of one sequence with keys and values made from the latents of the cache.
+
+        `q [T, N, nope + rope]`; `k_new [T, 1, C + rope]`, latent and rotated key, is written to the
+        cache. `w_uk [N, C, nope]`, `w_uv [N, v, C]`. Returns f32 `[T, N, v]` and the cache. Only
+        where `expands_latents`.
         """
         ...

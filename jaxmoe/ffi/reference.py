@@ -58,6 +58,11 @@ class ReferenceOps:
     def __init__(self, experts: Sequence[Mapping[str, Weight]] = ()):
         self._experts = experts
 
+    expands_latents = False
+
+    def attend_latents(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the reference attends latents as they are")
+
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         return jax.vmap(f)(x)
 

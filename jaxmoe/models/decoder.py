@@ -76,6 +76,25 @@ class DecoderLayer(nnx.Module):
         else:
             self.mlp = Mlp(hidden, config.dense_intermediate, formats, f"{path}.mlp")
 
+    def attend(
+        self, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops, dtype: jnp.dtype
+    ) -> tuple[jax.Array, Cache]:
+        """The first half: float32 `h [T, D]` and the layer's cache, both updated. dtype: of what
+        the linear maps read.
+        """
+        x = self.attention_norm(h, ops).astype(dtype)
+        y, cache = self.attention(x, cache, step, ops)
+        return h + y, cache
+
+    def feed_forward(
+        self, h: jax.Array, valid: jax.Array, ops: Ops, dtype: jnp.dtype
+    ) -> jax.Array:
+        """The second half: float32 `[T, D] -> [T, D]`; `valid [T]`: which rows are no padding."""
+        x = self.mlp_norm(h, ops)
+        if isinstance(self.mlp, MoeBlock):
+            return h + self.mlp(x, valid, ops, dtype)
+        return h + self.mlp(x.astype(dtype), ops)
+
 
 class Decoder(nnx.Module):
     """Leaves: embedding, layers.{i}, final_norm, lm_head (absent where embeddings are tied)."""
@@ -100,18 +119,11 @@ class Decoder(nnx.Module):
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
     ) -> tuple[jax.Array, Cache]:
         """The first half of layer i: float32 `h [T, D]` and the layer's cache, both updated."""
-        layer = self.layers[i]
-        x = layer.attention_norm(h, ops).astype(self.compute_dtype)
-        y, cache = layer.attention(x, cache, step, ops)
-        return h + y, cache
+        return self.layers[i].attend(h, cache, step, ops, self.compute_dtype)
 
     def mlp(self, i: int, h: jax.Array, step: StepInputs, ops: Ops) -> jax.Array:
         """The second half of layer i: float32 `[T, D] -> [T, D]`."""
-        layer = self.layers[i]
-        x = layer.mlp_norm(h, ops)
-        if isinstance(layer.mlp, MoeBlock):
-            return h + layer.mlp(x, step.token_rows >= 0, ops, self.compute_dtype)
-        return h + layer.mlp(x.astype(self.compute_dtype), ops)
+        return self.layers[i].feed_forward(h, step.token_rows >= 0, ops, self.compute_dtype)
 
     def layer(
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops

@@ -21,6 +21,9 @@ from jaxmoe import models
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.ops import StepInputs, Weight
 from jaxmoe.ffi.reference import ReferenceOps
+from jaxmoe.kernels.device_ops import DeviceOps
+from jaxmoe.kernels.experts import ExpertGroup
+from jaxmoe.moe.experts_streamed import StreamedExperts
 from jaxmoe.weights.param_spec import Formats
 from support import tiny_models
 
@@ -140,6 +143,41 @@ def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = No
     # Compiling takes most of the time of these small models.
     quickly = {"xla_backend_optimization_level": 1}
     return TinyRunner(config, compute_dtype, step_fn, weights, compiler_options=quickly)
+
+
+def device_runner(
+    case: str, compute_dtype: str, kind: str, *, one_sequence: bool = False, group: int = 4
+) -> TinyRunner:
+    """The model of a case on `DeviceOps`, its kernels interpreted; experts in groups of `group`."""
+    config = ModelConfig.from_hf(tiny_models.hf_config(case))
+    tensors = tiny_models.make_tensors(case)
+    described = models.describe_model(config, compute_dtype, stored_formats(config, tensors))
+    names = models.name_map(config, described.specs)
+    leaves = {}
+    for path in described.specs:
+        source = names.tensors_for(path)
+        leaves[path] = jnp.asarray(source.transform(*(tensors[name] for name in source.names)))
+    weights = (described.fill(leaves), _stack_experts(tensors, names, config))
+    num_experts = config.moe.router.num_experts
+
+    def step_fn(weights: Any, step: StepInputs, caches: Any) -> Any:
+        state, layers = weights
+        model = nnx.merge(described.graphdef, state)
+
+        def experts(x: Any, ids: Any, combine: Any, layer: int, **options: Any) -> Any:
+            whole = [layers[layer][which] for which in ("gate", "up", "down")]
+            groups = []
+            for first in range(0, num_experts, group):
+                part = slice(first, first + group)
+                scales = [None if w.scale_inv is None else w.scale_inv[part] for w in whole]
+                groups.append(ExpertGroup(*(w.data[part] for w in whole), *scales))
+            streamed = StreamedExperts(groups, num_experts, window=128, interpret=True)
+            return streamed(x, ids, combine, layer, **options)
+
+        ops = DeviceOps(experts, kind, one_sequence=one_sequence, interpret=True)
+        return model(step, caches, ops, jnp.arange(step.token_ids.shape[0]))
+
+    return TinyRunner(config, compute_dtype, step_fn, weights, num_rows=1 if one_sequence else 3)
 
 
 def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> TinyRunner:

@@ -1,0 +1,94 @@
+"""Routed experts whose weights pass through a ring of slots on the device (paper section 3.1).
+
+Each slot holds a group of consecutive experts of one layer. The group is computed between the
+slot's acquire, which waits until its weights have arrived, and its release, which gives it back to
+the loader. Which experts the tokens chose never decides what is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.config.model_config import ClampedSwiglu
+from jaxmoe.kernels.experts import WINDOW_ROWS, ExpertGroup, add_group, sort_by_expert
+
+
+class Ring(Protocol):
+    """The events of a ring inside a compiled program: `*arrays` come back in the same buffers, so
+    that what uses them afterwards waits.
+    """
+
+    def acquire(self, slot: int, *arrays: jax.Array) -> tuple[jax.Array, ...]: ...
+    def release(self, slot: int, *arrays: jax.Array) -> tuple[jax.Array, ...]: ...
+
+
+class NoRing:
+    """For weights that are there already."""
+
+    def acquire(self, slot: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return arrays
+
+    release = acquire
+
+
+class StreamedExperts:
+    """`kernels.device_ops.Experts` of one traced program.
+
+    slots: the ring's arrays, operands of the program; group g of a layer lies in slot g modulo
+        their number.
+    num_experts: of a layer, a multiple of a slot's.
+    window: rows computed at a time.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[ExpertGroup],
+        num_experts: int,
+        ring: Ring | None = None,
+        *,
+        window: int = WINDOW_ROWS,
+        interpret: bool = False,
+    ):
+        self._slots = slots
+        self._ring = ring or NoRing()
+        self._num_experts = num_experts
+        self._per_slot = slots[0].gate.shape[0]
+        self._window = window
+        self._interpret = interpret
+        assert num_experts % self._per_slot == 0, (num_experts, self._per_slot)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        routing = sort_by_expert(expert_ids, combine_weights, self._num_experts, self._window)
+        y = jnp.zeros(x.shape, jnp.float32)
+        for g, first in enumerate(range(0, self._num_experts, self._per_slot)):
+            slot = g % len(self._slots)
+            part = slice(first, first + self._per_slot)
+            # Both pass through both events: no product may move before its weights have arrived,
+            # nor past their release.
+            x, y = self._ring.acquire(slot, x, y)
+            y = add_group(
+                y,
+                x,
+                routing,
+                self._slots[slot],
+                first,
+                activation=activation,
+                biases=None if biases is None else (biases[0][part], biases[1][part]),
+                window=self._window,
+                interpret=self._interpret,
+            )
+            x, y = self._ring.release(slot, x, y)
+        return y
