@@ -7,7 +7,7 @@ the loader. Which experts the tokens chose never decides what is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -42,6 +42,7 @@ class StreamedExperts:
         their number.
     num_experts: of a layer, a multiple of a slot's.
     window: rows computed at a time.
+    add: `kernels.experts.add_group` or another way to compute the same.
     """
 
     def __init__(
@@ -51,14 +52,14 @@ class StreamedExperts:
         ring: Ring | None = None,
         *,
         window: int = WINDOW_ROWS,
-        interpret: bool = False,
+        add: Callable[..., jax.Array] = add_group,
     ):
         self._slots = slots
         self._ring = ring or NoRing()
         self._num_experts = num_experts
         self._per_slot = slots[0].gate.shape[0]
         self._window = window
-        self._interpret = interpret
+        self._add = add
         assert num_experts % self._per_slot == 0, (num_experts, self._per_slot)
 
     def __call__(
@@ -71,15 +72,29 @@ class StreamedExperts:
         activation: ClampedSwiglu | None = None,
         biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        routing = sort_by_expert(expert_ids, combine_weights, self._num_experts, self._window)
         y = jnp.zeros(x.shape, jnp.float32)
+        y, _ = self.add_to(y, x, expert_ids, combine_weights, activation=activation, biases=biases)
+        return y
+
+    def add_to(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`y [T, D]` float32 plus the experts' results; and x, which passed through the events."""
+        routing = sort_by_expert(expert_ids, combine_weights, self._num_experts, self._window)
         for g, first in enumerate(range(0, self._num_experts, self._per_slot)):
             slot = g % len(self._slots)
             part = slice(first, first + self._per_slot)
             # Both pass through both events: no product may move before its weights have arrived,
             # nor past their release.
             x, y = self._ring.acquire(slot, x, y)
-            y = add_group(
+            y = self._add(
                 y,
                 x,
                 routing,
@@ -88,7 +103,6 @@ class StreamedExperts:
                 activation=activation,
                 biases=None if biases is None else (biases[0][part], biases[1][part]),
                 window=self._window,
-                interpret=self._interpret,
             )
             x, y = self._ring.release(slot, x, y)
-        return y
+        return y, x

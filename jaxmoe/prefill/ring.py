@@ -1,0 +1,92 @@
+"""The experts' ring of one device: its slots' arrays, and the jobs that fill them layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.common.errors import CheckpointError
+from jaxmoe.ffi import slot_ring
+from jaxmoe.ffi.device_driver import DeviceDriver
+from jaxmoe.ffi.slot_ring import SlotJobs, SlotRing
+from jaxmoe.kernels.experts import ExpertGroup
+from jaxmoe.prefill.plan import SlpPlan
+from jaxmoe.weights.host_store import ExpertLayout, HostStore
+from jaxmoe.weights.param_spec import DTYPE_OF_FORMAT, num_blocks
+
+_FORMATS = ("bf16", "f32", "fp8_block")  # that the device's kernels read
+
+
+def slot_arrays(layout: ExpertLayout, group: int, device: jax.Device) -> tuple[jax.Array, ...]:
+    """Zeros for one slot: gate and up `[X, F, D]`, down `[X, D, F]`, and their block scales."""
+    dtype = jnp.dtype(DTYPE_OF_FORMAT[layout.format])
+    shapes = [layout.shape(which) for which in ("gate", "up", "down")]
+    with jax.default_device(device):
+        arrays = [jnp.zeros((group, *shape), dtype) for shape in shapes]
+        if layout.format == "fp8_block":
+            arrays += [
+                jnp.zeros((group, num_blocks(n), num_blocks(k)), jnp.float32) for n, k in shapes
+            ]
+        return tuple(jax.device_put(a, device) for a in arrays)
+
+
+class ExpertRing:
+    """Streams the experts of `store` to `device`, every layer in turn.
+
+    Raises: CheckpointError where the experts' format or sizes are not the same in all layers, or
+    one that the device cannot read.
+    """
+
+    def __init__(self, driver: DeviceDriver, device: jax.Device, store: HostStore, plan: SlpPlan):
+        layout = store.layouts[0]
+        if any(other != layout for other in store.layouts):
+            raise CheckpointError("experts of several sizes or formats cannot share a ring of slots")
+        if layout.format not in _FORMATS:
+            raise CheckpointError(
+                f"experts in {layout.format} cannot be streamed to the device; supported: "
+                + ", ".join(_FORMATS)
+            )
+        arrays = [
+            slot_arrays(layout, plan.group_experts, device) for _ in range(plan.num_slots)
+        ]
+        self._ring = SlotRing(driver, arrays)
+        self._jobs = SlotJobs()
+        for layer in range(len(store.layouts)):
+            for g, first in enumerate(range(0, layout.num_experts, plan.group_experts)):
+                self._jobs.add_experts(
+                    store.native, g % plan.num_slots, layer, first, plan.group_experts
+                )
+
+    @property
+    def groups(self) -> Sequence[ExpertGroup]:
+        """The slots as the kernels take them."""
+        return [ExpertGroup(*slot) for slot in self._ring.slots]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that one run streams."""
+        return self._jobs.total_bytes
+
+    def start(self, *, allow_unlocked: bool = False) -> None:
+        """Begins to load the first layers."""
+        self._ring.start(self._jobs, allow_unlocked=allow_unlocked)
+
+    def acquire(self, slot: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return slot_ring.acquire(self._ring, slot, *arrays)
+
+    def release(self, slot: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return slot_ring.release(self._ring, slot, *arrays)
+
+    def finish(self) -> None:
+        self._ring.finish()
+
+    def abort(self, cause: str) -> None:
+        self._ring.abort(cause)
+
+    def stats(self) -> dict[str, float]:
+        return self._ring.stats()
+
+    def close(self) -> None:
+        self._ring.close()

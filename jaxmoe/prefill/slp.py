@@ -1,0 +1,208 @@
+"""Stream-loading prefill of one prompt on one device (paper section 3.1, Figure 5).
+
+Every layer is two kinds of programs. *chunk*: attention, router, dense MLP or shared experts of some
+thousand tokens, as many times as the prompt is long; the routed experts are left out, and what they
+need is put aside. *experts*: the routed experts of all tokens, group by group as their weights
+arrive in the ring, so that weights are streamed once for the whole prompt. The thread that calls
+`prefill` is the model thread: it only launches. The loader is the ring's own thread; it runs ahead
+into the next layers as far as slots are free. The KV cache is written where decode reads it, so
+nothing is unloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxmoe.decode.batch import BlockTables, StepRow, pack_step
+from jaxmoe.ffi.ops import Ops, StepInputs
+from jaxmoe.kernels.experts import ExpertGroup
+from jaxmoe.models.decoder import Decoder
+from jaxmoe.moe.deferred import DeferredOps
+from jaxmoe.moe.experts_streamed import Ring, StreamedExperts
+from jaxmoe.moe.moe_block import MoeBlock
+from jaxmoe.prefill.plan import SlpPlan
+
+# Contexts are compiled for in steps of this many positions.
+_CONTEXT_STEP = 4096
+
+
+class LoadingRing(Ring, Protocol):
+    """A ring as this module drives it (prefill/ring.py)."""
+
+    @property
+    def groups(self) -> Sequence[ExpertGroup]: ...
+    def start(self) -> None: ...
+    def finish(self) -> None: ...
+    def abort(self, cause: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Layers that share their programs: the same modules, whatever the weights."""
+
+    graphdef: Any
+    treedef: Any
+    is_moe: bool
+
+
+class SlpPrefill:
+    """Owns the programs; the weights stay the caller's.
+
+    Args:
+        graphdef, state: the split model, its arrays on the device.
+        ops: the device's operations for a chunk of one sequence that attends at most so many
+            positions.
+        ring: of the experts.
+        plan: what the ring and the buffers were sized by.
+        page_size, pages_per_sequence: of the cache.
+        add_group: how a group's experts are computed; see kernels/experts.py.
+    """
+
+    def __init__(
+        self,
+        graphdef: Any,
+        state: Any,
+        ops: Callable[[int], Ops],
+        ring: LoadingRing,
+        plan: SlpPlan,
+        *,
+        page_size: int,
+        pages_per_sequence: int,
+        add_group: Callable[..., jax.Array],
+        device: jax.Device,
+    ) -> None:
+        model = nnx.merge(graphdef, state)
+        assert isinstance(model, Decoder)
+        self._plan, self._ring, self._device = plan, ring, device
+        self._page_size, self._pages = page_size, pages_per_sequence
+        self._dtype = model.compute_dtype
+        self._hidden = model.config.hidden_size
+        self._router = model.config.moe.router
+        self._layers: list[tuple[_Kind, list[jax.Array]]] = []
+        kinds: dict[Any, _Kind] = {}
+        for layer in model.layers:
+            is_moe = isinstance(layer.mlp, MoeBlock)
+            if is_moe:
+                layer.mlp.moe_layer_idx = 0  # the only difference between MoE layers
+            layer_graphdef, layer_state = nnx.split(layer)
+            leaves, treedef = jax.tree.flatten(layer_state)
+            kind = _Kind(layer_graphdef, treedef, is_moe)
+            self._layers.append((kinds.setdefault((layer_graphdef, treedef), kind), leaves))
+        embed_graphdef, embed_state = nnx.split(model.embedding)
+        self._embed_leaves, embed_treedef = jax.tree.flatten(embed_state)
+
+        def embed(leaves, token_ids):
+            return nnx.merge(embed_graphdef, jax.tree.unflatten(embed_treedef, leaves))(token_ids)
+
+        def chunk(kind, context, leaves, buffers, cache, begin, step):
+            layer = nnx.merge(kind.graphdef, jax.tree.unflatten(kind.treedef, leaves))
+            count = step.token_ids.shape[0]
+            base = ops(context)
+            h, x, ids, weights = buffers
+            part = jax.lax.dynamic_slice_in_dim(h, begin, count)
+            part, cache = layer.attend(part, cache, step, base, self._dtype)
+            deferred = DeferredOps(base)
+            part = layer.feed_forward(part, step.token_rows >= 0, deferred, self._dtype)
+            put = jax.lax.dynamic_update_slice_in_dim
+            h = put(h, part, begin, 0)
+            if kind.is_moe:
+                taken = deferred.taken
+                x, ids, weights = (
+                    put(whole, new.astype(whole.dtype), begin, 0)
+                    for whole, new in zip((x, ids, weights), taken, strict=True)
+                )
+            return (h, x, ids, weights), cache
+
+        def experts(kind, leaves, buffers, slots):
+            layer = nnx.merge(kind.graphdef, jax.tree.unflatten(kind.treedef, leaves))
+            h, x, ids, weights = buffers
+            block = layer.mlp
+            bias = block.expert_bias
+            streamed = StreamedExperts(
+                slots, self._router.num_experts, ring, window=plan.window_rows, add=add_group
+            )
+            h, x = streamed.add_to(
+                h,
+                x,
+                ids,
+                weights,
+                activation=block.config.activation,
+                biases=None if bias is None else (bias.gate[...], bias.up[...]),
+            )
+            return h, x, ids, weights
+
+        self._embed = jax.jit(embed)
+        self._chunk = jax.jit(chunk, static_argnums=(0, 1), donate_argnums=(3, 4))
+        self._experts = jax.jit(experts, static_argnums=0, donate_argnums=2)
+
+    def prefill(
+        self,
+        row: StepRow,
+        caches: list[tuple[jax.Array, ...]],
+        on_layer: Callable[[int, int], None] = lambda done, total: None,
+    ) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
+        """Computes all tokens of `row`, at most `plan.max_tokens`.
+
+        on_layer: told after each layer was launched, with the number of layers.
+
+        Returns the residual stream of the last token, `[1, D]`, and the caches.
+        """
+        plan, num_tokens = self._plan, len(row.token_ids)
+        assert 0 < num_tokens <= plan.max_tokens, (num_tokens, plan.max_tokens)
+        size = plan.buffer_tokens(num_tokens)
+        tokens = np.zeros(size, np.int32)
+        tokens[:num_tokens] = row.token_ids
+        h = self._embed(self._embed_leaves, jax.device_put(tokens, self._device))
+        per_token = self._router.experts_per_token
+        zeros = jnp.zeros
+        with jax.default_device(self._device):
+            buffers = (
+                h,
+                zeros((size, self._hidden), self._dtype),
+                zeros((size, per_token), jnp.int32) - 1,
+                zeros((size, per_token), jnp.float32),
+            )
+        steps = self._steps(row)
+        slots = tuple(self._ring.groups)
+        caches = list(caches)
+        self._ring.start()
+        try:
+            for i, (kind, leaves) in enumerate(self._layers):
+                for begin, context, step in steps:
+                    buffers, caches[i] = self._chunk(
+                        kind, context, leaves, buffers, caches[i], np.int32(begin), step
+                    )
+                if kind.is_moe:
+                    buffers = self._experts(kind, leaves, buffers, slots)
+                on_layer(i + 1, len(self._layers))
+            last = buffers[0][num_tokens - 1 : num_tokens]
+            jax.block_until_ready(last)
+            self._ring.finish()
+        except BaseException as error:
+            self._ring.abort(f"{type(error).__name__}: {error}")
+            raise
+        return last, caches
+
+    def _steps(self, row: StepRow) -> list[tuple[int, int, StepInputs]]:
+        """(first token, context bucket, inputs) of every chunk."""
+        out = []
+        size = self._plan.chunk_tokens
+        for begin in range(0, len(row.token_ids), size):
+            tokens = row.token_ids[begin : begin + size]
+            part = dataclasses.replace(row, token_ids=tokens, start=row.start + begin)
+            tables = BlockTables(row.slot + 1, self._pages)
+            tables.assign(row.slot)
+            step = pack_step([part], tables, size, 1, self._page_size)
+            end = part.start + len(tokens)
+            context = min(
+                -(-end // _CONTEXT_STEP) * _CONTEXT_STEP, self._pages * self._page_size
+            )
+            out.append((begin, context, jax.device_put(step, self._device)))
+        return out
