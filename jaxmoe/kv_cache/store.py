@@ -29,12 +29,15 @@ def token_bytes(layers: Sequence[Sequence[PageArray]]) -> int:
 
 
 def allocate(
-    layers: Sequence[Sequence[PageArray]], num_pages: int, page_size: int
+    layers: Sequence[Sequence[PageArray]],
+    num_pages: int,
+    page_size: int,
+    device: jax.Device | None = None,
 ) -> list[tuple[jax.Array, ...]]:
-    """Zeros `[P, Z, K, H]` for every page array of every layer, committed to the CPU device: what
-    a step returns is committed, and a first call with anything else would be compiled twice.
+    """Zeros `[P, Z, K, H]` for every page array of every layer, committed to `device` (the CPU):
+    what a step returns is committed, and a first call with anything else would be compiled twice.
     """
-    device = jax.local_devices(backend="cpu")[0]
+    device = device or jax.local_devices(backend="cpu")[0]
     return [
         tuple(
             jax.device_put(

@@ -1,0 +1,155 @@
+"""Everything stream-loading prefill needs on one device, put together: weights, ring, programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.decode.batch import StepRow
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.device_driver import DeviceDriver
+from jaxmoe.ffi.native_ops import NativeOps
+from jaxmoe.ffi.ops import Ops
+from jaxmoe.kernels.device_ops import DeviceOps
+from jaxmoe.kernels.experts import add_group
+from jaxmoe.kv_cache import store
+from jaxmoe.models.decoder import cache_spec
+from jaxmoe.moe.experts_streamed import NoRing
+from jaxmoe.prefill.plan import PromptShape, SlpPlan, plan_slp
+from jaxmoe.prefill.ring import ExpertRing
+from jaxmoe.prefill.slp import SlpPrefill
+from jaxmoe.weights.loaded_model import LoadedModel
+
+
+def prompt_shape(config: ModelConfig, expert_bytes: int, compute_bytes: int = 2) -> PromptShape:
+    """What a model's prompts take of device memory."""
+    attention = config.attention
+    heads = attention.num_heads
+    if isinstance(attention, MlaConfig):
+        key = attention.nope_head_dim + attention.rope_head_dim
+        value = attention.v_head_dim
+        latent = attention.kv_lora_rank + attention.rope_head_dim
+        # Queries, expanded keys and values, two partial results in float32 and their sum.
+        per_token = heads * (3 * key * compute_bytes + value * (compute_bytes + 3 * 4)) + latent * 8
+    else:
+        per_token = heads * attention.head_dim * (2 * 4 + 2 * compute_bytes + 2 * 4)
+        per_token += 2 * attention.num_kv_heads * attention.head_dim * (4 + compute_bytes)
+    widest = max(config.dense_intermediate or 0, config.moe.shared_intermediate or 0)
+    per_token += widest * (2 * 4 + compute_bytes)
+    return PromptShape(
+        num_experts=config.moe.router.num_experts,
+        experts_per_token=config.moe.router.experts_per_token,
+        expert_bytes=expert_bytes,
+        hidden=config.hidden_size,
+        intermediate=config.moe.expert_intermediate,
+        attention_bytes=per_token,
+        compute_bytes=compute_bytes,
+    )
+
+
+def prompt_row(token_ids: Sequence[int], page_size: int) -> StepRow:
+    """A prompt alone in the cache, its pages in order."""
+    pages = list(range(-(-len(token_ids) // page_size)))
+    return StepRow(token_ids, 0, pages, 0, settings=None)  # pyright: ignore[reportArgumentType]
+
+
+class SlpDevice:
+    """A model's prefill on one device, with a cache of its own."""
+
+    def __init__(
+        self,
+        slp: SlpPrefill,
+        resident: SlpPrefill,
+        ring: ExpertRing,
+        plan: SlpPlan,
+        caches: list[tuple[jax.Array, ...]],
+        page_size: int,
+        device: jax.Device,
+    ) -> None:
+        self._slp, self._resident, self._ring, self.plan = slp, resident, ring, plan
+        self._caches, self.page_size, self._device = caches, page_size, device
+
+    @classmethod
+    def create(
+        cls,
+        loaded: LoadedModel,
+        config: ModelConfig,
+        device: jax.Device,
+        driver: DeviceDriver,
+        runtime: CpuRuntime,
+        *,
+        max_prompt_tokens: int,
+        free_bytes: int | None = None,
+        page_size: int = 16,
+        chunk_tokens: int | None = None,
+    ) -> SlpDevice:
+        """Places the non-expert weights, the cache, the ring and the programs on `device`."""
+        assert loaded.host_store is not None
+        state = jax.device_put(loaded.state, device)
+        pages = -(-max_prompt_tokens // page_size)
+        caches = store.allocate(cache_spec(config, "bfloat16"), pages, page_size, device)
+        jax.block_until_ready((state, caches))
+        layout = loaded.host_store.layouts[0]
+        shape = prompt_shape(config, layout.total_bytes // layout.num_experts)
+        if free_bytes is None:
+            free_bytes = driver.memory_info()[0] * 9 // 10
+        options = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
+        plan = plan_slp(shape, free_bytes, max_prompt_tokens, **options)
+        ring = ExpertRing(driver, device, loaded.host_store, plan)
+
+        def ops(context: int) -> Ops:
+            if device.platform == "cpu":
+                return NativeOps(runtime, None, "matrix")
+            return DeviceOps(None, "prefill", one_sequence=True, context=context)
+
+        make: Any = partial(
+            SlpPrefill,
+            loaded.graphdef,
+            state,
+            ops,
+            plan=plan,
+            page_size=page_size,
+            pages_per_sequence=pages,
+            add_group=add_group,
+            device=device,
+        )
+        return cls(make(ring), make(Resident(ring)), ring, plan, caches, page_size, device)
+
+    def prefill(self, row: StepRow, *, streamed: bool = True) -> jax.Array:
+        """The residual stream of the row's last token. Not streamed: with whatever weights lie in
+        the ring, to measure computing alone."""
+        slp = self._slp if streamed else self._resident
+        last, self._caches = slp.prefill(row, self._caches)
+        return last
+
+    def copy_alone(self) -> float:
+        """Bytes per second of one run's copies with nothing computed."""
+        begin = time.perf_counter()
+        self._ring.drain()
+        return self.streamed_bytes / (time.perf_counter() - begin)
+
+    @property
+    def streamed_bytes(self) -> int:
+        return self._ring.total_bytes
+
+    def stats(self) -> dict[str, float]:
+        return self._ring.stats()
+
+    def peak_bytes(self) -> int:
+        return (self._device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+class Resident(NoRing):
+    """The slots of a ring as if their weights were always there."""
+
+    def __init__(self, ring: ExpertRing):
+        self.groups = ring.groups
+
+    def start(self) -> None: ...
+    def finish(self) -> None: ...
+    def abort(self, cause: str) -> None: ...
