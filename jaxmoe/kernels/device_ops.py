@@ -21,6 +21,7 @@ from jaxmoe.kernels.grouped_matmul import (
     DECODE_TILING,
     PREFILL_TILING,
     grouped_matmul,
+    narrowed,
     tiles_of,
     whole,
 )
@@ -90,27 +91,29 @@ class DeviceOps:
     def head_linear(self, x: jax.Array, w: Weight, out_dtype: jnp.dtype | None = None) -> jax.Array:
         num_tokens, num_heads, k = x.shape
         rows = jnp.swapaxes(x, 0, 1).reshape(num_heads * num_tokens, k)
+        tiling = narrowed(self._tiling, x.dtype)
         starts = jnp.arange(num_heads, dtype=jnp.int32) * num_tokens
-        tiles = tiles_of(starts, starts + num_tokens, rows.shape[0], self._tiling.rows)
+        tiles = tiles_of(starts, starts + num_tokens, rows.shape[0], tiling.rows)
         y = grouped_matmul(
             rows,
             (w.data,),
             None if w.scale_inv is None else (w.scale_inv,),
             tiles,
             out_dtype=out_dtype or x.dtype,
-            tiling=self._tiling,
+            tiling=tiling,
             interpret=self._interpret,
         )
         return jnp.swapaxes(y.reshape(num_heads, num_tokens, -1), 0, 1)
 
     def _product(self, x, data, scale, out_dtype):
+        tiling = narrowed(self._tiling, x.dtype)
         return grouped_matmul(
             x,
             (data,),
             None if scale is None else (scale[None],),
-            whole(x.shape[0], self._tiling.rows),
+            whole(x.shape[0], tiling.rows),
             out_dtype=out_dtype or x.dtype,
-            tiling=self._tiling,
+            tiling=tiling,
             interpret=self._interpret,
         )
 
@@ -209,6 +212,9 @@ class DeviceOps:
         maps = _latent_to_keys(w_uk), _flat_heads(w_uv)
         out = lse = None
         for begin in range(0, context, _EXPANDED_ROWS):
+            if out is not None:
+                # Else XLA expands all of the context at once.
+                table, out, lse = jax.lax.optimization_barrier((table, out, lse))
             count = min(_EXPANDED_ROWS, context - begin)
             at = begin + jnp.arange(count)
             page = jnp.maximum(table[jnp.minimum(at // page_size, table.shape[0] - 1)], 0)

@@ -21,6 +21,7 @@ from jaxmoe.kernels.grouped_matmul import (
     PREFILL_PAIR_TILING,
     PREFILL_TILING,
     grouped_matmul,
+    narrowed,
     tiles_of,
 )
 
@@ -109,12 +110,15 @@ def add_group(
             gate, up = gate + bias[0], up + bias[1]
         return activate(gate, up, activation)
 
+    pair_tiling = narrowed(PREFILL_PAIR_TILING, x.dtype)
+    tiling = dataclasses.replace(narrowed(PREFILL_TILING, x.dtype), rows=pair_tiling.rows)
+
     def one_window(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begin, y = state
         tokens = jax.lax.dynamic_slice_in_dim(routing.token, begin, window)
         rows = x[tokens]
         here = jnp.clip(offsets - begin, 0, window)
-        tiles = tiles_of(here[:-1], here[1:], window, PREFILL_TILING.rows)
+        tiles = tiles_of(here[:-1], here[1:], window, tiling.rows)
         hidden = grouped_matmul(
             rows,
             (group.gate, group.up),
@@ -123,7 +127,7 @@ def add_group(
             combine=act,
             columns=biases or (),
             out_dtype=x.dtype,
-            tiling=PREFILL_PAIR_TILING,
+            tiling=pair_tiling,
             interpret=interpret,
         )
         out = grouped_matmul(
@@ -131,7 +135,7 @@ def add_group(
             (group.down,),
             None if group.down_scale is None else (group.down_scale,),
             tiles,
-            tiling=PREFILL_TILING,
+            tiling=tiling,
             interpret=interpret,
         )
         span = jnp.stack([begin, jnp.minimum(begin + window, group_end)])

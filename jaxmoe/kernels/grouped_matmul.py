@@ -85,6 +85,15 @@ PREFILL_PAIR_TILING = Tiling(PREFILL_ROWS, 64, 8, 3)
 DECODE_TILING = Tiling(DECODE_ROWS, 32, 4, 4)
 
 
+def narrowed(tiling: Tiling, dtype: Any) -> Tiling:
+    """For activations of `dtype`: float32 takes twice the shared memory, so half the tile, and no
+    tensor core, so no deep pipeline.
+    """
+    if jnp.dtype(dtype).itemsize == 2:
+        return tiling
+    return Tiling(min(tiling.rows, 64), min(tiling.outputs, 32), 4, 2)
+
+
 def grouped_matmul(
     x: jax.Array,
     weights: tuple[jax.Array, ...],

@@ -94,10 +94,9 @@ def plan_slp(
     Raises CapacityError where two slots and one chunk do not fit.
     """
     smallest = _MIN_SLOTS * shape.expert_bytes
-    for chunks in sorted((c for c in _LADDER), reverse=True):
+    enough = next((c for c in _LADDER if c * chunk_tokens >= max_prompt_tokens), _LADDER[-1])
+    for chunks in reversed(_LADDER[: _LADDER.index(enough) + 1]):
         tokens = chunks * chunk_tokens
-        if chunks > 1 and tokens >= 2 * max_prompt_tokens:
-            continue
         used = activation_bytes(shape, tokens, chunk_tokens, window_rows)
         if used + smallest <= free_bytes:
             break

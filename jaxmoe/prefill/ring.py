@@ -51,6 +51,10 @@ class ExpertRing:
         arrays = [
             slot_arrays(layout, plan.group_experts, device) for _ in range(plan.num_slots)
         ]
+        self._device = device
+        self._plan = plan
+        self._layers = len(store.layouts)
+        self._groups = layout.num_experts // plan.group_experts
         self._ring = SlotRing(driver, arrays)
         self._jobs = SlotJobs()
         for layer in range(len(store.layouts)):
@@ -84,6 +88,29 @@ class ExpertRing:
 
     def abort(self, cause: str) -> None:
         self._ring.abort(cause)
+
+    def drain(self) -> None:
+        """A whole run with nothing computed: what the copies alone take."""
+
+        def layer(x: jax.Array) -> jax.Array:
+            for g in range(self._groups):
+                slot = g % self._plan.num_slots
+                (x,) = self.acquire(slot, x)
+                (x,) = self.release(slot, x)
+            return x
+
+        program = jax.jit(layer, donate_argnums=0)
+        x = jax.device_put(jnp.zeros(8), self._device)
+        compiled = program.lower(x).compile()
+        self.start()
+        try:
+            for _ in range(self._layers):
+                x = compiled(x)
+            jax.block_until_ready(x)
+            self.finish()
+        except BaseException as error:
+            self.abort(f"{type(error).__name__}: {error}")
+            raise
 
     def stats(self) -> dict[str, float]:
         return self._ring.stats()
