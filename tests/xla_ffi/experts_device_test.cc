@@ -122,8 +122,8 @@ struct Bench {
     return {device, slot, run, streams[static_cast<size_t>(device)]};
   }
   void synchronize(int device = 0) {
-    Status status =
-        drivers[static_cast<size_t>(device)]->stream_synchronize(streams[static_cast<size_t>(device)]);
+    Status status = drivers[static_cast<size_t>(device)]->stream_synchronize(
+        streams[static_cast<size_t>(device)]);
     JAXMOE_CHECK(status.ok(), "%s", status.message().c_str());
   }
   void submit(const DevicePlace& place, const ExpertsCall& call) {
@@ -163,7 +163,7 @@ void check_results(Bench* bench, const std::vector<Operands>& operands) {
   for (size_t i = 0; i < operands.size(); ++i) {
     const int layer = static_cast<int>(i / 2 % kLayers);
     JAXMOE_CHECK(same_bits(operands[i].y, operands[i].wanted(*bench->runtime, *bench->store,
-                                                            operands[i].call(layer))),
+                                                             operands[i].call(layer))),
                  "call %zu", i);
   }
 }
@@ -283,8 +283,8 @@ JAXMOE_TEST(a_call_nobody_waited_for_does_not_spoil_the_next) {
     }
     bench.synchronize();
     for (size_t i = 1; i < operands.size(); i += 2) {
-      JAXMOE_CHECK(same_bits(operands[i].y, operands[i].wanted(*bench.runtime, *bench.store,
-                                                              operands[i].call(0))));
+      JAXMOE_CHECK(same_bits(
+          operands[i].y, operands[i].wanted(*bench.runtime, *bench.store, operands[i].call(0))));
     }
   }
 }
@@ -295,8 +295,8 @@ JAXMOE_TEST(failed_copies_hang_nothing) {
     Operands a(3, 2, 1);
     bench.submit(bench.place(0, 1), a.call(0));
     bench.drivers[0]->fail_copy(1, true, "no more copies");
-    JAXMOE_CHECK(contains(
-        bench.experts->wait(bench.place(0, 1), 3, kD, a.y.data()).message(), "no more copies"));
+    JAXMOE_CHECK(contains(bench.experts->wait(bench.place(0, 1), 3, kD, a.y.data()).message(),
+                          "no more copies"));
     // The stream fails in the middle of many calls, and works again later.
     std::vector<Operands> lost = some_operands(20, 700);
     bench.drivers[0]->fail_copy(5, false, "the bus fell off");

@@ -16,9 +16,9 @@ ffi::Error experts_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer wei
   ExpertsObjects objects;
   ExpertsCall call;
   const bool has_biases = biases.size() != 0;
-  JAXMOE_RETURN_IF_ERROR(
-      bind_experts(kOp, x, ids, weights, biases,
-                   {runtime_id, store_id, layer, family, alpha, limit, has_biases}, &objects, &call));
+  JAXMOE_RETURN_IF_ERROR(bind_experts(
+      kOp, x, ids, weights, biases, {runtime_id, store_id, layer, family, alpha, limit, has_biases},
+      &objects, &call));
   if (has_biases && biases.size() != 2) {
     return failure("experts: " + std::to_string(biases.size()) +
                    " bias arrays; wanted those of gate and up, or none");
@@ -38,9 +38,9 @@ ffi::Error submit_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weig
   constexpr const char* kOp = "experts_submit";
   ExpertsObjects objects;
   ExpertsCall call;
-  JAXMOE_RETURN_IF_ERROR(
-      bind_experts(kOp, x, ids, weights, rest,
-                   {runtime_id, store_id, layer, family, alpha, limit, has_biases}, &objects, &call));
+  JAXMOE_RETURN_IF_ERROR(bind_experts(
+      kOp, x, ids, weights, rest, {runtime_id, store_id, layer, family, alpha, limit, has_biases},
+      &objects, &call));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", *ticket, ffi::DataType::S32, {1}));
   JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, rest, has_biases ? 2 : 0, others_out));
   return to_error(objects.runtime->experts.submit(objects.store, call,

@@ -1,5 +1,5 @@
-// The XLA FFI handlers of platform "cpu". They check and bind; the work is done by moe/ and
-// attention/.
+// The XLA FFI handlers, of platform "cpu" where their names say nothing else. They check and bind;
+// the work is done by moe/ and attention/.
 #ifndef JAXMOE_HANDLERS_HANDLERS_H_
 #define JAXMOE_HANDLERS_HANDLERS_H_
 
@@ -15,6 +15,10 @@ XLA_FFI_Error* JaxmoeExpertsSubmit(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsWait(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeKvWrite(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoePagedAttention(XLA_FFI_CallFrame* frame);
+
+XLA_FFI_Error* JaxmoeExpertsCuda(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeExpertsSubmitCuda(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeExpertsWaitCuda(XLA_FFI_CallFrame* frame);
 }
 
 }  // namespace jaxmoe

@@ -111,11 +111,11 @@ struct ExpertsDevice::Channel {
   bool open = false;         // it has no wait yet
   int64_t run_id = 0, num_tokens = 0, hidden = 0;
   float* y = nullptr;
-  DeviceStream stream = nullptr;  // of the last call
-  DeviceEvent copied = nullptr;   // x is in staging; for a side stream
-  DeviceEvent finished = nullptr;  // the host function has returned
-  DeviceEvent consumed = nullptr;  // y has left the staging
-  Status broken;                   // a call was left half enqueued
+  DeviceStream stream = nullptr;                // of the last call
+  DeviceEvent copied = nullptr;                 // x is in staging; for a side stream
+  DeviceEvent finished = nullptr;               // the host function has returned
+  DeviceEvent consumed = nullptr;               // y has left the staging
+  Status broken;                                // a call was left half enqueued
   std::vector<std::unique_ptr<Block>> staging;  // the last is in use; no stream is asked whether it
                                                 // still reads the others, which are smaller
 
@@ -229,9 +229,8 @@ Status ExpertsDevice::find_device(int ordinal, Device** result) {
     made->ordinal = ordinal;
     Status status = make_driver_(ordinal, &made->driver);
     if (!status.ok()) return status;
-    made->signal = forced_signal_.value_or(made->driver->supports_values()
-                                               ? DeviceSignal::kValues
-                                               : DeviceSignal::kHostFunctions);
+    made->signal = forced_signal_.value_or(
+        made->driver->supports_values() ? DeviceSignal::kValues : DeviceSignal::kHostFunctions);
     if (made->signal == DeviceSignal::kValues && !made->driver->supports_values()) {
       return Status::error("this driver has no stream memory operations; use host functions");
     }
@@ -303,8 +302,8 @@ Status ExpertsDevice::submit(const DevicePlace& place, std::shared_ptr<HostStore
   std::lock_guard<std::mutex> lock(channel->enqueue_mutex);
   if (!channel->broken.ok()) return channel->broken;
   const int64_t hidden = store->layer(call.layer).hidden;
-  const size_t x_bytes = static_cast<size_t>(call.num_tokens * hidden) *
-                         (call.x_type == ActivationType::kF32 ? 4 : 2);
+  const size_t x_bytes =
+      static_cast<size_t>(call.num_tokens * hidden) * (call.x_type == ActivationType::kF32 ? 4 : 2);
   const size_t ids_bytes = static_cast<size_t>(call.num_tokens * call.per_token) * sizeof(int32_t);
   const size_t y_bytes = static_cast<size_t>(call.num_tokens * hidden) * sizeof(float);
   Layout layout;
@@ -375,8 +374,7 @@ Status ExpertsDevice::stage_biases(Channel* channel, const HostStore& store,
   const size_t bytes =
       static_cast<size_t>(layer.num_experts) * static_cast<size_t>(layer.intermediate) * 4;
   std::lock_guard<std::mutex> lock(mutex_);
-  std::unique_ptr<BiasCopy>& copy =
-      biases_[{&store, {channel->device->ordinal, call.layer}}];
+  std::unique_ptr<BiasCopy>& copy = biases_[{&store, {channel->device->ordinal, call.layer}}];
   // Another store may have come to lie where one was.
   if (copy != nullptr && (copy->lost.load() || copy->store.lock().get() != &store)) copy.reset();
   if (copy == nullptr) {
@@ -442,8 +440,7 @@ Status ExpertsDevice::await_host(Channel* channel, DeviceStream stream) {
   return device.driver->stream_wait_event(stream, channel->finished);
 }
 
-Status ExpertsDevice::wait(const DevicePlace& place, int64_t num_tokens, int64_t hidden,
-                           float* y) {
+Status ExpertsDevice::wait(const DevicePlace& place, int64_t num_tokens, int64_t hidden, float* y) {
   constexpr const char* kOp = "experts_wait: ";
   Channel* channel = nullptr;
   Status status = find_channel(place, &channel);
@@ -453,12 +450,14 @@ Status ExpertsDevice::wait(const DevicePlace& place, int64_t num_tokens, int64_t
   const std::string where =
       "slot " + std::to_string(place.slot) + " of device " + std::to_string(place.ordinal);
   if (!channel->open) {
-    return Status::error(kOp + where + " has no submitted call: each experts_submit is good for "
-                                       "one wait of its slot");
+    return Status::error(kOp + where +
+                         " has no submitted call: each experts_submit is good for "
+                         "one wait of its slot");
   }
   if (channel->run_id != place.run_id) {
-    return Status::error(kOp + where + " was used by another program meanwhile: programs that run "
-                                       "at once on a device need different slots");
+    return Status::error(kOp + where +
+                         " was used by another program meanwhile: programs that run "
+                         "at once on a device need different slots");
   }
   if (channel->num_tokens != num_tokens || channel->hidden != hidden) {
     return Status::error(kOp + ("the result was asked for as [" + std::to_string(num_tokens)) +
