@@ -51,10 +51,23 @@ class Experts(Protocol):
     ) -> jax.Array: ...
 
 
+class HostExperts(Protocol):
+    """The routed experts on the CPU beside the device: `NativeOps`, whose operations of these names
+    exist on both platforms.
+    """
+
+    @property
+    def experts(self) -> Experts: ...
+    @property
+    def experts_submit(self) -> Callable[..., tuple[jax.Array, ...]]: ...
+    @property
+    def experts_wait(self) -> Callable[..., tuple[jax.Array, ...]]: ...
+
+
 class DeviceOps:
     """`Ops` on a GPU.
 
-    experts: None for programs without routed experts.
+    experts: in the program itself, or on the CPU; None for programs without routed experts.
     kind: "prefill" or "decode": the tiles the kernels work in, fixed for a program.
     one_sequence: all tokens of a step are of one sequence, so that MLA may expand its context.
     context: positions the tokens may attend then; None: as many as a block table holds.
@@ -63,14 +76,15 @@ class DeviceOps:
 
     def __init__(
         self,
-        experts: Experts | None,
+        experts: Experts | HostExperts | None,
         kind: Kind,
         *,
         one_sequence: bool = False,
         context: int | None = None,
         interpret: bool = False,
     ):
-        self._experts = experts
+        self._host: Any = experts if hasattr(experts, "experts_submit") else None
+        self._experts: Any = experts if self._host is None else self._host.experts
         self._kind: Kind = kind
         self._one_sequence = one_sequence
         self._context = context
@@ -81,6 +95,17 @@ class DeviceOps:
     def expands_latents(self) -> bool:
         """Whether MLA is to hand over latents, as prompts want it (`attend_latents`)."""
         return self._one_sequence
+
+    @property
+    def splits_experts(self) -> bool:
+        """Whether the CPU computes experts while the device goes on."""
+        return self._host is not None
+
+    def experts_submit(self, *args: Any, **options: Any) -> tuple[jax.Array, ...]:
+        return self._host.experts_submit(*args, **options)
+
+    def experts_wait(self, *args: Any, **options: Any) -> tuple[jax.Array, ...]:
+        return self._host.experts_wait(*args, **options)
 
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         return jax.vmap(f)(x)

@@ -20,6 +20,8 @@ class DeferredOps:
         self._ops = ops
         self.taken: tuple[jax.Array, jax.Array, jax.Array] | tuple[()] = ()
 
+    splits_experts = False
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 

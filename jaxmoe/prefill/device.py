@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,12 +88,19 @@ class SlpDevice:
         free_bytes: int | None = None,
         page_size: int = 16,
         chunk_tokens: int | None = None,
+        slots: int | None = None,
+        compute_dtype: str = "bfloat16",
+        add_group: Callable[..., jax.Array] = add_group,
     ) -> SlpDevice:
-        """Places the non-expert weights, the cache, the ring and the programs on `device`."""
+        """Places the non-expert weights, the cache, the ring and the programs on `device`.
+
+        free_bytes: of the device, to be used at most; default: most of what is free. chunk_tokens,
+        slots: other than the planner's, for tests.
+        """
         assert loaded.host_store is not None
         state = jax.device_put(loaded.state, device)
         pages = -(-max_prompt_tokens // page_size)
-        caches = store.allocate(cache_spec(config, "bfloat16"), pages, page_size, device)
+        caches = store.allocate(cache_spec(config, compute_dtype), pages, page_size, device)
         jax.block_until_ready((state, caches))
         layout = loaded.host_store.layouts[0]
         shape = prompt_shape(config, layout.total_bytes // layout.num_experts)
@@ -100,6 +108,8 @@ class SlpDevice:
             free_bytes = driver.memory_info()[0] * 9 // 10
         options = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
         plan = plan_slp(shape, free_bytes, max_prompt_tokens, **options)
+        if slots is not None:
+            plan = dataclasses.replace(plan, num_slots=slots)
         ring = ExpertRing(driver, device, loaded.host_store, plan)
 
         def ops(context: int) -> Ops:
@@ -139,6 +149,10 @@ class SlpDevice:
 
     def stats(self) -> dict[str, float]:
         return self._ring.stats()
+
+    def close(self) -> None:
+        """Ends the loader; the weights stay the caller's."""
+        self._ring.close()
 
     def peak_bytes(self) -> int:
         return (self._device.memory_stats() or {}).get("peak_bytes_in_use", 0)

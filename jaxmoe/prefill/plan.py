@@ -16,7 +16,8 @@ from jaxmoe.common.errors import CapacityError
 _MIN_SLOTS, _BEST_SLOTS = 2, 8
 _CHUNK_TOKENS = 4096  # of attention: large enough to fill a GPU, its temporaries stay below 2 GiB
 _WINDOW_ROWS = 16384  # of experts, see kernels/experts.py
-_LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # buffer sizes in chunks, a program each
+# Sizes in chunks that programs are compiled for.
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class SlpPlan:
     def buffer_tokens(self, num_tokens: int) -> int:
         """Size of the buffers that hold a prompt of `num_tokens`."""
         chunks = -(-num_tokens // self.chunk_tokens)
-        return next(c for c in _LADDER if c >= chunks) * self.chunk_tokens
+        return next(c for c in LADDER if c >= chunks) * self.chunk_tokens
 
     def describe(self) -> str:
         return (
@@ -94,8 +95,8 @@ def plan_slp(
     Raises CapacityError where two slots and one chunk do not fit.
     """
     smallest = _MIN_SLOTS * shape.expert_bytes
-    enough = next((c for c in _LADDER if c * chunk_tokens >= max_prompt_tokens), _LADDER[-1])
-    for chunks in reversed(_LADDER[: _LADDER.index(enough) + 1]):
+    enough = next((c for c in LADDER if c * chunk_tokens >= max_prompt_tokens), LADDER[-1])
+    for chunks in reversed(LADDER[: LADDER.index(enough) + 1]):
         tokens = chunks * chunk_tokens
         used = activation_bytes(shape, tokens, chunk_tokens, window_rows)
         if used + smallest <= free_bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -27,9 +28,9 @@ from jaxmoe.models.decoder import Decoder
 from jaxmoe.moe.deferred import DeferredOps
 from jaxmoe.moe.experts_streamed import Ring, StreamedExperts
 from jaxmoe.moe.moe_block import MoeBlock
-from jaxmoe.prefill.plan import SlpPlan
+from jaxmoe.prefill.plan import LADDER, SlpPlan
 
-# Contexts are compiled for in steps of this many positions.
+# Contexts are compiled for in multiples of this many positions, those of the ladder.
 _CONTEXT_STEP = 4096
 
 
@@ -101,24 +102,22 @@ class SlpPrefill:
         def embed(leaves, token_ids):
             return nnx.merge(embed_graphdef, jax.tree.unflatten(embed_treedef, leaves))(token_ids)
 
-        def chunk(kind, context, leaves, buffers, cache, begin, step):
+        def take(h, begin):
+            return jax.lax.dynamic_slice_in_dim(h, begin, plan.chunk_tokens)
+
+        def chunk(kind, context, leaves, part, cache, step):
             layer = nnx.merge(kind.graphdef, jax.tree.unflatten(kind.treedef, leaves))
-            count = step.token_ids.shape[0]
             base = ops(context)
-            h, x, ids, weights = buffers
-            part = jax.lax.dynamic_slice_in_dim(h, begin, count)
             part, cache = layer.attend(part, cache, step, base, self._dtype)
             deferred = DeferredOps(base)
             part = layer.feed_forward(part, step.token_rows >= 0, deferred, self._dtype)
-            put = jax.lax.dynamic_update_slice_in_dim
-            h = put(h, part, begin, 0)
-            if kind.is_moe:
-                taken = deferred.taken
-                x, ids, weights = (
-                    put(whole, new.astype(whole.dtype), begin, 0)
-                    for whole, new in zip((x, ids, weights), taken, strict=True)
-                )
-            return (h, x, ids, weights), cache
+            return part, deferred.taken, cache
+
+        def put(buffers, begin, part, taken):
+            h, *rest = buffers
+            update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=0)
+            rest = [update(old, new.astype(old.dtype)) for old, new in zip(rest, taken)] or rest
+            return (update(h, part), *rest)
 
         def experts(kind, leaves, buffers, slots):
             layer = nnx.merge(kind.graphdef, jax.tree.unflatten(kind.treedef, leaves))
@@ -139,6 +138,9 @@ class SlpPrefill:
             return h, x, ids, weights
 
         self._embed = jax.jit(embed)
+        # Apart from the buffers, whose size varies, so that the large programs are compiled once.
+        self._take = jax.jit(take)
+        self._put = jax.jit(put, donate_argnums=0)
         self._chunk = jax.jit(chunk, static_argnums=(0, 1), donate_argnums=(3, 4))
         self._experts = jax.jit(experts, static_argnums=0, donate_argnums=2)
 
@@ -176,9 +178,10 @@ class SlpPrefill:
         try:
             for i, (kind, leaves) in enumerate(self._layers):
                 for begin, context, step in steps:
-                    buffers, caches[i] = self._chunk(
-                        kind, context, leaves, buffers, caches[i], np.int32(begin), step
+                    part, taken, caches[i] = self._chunk(
+                        kind, context, leaves, self._take(buffers[0], begin), caches[i], step
                     )
+                    buffers = self._put(buffers, begin, part, taken)
                 if kind.is_moe:
                     buffers = self._experts(kind, leaves, buffers, slots)
                 on_layer(i + 1, len(self._layers))
@@ -190,7 +193,7 @@ class SlpPrefill:
             raise
         return last, caches
 
-    def _steps(self, row: StepRow) -> list[tuple[int, int, StepInputs]]:
+    def _steps(self, row: StepRow) -> list[tuple[np.int32, int, StepInputs]]:
         """(first token, context bucket, inputs) of every chunk."""
         out = []
         size = self._plan.chunk_tokens
@@ -201,8 +204,8 @@ class SlpPrefill:
             tables.assign(row.slot)
             step = pack_step([part], tables, size, 1, self._page_size)
             end = part.start + len(tokens)
-            context = min(
-                -(-end // _CONTEXT_STEP) * _CONTEXT_STEP, self._pages * self._page_size
-            )
-            out.append((begin, context, jax.device_put(step, self._device)))
+            steps = -(-end // _CONTEXT_STEP)
+            context = next(n for n in LADDER if n >= steps) * _CONTEXT_STEP
+            context = min(context, self._pages * self._page_size)
+            out.append((np.int32(begin), context, jax.device_put(step, self._device)))
         return out
