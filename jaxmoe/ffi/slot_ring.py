@@ -29,7 +29,7 @@ import numpy as np
 
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
-from jaxmoe.ffi.device_driver import DeviceDriver, bytes_of
+from jaxmoe.ffi.device_driver import Device, DeviceDriver, bytes_of
 from jaxmoe.ffi.host_store import NativeHostStore
 from jaxmoe.ffi.registry import register_targets
 
@@ -192,7 +192,7 @@ class SlotRing:
 class SlotRingGroup:
     """One ring a device, under one name: for a program that runs on all of them (`shard_map`)."""
 
-    def __init__(self, rings: Mapping[jax.Device, SlotRing]):
+    def __init__(self, rings: Mapping[Device, SlotRing]):
         members = []
         for device, ring in rings.items():
             if ring.device != device or device.local_hardware_id is None:
