@@ -52,6 +52,13 @@ def _attributes(
     }
 
 
+def _activation(activation: ClampedSwiglu | None) -> dict[str, np.float32]:
+    return {
+        "alpha": np.float32(activation.alpha if activation else 0.0),
+        "limit": np.float32(activation.limit if activation else 0.0),
+    }
+
+
 def experts(
     runtime: CpuRuntime,
     store: StoreId,
@@ -71,8 +78,7 @@ def experts(
         expert_ids,
         combine_weights,
         *(biases or ()),
-        alpha=np.float32(activation.alpha if activation else 0.0),
-        limit=np.float32(activation.limit if activation else 0.0),
+        **_activation(activation),
         **_attributes(runtime, store, family, moe_layer_idx),
     )
 
@@ -86,12 +92,17 @@ def experts_submit(
     combine_weights: jax.Array,
     moe_layer_idx: int,
     *others: jax.Array,
+    slot: int = 0,
+    activation: ClampedSwiglu | None = None,
+    biases: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
     """Starts the experts; returns `(ticket, *others)`: int32 `[1]` and the same buffers.
 
-    Without biases, and with silu(gate) * up.
+    slot: of calls that are outstanding at once in a program, each has its own; 0 to 7. The wait
+        names the same one.
     """
     _check("experts_submit", x, expert_ids, combine_weights)
+    biases = biases or ()
     results = (
         jax.ShapeDtypeStruct((1,), jnp.int32),
         *(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in others),
@@ -100,15 +111,31 @@ def experts_submit(
     call = jax.ffi.ffi_call(
         "jaxmoe_experts_submit",
         results,
-        input_output_aliases={3 + i: 1 + i for i in range(len(others))},
+        input_output_aliases={3 + len(biases) + i: 1 + i for i in range(len(others))},
         has_side_effect=True,
     )
-    attributes = _attributes(runtime, store, family, moe_layer_idx)
-    return tuple(call(x, expert_ids, combine_weights, *others, **attributes))
+    return tuple(
+        call(
+            x,
+            expert_ids,
+            combine_weights,
+            *biases,
+            *others,
+            has_biases=bool(biases),
+            slot=np.int64(slot),
+            **_activation(activation),
+            **_attributes(runtime, store, family, moe_layer_idx),
+        )
+    )
 
 
 def experts_wait(
-    runtime: CpuRuntime, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array
+    runtime: CpuRuntime,
+    ticket: jax.Array,
+    num_tokens: int,
+    hidden: int,
+    *others: jax.Array,
+    slot: int = 0,
 ) -> tuple[jax.Array, ...]:
     """Finishes the experts of a ticket; returns `(y, *others)`: f32 `[T, D]` and the same buffers.
 
@@ -124,4 +151,5 @@ def experts_wait(
         input_output_aliases={1 + i: 1 + i for i in range(len(others))},
         has_side_effect=True,
     )
-    return tuple(call(ticket, *others, runtime_id=np.int64(runtime.id)))
+    attributes = {"runtime_id": np.int64(runtime.id), "slot": np.int64(slot)}
+    return tuple(call(ticket, *others, **attributes))

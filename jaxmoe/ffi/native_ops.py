@@ -39,6 +39,12 @@ class NativeOps:
         self._store = store
         self._family: Family = family
 
+    @property
+    def splits_experts(self) -> bool:
+        # A step of many rows keeps every core busy by itself, and staging its activations twice
+        # costs a few percent.
+        return self._family == "vector"
+
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         """One row after the other, by code for one row: the same bits in a step of any size."""
         return jax.lax.map(f, x)
@@ -78,6 +84,9 @@ class NativeOps:
         combine_weights: jax.Array,
         moe_layer_idx: int,
         *others: jax.Array,
+        slot: int = 0,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, ...]:
         """Starts what `experts` computes; `(ticket, *others)`. See jaxmoe/ffi/experts.py."""
         return experts_op.experts_submit(
@@ -89,13 +98,18 @@ class NativeOps:
             combine_weights,
             moe_layer_idx,
             *others,
+            slot=slot,
+            activation=activation,
+            biases=biases,
         )
 
     def experts_wait(
-        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array
+        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array, slot: int = 0
     ) -> tuple[jax.Array, ...]:
         """Ends what `experts_submit` started; `(y [T, D], *others)`."""
-        return experts_op.experts_wait(self._runtime, ticket, num_tokens, hidden, *others)
+        return experts_op.experts_wait(
+            self._runtime, ticket, num_tokens, hidden, *others, slot=slot
+        )
 
     def attend(
         self,

@@ -54,6 +54,13 @@ class StepInputs:
 
 
 class Ops(Protocol):
+    @property
+    def splits_experts(self) -> bool:
+        """Whether `experts_submit` and `experts_wait` are better than `experts` where there is
+        something to compute between the two.
+        """
+        ...
+
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         """`f` of every row of the arrays `[T, ...]` in `x`, stacked: for all but single operations.
 
@@ -88,6 +95,34 @@ class Ops(Protocol):
         weights of layer `moe_layer_idx` (0-based among the MoE layers) come from the store the ops
         object was made with. `activation` replaces silu(gate) * up; `biases`, float32 `[E, F]`
         each, are added to gate and up before it.
+        """
+        ...
+
+    def experts_submit(
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *others: jax.Array,
+        slot: int = 0,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """Starts what `experts` computes; returns `(ticket, *others)`.
+
+        `others` are passed through in place: what is computed from them comes after the start. An
+        array that is also another operand of the call costs a copy. Calls outstanding at once in a
+        program each have their own `slot`. Biases must be constants of the layer (weights). The
+        ticket is good for one wait; what it is made of is the platform's affair.
+        """
+        ...
+
+    def experts_wait(
+        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array, slot: int = 0
+    ) -> tuple[jax.Array, ...]:
+        """Ends what `experts_submit` started: `(y, *others)`, y f32 `[T, D]`, the bits of
+        `experts`. `others` are computed before the wait.
         """
         ...
 

@@ -57,6 +57,10 @@ class ReferenceOps:
     def __init__(self, experts: Sequence[Mapping[str, Weight]] = ()):
         self._experts = experts
 
+    @property
+    def splits_experts(self) -> bool:
+        return False  # one after the other all the same
+
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         return jax.vmap(f)(x)
 
@@ -100,6 +104,29 @@ class ReferenceOps:
             return y + jnp.where(chosen.any(-1)[:, None], share[:, None] * out, 0.0)
 
         return jax.lax.fori_loop(0, num_experts, add_expert, jnp.zeros_like(x))
+
+    def experts_submit(
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *others: jax.Array,
+        slot: int = 0,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """The ticket is the result."""
+        y = self.experts(
+            x, expert_ids, combine_weights, moe_layer_idx, activation=activation, biases=biases
+        )
+        return y, *others
+
+    def experts_wait(
+        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array, slot: int = 0
+    ) -> tuple[jax.Array, ...]:
+        assert ticket.shape == (num_tokens, hidden)
+        return ticket, *others
 
     def attend(
         self,

@@ -22,7 +22,7 @@ from jaxmoe.layers.embedding import Embedding
 from jaxmoe.layers.linear import Linear
 from jaxmoe.layers.mlp import Mlp
 from jaxmoe.layers.norm import RMSNorm
-from jaxmoe.moe.moe_block import MoeBlock
+from jaxmoe.moe.moe_block import MoeBlock, Others, Submitted
 from jaxmoe.weights.param_spec import Formats
 
 Cache = tuple[jax.Array, ...]  # the page arrays of one layer
@@ -112,6 +112,24 @@ class Decoder(nnx.Module):
         if isinstance(layer.mlp, MoeBlock):
             return h + layer.mlp(x, step.token_rows >= 0, ops, self.compute_dtype)
         return h + layer.mlp(x.astype(self.compute_dtype), ops)
+
+    def is_moe(self, i: int) -> bool:
+        return isinstance(self.layers[i].mlp, MoeBlock)
+
+    def mlp_submit(
+        self, i: int, h: jax.Array, step: StepInputs, ops: Ops, others: Others, *, slot: int
+    ) -> tuple[Submitted, Others]:
+        """Starts `mlp(i)` of a MoE layer; `others` and `slot` as in `MoeBlock.submit`."""
+        layer = self.layers[i]
+        x = layer.mlp_norm(h, ops)
+        valid = step.token_rows >= 0
+        return layer.mlp.submit(x, valid, ops, self.compute_dtype, others, slot=slot)
+
+    def mlp_wait(
+        self, i: int, h: jax.Array, submitted: Submitted, ops: Ops, *, slot: int
+    ) -> jax.Array:
+        """Ends what `mlp_submit` started from `h`."""
+        return h + self.layers[i].mlp.wait(submitted, ops, self.compute_dtype, slot=slot)
 
     def layer(
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops

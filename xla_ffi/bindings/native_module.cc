@@ -21,7 +21,9 @@ namespace {
 class RuntimeBinding {
  public:
   RuntimeBinding(int num_threads, std::optional<std::vector<std::vector<int>>> numa_nodes,
-                 std::optional<std::string> isa) {
+                 std::optional<std::string> isa, std::optional<std::string> device_signal) {
+    std::optional<DeviceSignal> signal;
+    if (device_signal) signal = signal_from_name(*device_signal);
     RuntimeOptions options;
     options.num_threads = num_threads;
     options.fake_nodes = std::move(numa_nodes);
@@ -33,7 +35,7 @@ class RuntimeBinding {
       status = CpuRuntime::create(options, &cpu);
     }
     throw_value_error(status);
-    runtime_ = std::make_shared<NativeRuntime>(std::move(cpu));
+    runtime_ = std::make_shared<NativeRuntime>(std::move(cpu), signal);
     id_ = runtimes().add(runtime_);
     if (id_ < 0) throw_value_error(Status::error("too many runtimes are open: close some"));
   }
@@ -54,6 +56,12 @@ class RuntimeBinding {
     return id_;
   }
 
+  static DeviceSignal signal_from_name(const std::string& name) {
+    if (name == "values") return DeviceSignal::kValues;
+    if (name == "host_functions") return DeviceSignal::kHostFunctions;
+    throw py::value_error("device_signal is \"" + name +
+                          "\"; wanted \"values\" or \"host_functions\"");
+  }
   static Isa isa_from_name(const std::string& name) {
     std::string known;
     for (int i = 0; i < kNumIsas; ++i) {
@@ -93,6 +101,26 @@ py::dict stats(const RuntimeBinding& binding) {
   return result;
 }
 
+py::dict device_stats(const RuntimeBinding& binding) {
+  ExpertsDevice* device = binding.get().device_experts_if_any();
+  const DeviceStats stats = device == nullptr ? DeviceStats() : device->stats();
+  py::dict result;
+  result["calls"] = stats.calls;
+  result["experts_s"] = stats.experts_s;
+  result["idle_s"] = stats.idle_s;
+  return result;
+}
+
+void check_device(const RuntimeBinding& binding) {
+  ExpertsDevice* device = binding.get().device_experts_if_any();
+  if (device != nullptr) throw_value_error(device->take_error());
+}
+
+std::string describe_device(const RuntimeBinding& binding) {
+  ExpertsDevice* device = binding.get().device_experts_if_any();
+  return device == nullptr ? std::string() : device->describe();
+}
+
 py::dict handlers() {
   py::dict result;
   auto add = [&result](const char* name, XLA_FFI_Handler* handler) {
@@ -117,6 +145,9 @@ py::dict cuda_handlers() {
   };
   add("jaxmoe_slot_acquire", JaxmoeSlotAcquireCuda);
   add("jaxmoe_slot_release", JaxmoeSlotReleaseCuda);
+  add("jaxmoe_experts", JaxmoeExpertsCuda);
+  add("jaxmoe_experts_submit", JaxmoeExpertsSubmitCuda);
+  add("jaxmoe_experts_wait", JaxmoeExpertsWaitCuda);
   return result;
 }
 
@@ -152,10 +183,10 @@ PYBIND11_MODULE(_native, module) {
   using jaxmoe::RuntimeBinding;
   module.doc() = "Native core of jaxmoe: CPU runtime, expert store and XLA FFI handlers.";
   py::class_<RuntimeBinding>(module, "Runtime")
-      .def(
-          py::init<int, std::optional<std::vector<std::vector<int>>>, std::optional<std::string>>(),
-          py::arg("num_threads") = 0, py::arg("numa_nodes") = py::none(),
-          py::arg("isa") = py::none())
+      .def(py::init<int, std::optional<std::vector<std::vector<int>>>, std::optional<std::string>,
+                    std::optional<std::string>>(),
+           py::arg("num_threads") = 0, py::arg("numa_nodes") = py::none(),
+           py::arg("isa") = py::none(), py::arg("device_signal") = py::none())
       .def_property_readonly("id", &RuntimeBinding::id)
       .def_property_readonly("num_threads",
                              [](const RuntimeBinding& r) { return r.get().cpu->num_threads(); })
@@ -167,6 +198,9 @@ PYBIND11_MODULE(_native, module) {
       .def("kernel_name", &jaxmoe::kernel_name, py::arg("family"), py::arg("weight_format"),
            py::arg("bf16_activations"))
       .def("stats", &jaxmoe::stats)
+      .def("device_stats", &jaxmoe::device_stats)
+      .def("check_device", &jaxmoe::check_device)
+      .def("describe_device", &jaxmoe::describe_device)
       .def("read_bandwidth", &jaxmoe::measure_read_bandwidth, py::arg("total_bytes"),
            py::arg("repeats"))
       .def("close", &RuntimeBinding::close);

@@ -88,23 +88,23 @@ Status expect_activation(const char* op, const char* name, const ffi::AnyBuffer&
   return {};
 }
 
-ffi::Error check_pass_through(const char* op, const ffi::RemainingArgs& args,
-                              const ffi::RemainingRets& rets) {
-  if (args.size() != rets.size()) {
-    return failure(std::string(op) + ": " + std::to_string(args.size()) + " arrays passed in, " +
-                   std::to_string(rets.size()) + " passed through");
+Status check_pass_through(const char* op, const ffi::RemainingArgs& args, size_t first,
+                          const ffi::RemainingRets& rets) {
+  if (args.size() != first + rets.size()) {
+    return Status::error(std::string(op) + ": " + std::to_string(args.size() - first) +
+                         " arrays passed in, " + std::to_string(rets.size()) + " passed through");
   }
-  for (size_t i = 0; i < args.size(); ++i) {
-    ffi::ErrorOr<ffi::AnyBuffer> in = args.get<ffi::AnyBuffer>(i);
+  for (size_t i = 0; i < rets.size(); ++i) {
+    ffi::ErrorOr<ffi::AnyBuffer> in = args.get<ffi::AnyBuffer>(first + i);
     ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> out = rets.get<ffi::AnyBuffer>(i);
-    if (!in.has_value()) return in.error();
-    if (!out.has_value()) return out.error();
+    if (!in.has_value()) return Status::error(in.error().message());
+    if (!out.has_value()) return Status::error(out.error().message());
     if (in->untyped_data() != (*out)->untyped_data()) {
-      return failure(std::string(op) + ": passed-through array " + std::to_string(i) +
-                     " has another buffer as result: alias it to its operand");
+      return Status::error(std::string(op) + ": passed-through array " + std::to_string(i) +
+                           " has another buffer as result: alias it to its operand");
     }
   }
-  return ffi::Error::Success();
+  return {};
 }
 
 }  // namespace jaxmoe

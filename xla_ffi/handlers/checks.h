@@ -33,9 +33,9 @@ Status expect_activation(const char* op, const char* name, const ffi::AnyBuffer&
                          std::initializer_list<int64_t> dims, ActivationType* type);
 
 // Some operations carry arrays through unchanged, which orders what uses them before and after: an
-// error unless every result is aliased to its operand.
-ffi::Error check_pass_through(const char* op, const ffi::RemainingArgs& args,
-                              const ffi::RemainingRets& rets);
+// error unless the operands from `first` on are the results' own buffers.
+Status check_pass_through(const char* op, const ffi::RemainingArgs& args, size_t first,
+                          const ffi::RemainingRets& rets);
 
 inline ffi::Error failure(const std::string& message) {
   return ffi::Error::InvalidArgument(message);

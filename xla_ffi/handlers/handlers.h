@@ -19,6 +19,10 @@ XLA_FFI_Error* JaxmoeSlotAcquire(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeSlotRelease(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeSlotAcquireCuda(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeSlotReleaseCuda(XLA_FFI_CallFrame* frame);
+
+XLA_FFI_Error* JaxmoeExpertsCuda(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeExpertsSubmitCuda(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeExpertsWaitCuda(XLA_FFI_CallFrame* frame);
 }
 
 }  // namespace jaxmoe

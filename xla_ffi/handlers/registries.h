@@ -3,9 +3,12 @@
 #define JAXMOE_HANDLERS_REGISTRIES_H_
 
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "moe/experts_device.h"
 #include "moe/experts_queue.h"
 #include "prefill/slot_ring.h"
 #include "runtime/cpu_runtime.h"
@@ -15,10 +18,24 @@
 namespace jaxmoe {
 
 struct NativeRuntime {
-  explicit NativeRuntime(std::shared_ptr<CpuRuntime> cpu)
-      : cpu(std::move(cpu)), experts(*this->cpu) {}
+  // signal: how devices are told, where it is not to be the best they have.
+  explicit NativeRuntime(std::shared_ptr<CpuRuntime> cpu,
+                         std::optional<DeviceSignal> signal = std::nullopt)
+      : cpu(std::move(cpu)), experts(*this->cpu), device_signal(signal) {}
+
+  // Made when a device's program first asks for it.
+  ExpertsDevice& device_experts();
+  // nullptr before.
+  ExpertsDevice* device_experts_if_any() {
+    std::lock_guard<std::mutex> lock(device_mutex);
+    return device.get();
+  }
+
   std::shared_ptr<CpuRuntime> cpu;
   ExpertsQueue experts;  // ends before the pool it runs on
+  const std::optional<DeviceSignal> device_signal;
+  std::mutex device_mutex;
+  std::unique_ptr<ExpertsDevice> device;  // likewise
 };
 
 // What a program's ring id names: a ring, or one ring a device where a program runs on several.

@@ -10,8 +10,7 @@ namespace {
 ffi::Error call_ring(const char* op, Status (SlotRing::*method)(int, DeviceStream),
                      DeviceStream stream, int32_t device_ordinal, const ffi::RemainingArgs& args,
                      const ffi::RemainingRets& rets, int64_t ring_id, int64_t slot) {
-  ffi::Error passed = check_pass_through(op, args, rets);
-  if (passed.failure()) return passed;
+  JAXMOE_RETURN_IF_ERROR(check_pass_through(op, args, 0, rets));
   std::shared_ptr<SlotRingGroup> group = slot_rings().get(ring_id);
   if (group == nullptr) {
     return failure(std::string(op) + ": no slot ring has id " + std::to_string(ring_id) +
