@@ -1,6 +1,7 @@
 """Types of the native extension; see xla_ffi/bindings."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ class HostStore:
         shared_name: str = "",
         fingerprint: bytes = b"",
     ) -> None:
-        """layers: (num_experts, intermediate, hidden, "bf16" | "f32" | "fp8_block") each."""
+        """layers: (num_experts, intermediate, hidden, a word of quant.formats) each."""
 
     @property
     def id(self) -> int: ...
@@ -55,9 +56,9 @@ class HostStore:
     def set_mapped(
         self, layer: int, expert: int, which: int, file_idx: int, offset: int
     ) -> None: ...
-    def set_scale(
-        self, layer: int, expert: int, which: int, scale: npt.NDArray[np.float32]
-    ) -> None: ...
+    def set_scale(self, layer: int, expert: int, which: int, scale: npt.NDArray[Any]) -> None:
+        """scale: C-contiguous, in the dtype and shape of the layer's format."""
+
     def matrix(self, layer: int, expert: int, which: int) -> npt.NDArray[np.uint8]: ...
     def segments(
         self, layer: int, expert: int, which: int
@@ -69,7 +70,9 @@ class HostStore:
     def mark_loaded(self, layer: int, expert: int, which: int) -> None:
         """After the matrix was filled through a view."""
 
-    def scale(self, layer: int, expert: int, which: int) -> npt.NDArray[np.float32]: ...
+    def scale(self, layer: int, expert: int, which: int) -> npt.NDArray[Any]:
+        """Read-only; a view, but a copy where the scales are split over NUMA nodes."""
+
     def lock_pages(
         self, driver: DeviceDriver, progress: Callable[[int, int], None] | None = None
     ) -> None: ...
@@ -94,6 +97,9 @@ class DeviceDriver:
     def supports_values(self) -> bool: ...
     def describe(self) -> str: ...
     def memory_info(self) -> tuple[int, int]: ...
+    def copy_rate(
+        self, address: int, array: npt.NDArray[np.uint8], repeats: int, to_device: bool
+    ) -> list[float]: ...
     def fail_copy(self, nth: int, at_submission: bool, cause: str) -> None: ...
     def allow_destination(self, address: int, num_bytes: int) -> None: ...
     def violations(self) -> list[str]: ...

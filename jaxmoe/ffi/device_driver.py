@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
 from jaxmoe.ffi.host_store import NativeHostStore
 
+Device: TypeAlias = Any  # jax.Device, which is no type to a type checker
 # (bytes locked so far, bytes in all)
 LockProgress = Callable[[int, int], None]
 
@@ -59,7 +61,7 @@ class DeviceDriver:
         )
 
     @classmethod
-    def for_device(cls, device: jax.Device) -> DeviceDriver:
+    def for_device(cls, device: Device) -> DeviceDriver:
         """The driver of a JAX device. Raises: ConfigError for a platform that has none."""
         if device.platform == "cpu":
             return cls.host()
@@ -82,6 +84,25 @@ class DeviceDriver:
     def memory_info(self) -> tuple[int, int]:
         """Free and total bytes of the device. Raises: OSError, also for a CPU device."""
         return self._native.memory_info()
+
+    def copy_rate(
+        self, device: jax.Array, host: np.ndarray, repeats: int = 5, *, to_device: bool = True
+    ) -> list[float]:
+        """Bytes per second of copies of all of `host` to the memory of `device`, or from it.
+
+        What streaming is measured against, so both should be large, and `host` page-locked.
+        `device` is overwritten, or `host` is.
+
+        Raises: ValueError where the two have other sizes; OSError where a copy fails.
+        """
+        array = bytes_of(host)
+        if array.nbytes != device.nbytes or repeats < 1:
+            raise ValueError(
+                f"copy_rate between {array.nbytes} and {device.nbytes} bytes, {repeats} times; "
+                "wanted equal sizes and at least once"
+            )
+        address = device.block_until_ready().unsafe_buffer_pointer()
+        return self._native.copy_rate(address, array, repeats, to_device)
 
     def lock_store(self, store: NativeHostStore, progress: LockProgress | None = None) -> None:
         """Page-locks a host store's weights and scales until it is closed, for all GPUs.

@@ -7,6 +7,7 @@ aliased: what is computed from them between the two is then really computed betw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.linear import FAMILY_CODES, Family
+from jaxmoe.ffi.ops import Weight
+from jaxmoe.quant.formats import FORMATS
 
 
 class StoreId(Protocol):
@@ -80,6 +83,52 @@ def experts(
         *(biases or ()),
         **_activation(activation),
         **_attributes(runtime, store, family, moe_layer_idx),
+    )
+
+
+def experts_group(
+    runtime: CpuRuntime,
+    family: Family,
+    y: jax.Array,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    combine_weights: jax.Array,
+    arrays: Sequence[jax.Array],
+    first_expert: int,
+    *,
+    activation: ClampedSwiglu | None = None,
+    biases: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """`y` (f32 `[T, D]`) plus the share of X experts from `first_expert` on, in y's buffer.
+
+    Groups in ascending order, the first onto zeros, give the bits of `experts`.
+
+    arrays: gate and up `[X, F, D]`, down `[X, D, F]`, and their scales where the format has some,
+        as `slot_ring.expert_buffers` says. They are read when the call runs: nothing is kept.
+    biases: of gate and up, f32 `[X, F]`.
+    """
+    _check("experts_group", x, expert_ids, combine_weights)
+    if len(arrays) not in (3, 6):
+        raise ValueError(f"experts_group: {len(arrays)} arrays of weights and scales; wanted 3 or 6")
+    weights = Weight(arrays[0], arrays[3] if len(arrays) == 6 else None)
+    call = jax.ffi.ffi_call(
+        "jaxmoe_experts_group",
+        jax.ShapeDtypeStruct(y.shape, y.dtype),
+        input_output_aliases={0: 0},
+    )
+    return call(
+        y,
+        x,
+        expert_ids,
+        combine_weights,
+        *arrays,
+        *(biases or ()),
+        runtime_id=np.int64(runtime.id),
+        first_expert=np.int64(first_expert),
+        family=FAMILY_CODES[family],
+        format=np.int64(FORMATS[weights.format].code),
+        has_biases=biases is not None,
+        **_activation(activation),
     )
 
 

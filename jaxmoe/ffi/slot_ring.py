@@ -29,12 +29,12 @@ import numpy as np
 
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
-from jaxmoe.ffi.device_driver import DeviceDriver, bytes_of
+from jaxmoe.ffi.device_driver import Device, DeviceDriver, bytes_of
 from jaxmoe.ffi.host_store import NativeHostStore
 from jaxmoe.ffi.registry import register_targets
+from jaxmoe.quant.formats import FORMATS, WeightFormat, data_shape, scale_shape
 
 _ANY_DEVICE = -1
-_DTYPE_OF_FORMAT = {"f32": jnp.float32, "bf16": jnp.bfloat16, "fp8_block": jnp.float8_e4m3fn}
 
 
 class SlotJobs:
@@ -91,19 +91,21 @@ class SlotJobs:
 
 
 def expert_buffers(
-    num_experts: int, f: int, d: int, weight_format: str
+    num_experts: int, f: int, d: int, weight_format: WeightFormat
 ) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shapes and dtypes of a slot's arrays that hold `num_experts` experts (X) of a layer.
 
-    gate and up `[X, F, D]`, down `[X, D, F]`, in the store's dtype; then, where the format has
-    scales, those of gate, up and down as the store has them, `[X, rows, columns]`.
+    gate and up `[X, F, D]`, down `[X, D, F]`, as quant/formats.py has them; then, where the format
+    has scales, those of gate, up and down.
     """
-    dtype = np.dtype(_DTYPE_OF_FORMAT[weight_format])
+    info = FORMATS[weight_format]
     shapes = ((f, d), (f, d), (d, f))
-    buffers = [((num_experts, n, k), dtype) for n, k in shapes]
-    if weight_format == "fp8_block":
-        scale = np.dtype(np.float32)
-        buffers += [((num_experts, -(-n // 128), -(-k // 128)), scale) for n, k in shapes]
+    dtype = jnp.dtype(info.data_dtype)
+    buffers = [((num_experts, *data_shape(weight_format, n, k)), dtype) for n, k in shapes]
+    for n, k in shapes:
+        scales = scale_shape(weight_format, n, k)
+        if scales is not None:
+            buffers.append(((num_experts, *scales), jnp.dtype(info.scale_dtype)))
     return buffers
 
 
@@ -192,7 +194,7 @@ class SlotRing:
 class SlotRingGroup:
     """One ring a device, under one name: for a program that runs on all of them (`shard_map`)."""
 
-    def __init__(self, rings: Mapping[jax.Device, SlotRing]):
+    def __init__(self, rings: Mapping[Device, SlotRing]):
         members = []
         for device, ring in rings.items():
             if ring.device != device or device.local_hardware_id is None:

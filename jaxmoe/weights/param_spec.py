@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-SCALE_BLOCK = 128
+from jaxmoe.quant.formats import FORMATS, SCALE_BLOCK, WeightFormat
 
-WeightFormat = Literal["bf16", "f32", "fp8_block"]
 # Says how the linear map (or embedding) at a module path such as "layers.3.attention.q_b" is
 # stored. The path "layers.3.mlp.experts" stands for the routed experts of a layer.
 Formats = Callable[[str], WeightFormat]
@@ -32,9 +31,7 @@ Formats = Callable[[str], WeightFormat]
 ParamKind = Literal["matrix", "head_map", "scale_inv", "embedding", "norm", "bias", "router_bias"]
 
 DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
-    "bf16": "bfloat16",
-    "f32": "float32",
-    "fp8_block": "float8_e4m3fn",
+    word: info.data_dtype for word, info in FORMATS.items()
 }
 
 

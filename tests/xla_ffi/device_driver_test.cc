@@ -1,5 +1,7 @@
 // The CPU's stand-in for a device against CUDA's semantics: order, events, rates, failures, checks.
 // And that a machine without a CUDA driver is told so.
+#include <dlfcn.h>
+
 #include <cstring>
 #include <numeric>
 #include <thread>
@@ -41,6 +43,99 @@ struct Gate {
     while (!gate->open) std::this_thread::yield();
   }
 };
+
+// Memory of device 0, which the driver table has no calls for: JAX's arrays are the slots.
+class CudaMemory {
+ public:
+  explicit CudaMemory(size_t bytes) {
+    library_ = dlopen("libcuda.so.1", RTLD_NOW);
+    void* context = nullptr;
+    JAXMOE_CHECK(call<int (*)(void**, int)>("cuDevicePrimaryCtxRetain")(&context, 0) == 0);
+    JAXMOE_CHECK(call<int (*)(void*)>("cuCtxPushCurrent_v2")(context) == 0);
+    JAXMOE_CHECK(call<int (*)(void**, size_t)>("cuMemAlloc_v2")(&address_, bytes) == 0);
+    JAXMOE_CHECK(call<int (*)(void**)>("cuCtxPopCurrent_v2")(&context) == 0);
+  }
+  char* address() const { return static_cast<char*>(address_); }
+
+ private:
+  template <typename Function>
+  Function call(const char* symbol) const {
+    return reinterpret_cast<Function>(dlsym(library_, symbol));
+  }
+  void* library_ = nullptr;
+  void* address_ = nullptr;  // freed with the process
+};
+
+// What the stand-in is held to above, on the real thing, as far as a program can see it.
+void check_cuda(DeviceDriver& driver) {
+  constexpr size_t kBytes = size_t{64} << 20;
+  const CudaMemory device(kBytes);
+  std::vector<char> source(kBytes), back(kBytes);
+  for (size_t i = 0; i < kBytes; ++i) source[i] = static_cast<char>(i * 7 + i / 1000);
+  ok(driver.register_host(source.data(), kBytes, false));
+  ok(driver.register_host(back.data(), kBytes, false));
+  fails_with(driver.register_host(source.data(), kBytes, false), "cuMemHostRegister");
+  int64_t free = 0, total = 0;
+  ok(driver.memory_info(&free, &total));
+  JAXMOE_CHECK(free > 0 && free <= total);
+
+  DeviceStream first = new_stream(driver), second = new_stream(driver);
+  DeviceEvent copied = new_event(driver), done = new_event(driver);
+  bool is_done = false;
+  ok(driver.event_query(done, &is_done));
+  JAXMOE_CHECK(is_done, "an event that was never recorded is done");
+  Gate gate;
+  ok(driver.launch_host_func(first, Gate::pass, &gate));
+  ok(driver.copy_to_device_async(device.address(), source.data(), kBytes, first));
+  ok(driver.event_record(copied, first));
+  ok(driver.stream_wait_event(second, copied));
+  ok(driver.copy_to_host_async(back.data(), device.address(), kBytes, second));
+  ok(driver.event_record(done, second));
+  ok(driver.event_query(done, &is_done));
+  JAXMOE_CHECK(!is_done);
+  gate.open = true;
+  ok(driver.event_synchronize(done));
+  JAXMOE_CHECK(back == source);
+  double seconds = 0;
+  ok(driver.event_elapsed(copied, done, &seconds));
+  JAXMOE_CHECK(seconds > 0);
+
+  // Rows of 3000 from pitch 5000 to pitch 4000.
+  constexpr size_t kRows = 1000;
+  ok(driver.copy_to_device_2d_async({device.address(), 4000, source.data(), 5000, 3000, kRows},
+                                    first));
+  ok(driver.copy_to_host_async(back.data(), device.address(), kBytes, first));
+  ok(driver.stream_synchronize(first));
+  size_t wrong = 0;
+  for (size_t i = 0; i < 4000 * kRows; ++i) {
+    const size_t row = i / 4000, column = i % 4000;
+    wrong += back[i] != (column < 3000 ? source[row * 5000 + column] : source[i]);
+  }
+  JAXMOE_CHECK(wrong == 0, "%zu", wrong);
+
+  std::printf("     (stream memory operations: %s)\n", driver.supports_values() ? "yes" : "no");
+  if (driver.supports_values()) {
+    auto* words = reinterpret_cast<uint32_t*>(source.data());
+    words[0] = 0xfffffffe;
+    words[16] = 0;
+    Gate passed;
+    passed.open = true;
+    ok(driver.wait_value32(first, &words[0], 1));  // across the wrap
+    ok(driver.launch_host_func(first, Gate::pass, &passed));
+    ok(driver.write_value32(first, &words[16], 7));
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    JAXMOE_CHECK(!passed.entered && std::atomic_ref<uint32_t>(words[16]).load() == 0);
+    std::atomic_ref<uint32_t>(words[0]).store(1);
+    ok(driver.stream_synchronize(first));
+    JAXMOE_CHECK(passed.entered && std::atomic_ref<uint32_t>(words[16]).load() == 7);
+  }
+  fails_with(driver.copy_to_device_async(nullptr, source.data(), 16, first), "cuMemcpyHtoDAsync");
+  ok(driver.stream_synchronize(first));  // that was refused, not enqueued
+  ok(driver.unregister_host(source.data(), kBytes));
+  ok(driver.unregister_host(back.data(), kBytes));
+  for (DeviceEvent event : {copied, done}) ok(driver.event_destroy(event));
+  for (DeviceStream stream : {first, second}) ok(driver.stream_destroy(stream));
+}
 
 void append_one(void* list) { static_cast<std::vector<int>*>(list)->push_back(1); }
 void append_two(void* list) { static_cast<std::vector<int>*>(list)->push_back(2); }
@@ -257,9 +352,7 @@ JAXMOE_TEST(a_cuda_driver_works_or_says_why_not) {
     return;
   }
   std::printf("     (%s)\n", driver->describe().c_str());
-  DeviceStream stream = new_stream(*driver);
-  ok(driver->stream_synchronize(stream));
-  ok(driver->stream_destroy(stream));
+  check_cuda(*driver);
   fails_with(create_cuda_driver(4096, &driver), "no CUDA device 4096");
 }
 

@@ -241,6 +241,43 @@ JAXMOE_TEST(an_abort_at_any_time_ends_everything) {
   }
 }
 
+// Whether the earlier run released its slot, or was aborted before it came to that.
+JAXMOE_TEST(a_run_waits_for_what_an_earlier_one_left_on_the_device) {
+  for (bool released : {true, false}) {
+    Setup setup(2, {});
+    struct Busy {
+      std::atomic<bool> go_on{false};
+      static void run(void* self) {
+        while (!static_cast<Busy*>(self)->go_on) std::this_thread::yield();
+      }
+    } busy;
+    auto jobs = setup.make_jobs(1);
+    ok(setup.ring->start(jobs));
+    ok(setup.ring->acquire(0, setup.stream));
+    ok(setup.driver->launch_host_func(setup.stream, Busy::run, &busy));
+    Setup::Kernel kernel{&setup, 0, 0};
+    ok(setup.driver->launch_host_func(setup.stream, Setup::Kernel::run, &kernel));
+    if (released) {
+      ok(setup.ring->release(0, setup.stream));
+      ok(setup.ring->finish());
+    } else {
+      setup.ring->abort("enough");
+    }
+    auto next = setup.make_jobs(3);
+    std::thread starter([&] {
+      ok(setup.ring->start(next));
+      ok(setup.model(*next, true));
+      ok(setup.ring->finish());
+    });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    JAXMOE_CHECK(setup.checked == 0);
+    busy.go_on = true;
+    starter.join();
+    JAXMOE_CHECK(setup.checked == 4 && setup.wrong == 0, "%d, %d wrong", setup.checked.load(),
+                 setup.wrong.load());
+  }
+}
+
 JAXMOE_TEST(a_ring_may_be_destroyed_in_the_middle) {
   for (bool on_stream : {false, true}) {
     Setup setup(3, delays(1e-4));

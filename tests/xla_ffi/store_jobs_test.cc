@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "kernels/formats.h"
 #include "native_testing.h"
 #include "runtime/host_driver.h"
 
@@ -24,9 +25,10 @@ void fails_with(const Status& status, const char* part) {
 
 // Odd sizes; FP8 rows that are no multiple of a cache line; a matrix with fewer row groups than
 // nodes.
-const std::vector<ExpertLayerSpec> kLayers = {{5, 20, 36, WeightFormat::kFp8Block},
-                                              {3, 130, 16, WeightFormat::kBf16},
-                                              {4, 6, 300, WeightFormat::kFp8Block}};
+const std::vector<ExpertLayerSpec> kLayers = {
+    {5, 20, 36, WeightFormat::kFp8Block},   {3, 130, 16, WeightFormat::kBf16},
+    {4, 6, 300, WeightFormat::kFp8Block},   {3, 64, 96, WeightFormat::kInt4G32},
+    {3, 40, 12, WeightFormat::kFp8Channel}, {2, 32, 64, WeightFormat::kMxfp8}};
 
 Topology nodes(int count) {
   Topology topology;
@@ -39,8 +41,8 @@ Topology nodes(int count) {
 uint8_t weight_at(int layer, int expert, int which, int64_t i) {
   return static_cast<uint8_t>((i * 7 + layer * 50 + expert * 11 + which * 3 + (i >> 8)) % 251);
 }
-float scale_at(int layer, int expert, int which, int64_t i) {
-  return static_cast<float>(layer * 1000 + expert * 100 + which * 10) + static_cast<float>(i) / 64;
+uint8_t scale_byte_at(int layer, int expert, int which, int64_t i) {
+  return static_cast<uint8_t>((i * 5 + layer * 70 + expert * 13 + which * 29 + (i >> 7)) % 253);
 }
 
 struct Filled {
@@ -67,13 +69,14 @@ struct Filled {
       const auto which = static_cast<Matrix>(m);
       ok(backing == Backing::kMmap ? store->set_mapped(layer, expert, which, file_idx, at)
                                    : store->read_matrix(layer, expert, which, fd, at));
-      if (store->scale(layer, expert, which) == nullptr) continue;
-      auto [rows, cols] = store->scale_shape(layer, which);
-      std::vector<float> scale;
-      for (int64_t i = 0; i < rows * cols; ++i) {
-        scale.push_back(scale_at(layer, expert, static_cast<int>(m), i));
+      const ScaleType type = format_info(store->layer(layer).format).scale_type;
+      if (type == ScaleType::kNone) continue;
+      std::vector<uint8_t> scale(scale_bytes(layer, static_cast<int>(m)));
+      for (size_t i = 0; i < scale.size(); ++i) {
+        scale[i] = scale_byte_at(layer, expert, static_cast<int>(m), static_cast<int64_t>(i));
       }
-      ok(store->set_scale(layer, expert, which, scale.data(), rows, cols));
+      auto [rows, cols] = store->scale_shape(layer, which);
+      ok(store->set_scale(layer, expert, which, type, scale.data(), rows, cols));
     }
     close(fd);
   }
@@ -82,8 +85,7 @@ struct Filled {
     return static_cast<size_t>(store->matrix_bytes(layer, static_cast<Matrix>(which)));
   }
   size_t scale_bytes(int layer, int which) const {
-    auto [rows, cols] = store->scale_shape(layer, static_cast<Matrix>(which));
-    return static_cast<size_t>(rows * cols) * sizeof(float);
+    return static_cast<size_t>(store->scale_matrix_bytes(layer, static_cast<Matrix>(which)));
   }
 
   TempDir dir;
@@ -123,13 +125,10 @@ struct Slots {
           wrong +=
               slot[m][x * bytes + i] != weight_at(group.layer, expert, m, static_cast<int64_t>(i));
         }
-        if (filled.store->layer(group.layer).format != WeightFormat::kFp8Block) continue;
-        const size_t count = filled.scale_bytes(group.layer, m) / sizeof(float);
-        for (size_t i = 0; i < count; ++i) {
-          float value;
-          std::memcpy(&value, slot[kNumMatrices + m].data() + (x * count + i) * sizeof(float),
-                      sizeof(float));
-          wrong += value != scale_at(group.layer, expert, m, static_cast<int64_t>(i));
+        const size_t scales = filled.scale_bytes(group.layer, m);
+        for (size_t i = 0; i < scales; ++i) {
+          wrong += slot[kNumMatrices + m][x * scales + i] !=
+                   scale_byte_at(group.layer, expert, m, static_cast<int64_t>(i));
         }
       }
     }
@@ -142,7 +141,8 @@ struct Slots {
 };
 
 const std::vector<ExpertGroup> kGroups = {{0, 0, 0, 5}, {1, 1, 0, 3}, {0, 2, 0, 4}, {1, 0, 1, 2},
-                                          {0, 0, 4, 1}, {1, 1, 2, 1}, {0, 2, 1, 3}};
+                                          {0, 0, 4, 1}, {1, 1, 2, 1}, {0, 2, 1, 3}, {1, 3, 0, 3},
+                                          {0, 3, 1, 2}, {1, 4, 1, 2}, {0, 5, 0, 2}};
 
 void run_groups(const Filled& filled, Slots& slots, std::shared_ptr<SlotJobs> jobs) {
   ok(slots.ring->start(jobs));
@@ -249,7 +249,7 @@ JAXMOE_TEST(locking_is_all_or_nothing) {
 JAXMOE_TEST(impossible_groups_are_named) {
   Filled filled(1, Backing::kArena);
   SlotJobs jobs;
-  fails_with(append_store_jobs(filled.store, {{0, 3, 0, 1}}, &jobs), "MoE layer 3");
+  fails_with(append_store_jobs(filled.store, {{0, 6, 0, 1}}, &jobs), "MoE layer 6");
   fails_with(append_store_jobs(filled.store, {{0, 0, -1, 1}}, &jobs), "expert -1");
   fails_with(append_store_jobs(filled.store, {{0, 0, 3, 3}}, &jobs), "expert 5");
   fails_with(append_store_jobs(filled.store, {{0, 0, 3, 0}}, &jobs), "at least one");

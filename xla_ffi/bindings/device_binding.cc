@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bench/copy_rate.h"
 #include "bindings/bindings.h"
 #include "handlers/registries.h"
 #include "prefill/slot_ring.h"
@@ -24,6 +25,8 @@ namespace {
 void throw_runtime_error(const Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message());
 }
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
 class DriverBinding {
  public:
@@ -56,12 +59,25 @@ class DriverBinding {
     throw_os_error(driver_->memory_info(&free, &total));
     return {free, total};
   }
+  std::vector<double> measure_copies(uintptr_t address, Bytes array, int repeats,
+                                     bool to_device) const {
+    auto* host = to_device ? const_cast<void*>(static_cast<const py::array&>(array).data())
+                           : array.mutable_data();
+    const auto bytes = static_cast<size_t>(array.nbytes());
+    std::vector<double> rates;
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = copy_rate(*driver_, reinterpret_cast<void*>(address), host, bytes, repeats,
+                         to_device, &rates);
+    }
+    throw_os_error(status);
+    return rates;
+  }
 
  private:
   std::shared_ptr<DeviceDriver> driver_;
 };
-
-using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
 // A reference to a Python object that any thread may drop.
 std::shared_ptr<const void> kept(const Bytes& array) {
@@ -290,6 +306,8 @@ void bind_device(py::module_& module) {
                              [](const DriverBinding& d) { return d.get()->supports_values(); })
       .def("describe", [](const DriverBinding& d) { return d.get()->describe(); })
       .def("memory_info", &DriverBinding::memory_info)
+      .def("copy_rate", &DriverBinding::measure_copies, py::arg("address"), py::arg("array"),
+           py::arg("repeats"), py::arg("to_device"))
       .def(
           "fail_copy",
           [](const DriverBinding& d, int64_t nth, bool at_submission, std::string cause) {

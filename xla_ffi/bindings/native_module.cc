@@ -129,6 +129,7 @@ py::dict handlers() {
   add("jaxmoe_linear", JaxmoeLinear);
   add("jaxmoe_head_linear", JaxmoeHeadLinear);
   add("jaxmoe_experts", JaxmoeExperts);
+  add("jaxmoe_experts_group", JaxmoeExpertsGroup);
   add("jaxmoe_experts_submit", JaxmoeExpertsSubmit);
   add("jaxmoe_experts_wait", JaxmoeExpertsWait);
   add("jaxmoe_kv_write", JaxmoeKvWrite);

@@ -11,6 +11,7 @@ extern "C" {
 XLA_FFI_Error* JaxmoeLinear(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeHeadLinear(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExperts(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeExpertsGroup(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsSubmit(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsWait(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeKvWrite(XLA_FFI_CallFrame* frame);

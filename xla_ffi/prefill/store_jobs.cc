@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/formats.h"
+
 namespace jaxmoe {
 namespace {
 
@@ -60,15 +62,24 @@ void add_copies(int buffer, const std::vector<Piece>& pieces, const PageLock* lo
   }
 }
 
+ScaleType scale_type(const HostStore& store, int layer) {
+  return format_info(store.layer(layer).format).scale_type;
+}
+
 // What an expert's matrix, or its scales, is made of in the store: runs of bytes in the matrix's
 // order.
 std::vector<Piece> pieces_of(const HostStore& store, int layer, int expert, Matrix which,
                              bool scales) {
   std::vector<Piece> pieces;
   if (scales) {
-    auto [rows, cols] = store.scale_shape(layer, which);
-    add_piece(&pieces, {0, reinterpret_cast<const uint8_t*>(store.scale(layer, expert, which)),
-                        static_cast<size_t>(rows * cols) * sizeof(float)});
+    const auto stride = static_cast<size_t>(store.scale_shape(layer, which).second *
+                                            scale_bytes(scale_type(store, layer)));
+    for (int node = 0; node < store.num_nodes(); ++node) {
+      auto [begin, end] = store.scale_rows(layer, which, node);
+      add_piece(&pieces,
+                {static_cast<size_t>(begin) * stride, store.scale(layer, expert, which, node),
+                 static_cast<size_t>(end - begin) * stride});
+    }
     return pieces;
   }
   for (int node = 0; node < store.num_nodes(); ++node) {
@@ -143,7 +154,7 @@ Status append_store_jobs(const std::shared_ptr<HostStore>& store,
     job.slot = group.slot;
     job.name = "MoE layer " + std::to_string(group.layer) + ", experts " +
                std::to_string(group.first_expert) + " to " + std::to_string(last);
-    const bool has_scales = store->scale(group.layer, group.first_expert, Matrix::kGate) != nullptr;
+    const bool has_scales = scale_type(*store, group.layer) != ScaleType::kNone;
     for (int m = 0; m < kNumMatrices; ++m) {
       add_matrix(*store, group, static_cast<Matrix>(m), false, &job.copies);
       if (has_scales) add_matrix(*store, group, static_cast<Matrix>(m), true, &job.copies);
