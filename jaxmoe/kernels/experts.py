@@ -60,6 +60,14 @@ class ExpertGroup:
     up_scale: jax.Array | None = None
     down_scale: jax.Array | None = None
 
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """The weights, and the scales where there are some."""
+        weights = self.gate, self.up, self.down
+        if self.gate_scale is None or self.up_scale is None or self.down_scale is None:
+            return weights
+        return *weights, self.gate_scale, self.up_scale, self.down_scale
+
 
 def sort_by_expert(
     expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int, window: int = WINDOW_ROWS
@@ -145,3 +153,42 @@ def add_group(
 
     _, y = jax.lax.while_loop(lambda s: s[0] < group_end, one_window, (offsets[0], y))
     return y
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceGroups:
+    """`moe.experts_streamed.GroupExperts` by these kernels.
+
+    window: rows computed at a time. interpret: as ordinary jax, on any platform.
+    """
+
+    window: int = WINDOW_ROWS
+    interpret: bool = False
+
+    def route(
+        self, expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int
+    ) -> Routing:
+        return sort_by_expert(expert_ids, combine_weights, num_experts, self.window)
+
+    def add(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        routing: Routing,
+        group: ExpertGroup,
+        first_expert: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        return add_group(
+            y,
+            x,
+            routing,
+            group,
+            first_expert,
+            activation=activation,
+            biases=biases,
+            window=self.window,
+            interpret=self.interpret,
+        )

@@ -7,14 +7,18 @@ the loader. Which experts the tokens chose never decides what is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxmoe.config.model_config import ClampedSwiglu
-from jaxmoe.kernels.experts import WINDOW_ROWS, ExpertGroup, add_group, sort_by_expert
+from jaxmoe.ffi import experts as experts_op
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.linear import Family
+from jaxmoe.kernels.experts import ExpertGroup
 
 
 class Ring(Protocol):
@@ -24,6 +28,68 @@ class Ring(Protocol):
 
     def acquire(self, slot: int, *arrays: jax.Array) -> tuple[jax.Array, ...]: ...
     def release(self, slot: int, *arrays: jax.Array) -> tuple[jax.Array, ...]: ...
+
+
+class GroupExperts(Protocol):
+    """How a group's experts are computed: `kernels.experts.DeviceGroups` on a GPU, `NativeGroups`
+    on the CPU platform.
+    """
+
+    def route(
+        self, expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int
+    ) -> Any:
+        """What `add` wants to know about `expert_ids` and `combine_weights`, `[T, A]`."""
+        ...
+
+    def add(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        routing: Any,
+        group: ExpertGroup,
+        first_expert: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """`y [T, D]` float32 plus the shares of the group's experts, from `first_expert` on."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeGroups:
+    """By the CPU kernels."""
+
+    runtime: CpuRuntime
+    family: Family = "matrix"
+
+    def route(
+        self, expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int
+    ) -> tuple[jax.Array, jax.Array]:
+        return expert_ids, combine_weights
+
+    def add(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        routing: tuple[jax.Array, jax.Array],
+        group: ExpertGroup,
+        first_expert: int,
+        *,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        return experts_op.experts_group(
+            self.runtime,
+            self.family,
+            y,
+            x,
+            *routing,
+            group.arrays,
+            first_expert,
+            activation=activation,
+            biases=biases,
+        )
 
 
 class NoRing:
@@ -41,25 +107,21 @@ class StreamedExperts:
     slots: the ring's arrays, operands of the program; group g of a layer lies in slot g modulo
         their number.
     num_experts: of a layer, a multiple of a slot's.
-    window: rows computed at a time.
-    add: `kernels.experts.add_group` or another way to compute the same.
+    groups: how they are computed.
     """
 
     def __init__(
         self,
         slots: Sequence[ExpertGroup],
         num_experts: int,
+        groups: GroupExperts,
         ring: Ring | None = None,
-        *,
-        window: int = WINDOW_ROWS,
-        add: Callable[..., jax.Array] = add_group,
     ):
         self._slots = slots
         self._ring = ring or NoRing()
         self._num_experts = num_experts
         self._per_slot = slots[0].gate.shape[0]
-        self._window = window
-        self._add = add
+        self._groups = groups
         assert num_experts % self._per_slot == 0, (num_experts, self._per_slot)
 
     def __call__(
@@ -87,14 +149,14 @@ class StreamedExperts:
         biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """`y [T, D]` float32 plus the experts' results; and x, which passed through the events."""
-        routing = sort_by_expert(expert_ids, combine_weights, self._num_experts, self._window)
+        routing = self._groups.route(expert_ids, combine_weights, self._num_experts)
         for g, first in enumerate(range(0, self._num_experts, self._per_slot)):
             slot = g % len(self._slots)
             part = slice(first, first + self._per_slot)
             # Both pass through both events: no product may move before its weights have arrived,
             # nor past their release.
             x, y = self._ring.acquire(slot, x, y)
-            y = self._add(
+            y = self._groups.add(
                 y,
                 x,
                 routing,
@@ -102,7 +164,6 @@ class StreamedExperts:
                 first,
                 activation=activation,
                 biases=None if biases is None else (biases[0][part], biases[1][part]),
-                window=self._window,
             )
             x, y = self._ring.release(slot, x, y)
         return y, x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,10 @@ from jaxmoe.ffi.device_driver import DeviceDriver
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Ops
 from jaxmoe.kernels.device_ops import DeviceOps
-from jaxmoe.kernels.experts import add_group
+from jaxmoe.kernels.experts import DeviceGroups
 from jaxmoe.kv_cache import store
 from jaxmoe.models.decoder import cache_spec
-from jaxmoe.moe.experts_streamed import NoRing
+from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups, NoRing
 from jaxmoe.prefill.plan import PromptShape, SlpPlan, plan_slp
 from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.slp import SlpPrefill
@@ -90,7 +90,7 @@ class SlpDevice:
         chunk_tokens: int | None = None,
         slots: int | None = None,
         compute_dtype: str = "bfloat16",
-        add_group: Callable[..., jax.Array] = add_group,
+        groups: GroupExperts | None = None,
     ) -> SlpDevice:
         """Places the non-expert weights, the cache, the ring and the programs on `device`.
 
@@ -112,6 +112,10 @@ class SlpDevice:
             plan = dataclasses.replace(plan, num_slots=slots)
         ring = ExpertRing(driver, device, loaded.host_store, plan)
 
+        if groups is None:
+            on_cpu = device.platform == "cpu"
+            groups = NativeGroups(runtime) if on_cpu else DeviceGroups(plan.window_rows)
+
         def ops(context: int) -> Ops:
             if device.platform == "cpu":
                 return NativeOps(runtime, None, "matrix")
@@ -125,7 +129,7 @@ class SlpDevice:
             plan=plan,
             page_size=page_size,
             pages_per_sequence=pages,
-            add_group=add_group,
+            groups=groups,
             device=device,
         )
         return cls(make(ring), make(Resident(ring)), ring, plan, caches, page_size, device)

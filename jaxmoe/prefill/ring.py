@@ -10,26 +10,19 @@ import jax.numpy as jnp
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.ffi import slot_ring
 from jaxmoe.ffi.device_driver import DeviceDriver
-from jaxmoe.ffi.slot_ring import SlotJobs, SlotRing
+from jaxmoe.ffi.slot_ring import SlotJobs, SlotRing, expert_buffers
 from jaxmoe.kernels.experts import ExpertGroup
 from jaxmoe.prefill.plan import SlpPlan
 from jaxmoe.weights.host_store import ExpertLayout, HostStore
-from jaxmoe.weights.param_spec import DTYPE_OF_FORMAT, num_blocks
 
-_FORMATS = ("bf16", "f32", "fp8_block")  # that the device's kernels read
+_DEVICE_FORMATS = ("bf16", "f32", "fp8_block")  # that the GPU's kernels read
 
 
 def slot_arrays(layout: ExpertLayout, group: int, device: jax.Device) -> tuple[jax.Array, ...]:
-    """Zeros for one slot: gate and up `[X, F, D]`, down `[X, D, F]`, and their block scales."""
-    dtype = jnp.dtype(DTYPE_OF_FORMAT[layout.format])
-    shapes = [layout.shape(which) for which in ("gate", "up", "down")]
+    """Zeros for one slot, as `slot_ring.expert_buffers` says."""
+    shapes = expert_buffers(group, layout.intermediate, layout.hidden, layout.format)
     with jax.default_device(device):
-        arrays = [jnp.zeros((group, *shape), dtype) for shape in shapes]
-        if layout.format == "fp8_block":
-            arrays += [
-                jnp.zeros((group, num_blocks(n), num_blocks(k)), jnp.float32) for n, k in shapes
-            ]
-        return tuple(jax.device_put(a, device) for a in arrays)
+        return tuple(jax.device_put(jnp.zeros(shape, dtype), device) for shape, dtype in shapes)
 
 
 class ExpertRing:
@@ -43,10 +36,10 @@ class ExpertRing:
         layout = store.layouts[0]
         if any(other != layout for other in store.layouts):
             raise CheckpointError("experts of several sizes or formats cannot share a ring of slots")
-        if layout.format not in _FORMATS:
+        if device.platform != "cpu" and layout.format not in _DEVICE_FORMATS:
             raise CheckpointError(
                 f"experts in {layout.format} cannot be streamed to the device; supported: "
-                + ", ".join(_FORMATS)
+                + ", ".join(_DEVICE_FORMATS)
             )
         arrays = [
             slot_arrays(layout, plan.group_experts, device) for _ in range(plan.num_slots)

@@ -26,7 +26,7 @@ from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.kernels.experts import ExpertGroup
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.moe.deferred import DeferredOps
-from jaxmoe.moe.experts_streamed import Ring, StreamedExperts
+from jaxmoe.moe.experts_streamed import GroupExperts, Ring, StreamedExperts
 from jaxmoe.moe.moe_block import MoeBlock
 from jaxmoe.prefill.plan import LADDER, SlpPlan
 
@@ -63,7 +63,7 @@ class SlpPrefill:
         ring: of the experts.
         plan: what the ring and the buffers were sized by.
         page_size, pages_per_sequence: of the cache.
-        add_group: how a group's experts are computed; see kernels/experts.py.
+        groups: how a group's experts are computed.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SlpPrefill:
         *,
         page_size: int,
         pages_per_sequence: int,
-        add_group: Callable[..., jax.Array],
+        groups: GroupExperts,
         device: jax.Device,
     ) -> None:
         model = nnx.merge(graphdef, state)
@@ -125,7 +125,7 @@ class SlpPrefill:
             block = layer.mlp
             bias = block.expert_bias
             streamed = StreamedExperts(
-                slots, self._router.num_experts, ring, window=plan.window_rows, add=add_group
+                slots, self._router.num_experts, groups, ring
             )
             h, x = streamed.add_to(
                 h,

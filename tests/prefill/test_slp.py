@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from jaxmoe.decode.batch import StepRow
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import DeviceDriver
 from jaxmoe.ffi.native_ops import NativeOps
-from jaxmoe.kernels.experts import add_group
 from jaxmoe.models import registry
 from jaxmoe.prefill.device import SlpDevice
 from jaxmoe.weights.loader import load_model
@@ -53,7 +50,6 @@ def _slp(case, slots: int | None = None) -> SlpDevice:
         chunk_tokens=CHUNK,
         compute_dtype="float32",
         slots=slots,
-        add_group=partial(add_group, interpret=True),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.ops import StepInputs, Weight
 from jaxmoe.ffi.reference import ReferenceOps
 from jaxmoe.kernels.device_ops import DeviceOps
-from jaxmoe.kernels.experts import ExpertGroup, add_group
+from jaxmoe.kernels.experts import DeviceGroups, ExpertGroup
 from jaxmoe.moe.experts_streamed import StreamedExperts
 from jaxmoe.weights.param_spec import Formats
 from support import tiny_models
@@ -172,9 +171,7 @@ def device_runner(
                 part = slice(first, first + group)
                 scales = [None if w.scale_inv is None else w.scale_inv[part] for w in whole]
                 groups.append(ExpertGroup(*(w.data[part] for w in whole), *scales))
-            streamed = StreamedExperts(
-                groups, num_experts, window=128, add=partial(add_group, interpret=True)
-            )
+            streamed = StreamedExperts(groups, num_experts, DeviceGroups(128, interpret=True))
             return streamed(x, ids, combine, layer, **options)
 
         ops = DeviceOps(experts, kind, one_sequence=one_sequence, interpret=True)
