@@ -59,9 +59,7 @@ def worst(got, want) -> float:
 
 def paged(rng, tokens, heads, kv_heads, dims, context, dtype=jnp.bfloat16):
     pages = -(-context // PAGE)
-    cache = tuple(
-        jnp.asarray(rng.standard_normal((pages, PAGE, kv_heads, d)), dtype) for d in dims
-    )
+    cache = tuple(jnp.asarray(rng.standard_normal((pages, PAGE, kv_heads, d)), dtype) for d in dims)
     table = jnp.asarray(rng.permutation(pages)[None], jnp.int32)
     q = jnp.asarray(rng.standard_normal((tokens, heads, dims[0])), dtype)
     return q, cache, table

@@ -16,7 +16,6 @@ import json
 import pathlib
 import statistics
 import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -24,8 +23,8 @@ import numpy as np
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import DeviceDriver
-from jaxmoe.prefill.device import SlpDevice, prompt_row
 from jaxmoe.models import registry
+from jaxmoe.prefill.device import SlpDevice, prompt_row
 from jaxmoe.weights.random_init import random_model
 
 
@@ -58,7 +57,7 @@ def main() -> None:
     driver.lock_store(loaded.host_store.native)
     lock_s = time.perf_counter() - begin
     free = args.free_gb and int(args.free_gb * 2**30)
-    slp = SlpDevice.create(
+    slp = SlpDevice(
         loaded, config, device, driver, runtime, max_prompt_tokens=max(args.tokens), free_bytes=free
     )
     print(f"page-locked in {lock_s:.1f} s; {slp.plan.describe()}", flush=True)

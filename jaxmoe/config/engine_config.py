@@ -90,6 +90,20 @@ class EngineConfig:
     prefill_chunk_tokens: int = checked(
         512, "int", "prompt tokens computed in one step at most", low=16, high=16384
     )
+    device: str = checked(
+        "auto",
+        "str",
+        "where everything but the routed experts runs: gpu, cpu, or a GPU where there is one and "
+        "its kernels know the model",
+        choices=("auto", "cpu", "gpu"),
+    )
+    prefill: str = checked(
+        "auto",
+        "str",
+        "how prompts are computed: chunked (routed experts on the CPU), slp (experts streamed to the "
+        "device, layer by layer), or whichever is predicted to be faster",
+        choices=("auto", "chunked", "slp"),
+    )
     num_threads: int | None = checked(
         None,
         "int",

@@ -65,6 +65,7 @@ class HybridStep:
         ops: the operations for each kind of step.
         caches: page arrays of every layer, handed over for good.
         num_slots: sequences that can be running.
+        device: that everything is on; default: the CPU.
 
     on_compile: may be set; called with True before a step whose program has to be compiled first,
     and with False after it.
@@ -82,6 +83,7 @@ class HybridStep:
         num_slots: int,
         chunk_tokens: int,
         vocab_size: int,
+        device: jax.Device | None = None,
     ) -> None:
         self._leaves, treedef = jax.tree.flatten(state)
         self._caches = caches
@@ -91,6 +93,7 @@ class HybridStep:
         self._num_slots = num_slots
         self._chunk_tokens = chunk_tokens
         self._vocab_size = vocab_size
+        self._device = device
         self._shapes: set[tuple[Any, ...]] = set()  # of the steps that were compiled
         self.last_compiled = False  # whether the last step had to be
         self.on_compile: Callable[[bool], None] = lambda begins: None
@@ -140,6 +143,22 @@ class HybridStep:
         """False after a step that failed half-way: the caches it was given are gone."""
         return not any(a.is_deleted() for a in jax.tree.leaves((self._caches, self._counts)))
 
+    @property
+    def caches(self) -> list[tuple[jax.Array, ...]]:
+        """The page arrays of every layer; a step replaces them, and who runs a layer alone must."""
+        return self._caches
+
+    def count(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Counts prompt tokens that no step is fed, for penalties."""
+        if self._counts is None:
+            return
+        for start in range(0, len(token_ids), COUNT_CHUNK_TOKENS):
+            # Padded with an id that no token has, so that one program serves all.
+            ids = np.full(COUNT_CHUNK_TOKENS, self._vocab_size, np.int32)
+            chunk = token_ids[start : start + COUNT_CHUNK_TOKENS]
+            ids[: len(chunk)] = chunk
+            self._counts = self._count_prompt(self._counts, np.int32(slot), ids)
+
     def close(self) -> None:
         """Drops the weights, the caches and the compiled programs that name the native store."""
         programs: tuple[Any, ...] = (
@@ -165,19 +184,15 @@ class HybridStep:
         if self._counts is None:
             return
         self._counts = self._clear_slot(self._counts, np.int32(slot))
-        for start in range(0, len(seen), COUNT_CHUNK_TOKENS):
-            # Padded with an id that no token has, so that one program serves all.
-            ids = np.full(COUNT_CHUNK_TOKENS, self._vocab_size, np.int32)
-            chunk = seen[start : start + COUNT_CHUNK_TOKENS]
-            ids[: len(chunk)] = chunk
-            self._counts = self._count_prompt(self._counts, np.int32(slot), ids)
+        self.count(slot, seen)
 
     def _need_counts(self) -> TokenCounts:
         counts = self._counts
         if counts is None:
             counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
             # Committed like the caches, so that the first call is no program of its own.
-            counts = jax.device_put(counts, jax.local_devices(backend="cpu")[0])
+            device = self._device or jax.local_devices(backend="cpu")[0]
+            counts = jax.device_put(counts, device)
             self._counts = counts
         return counts
 

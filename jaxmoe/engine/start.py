@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import jax
 
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
@@ -18,8 +20,9 @@ from jaxmoe.engine import compile_cache
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.engine import Engine
+from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
+from jaxmoe.engine.placement import choose_device, device_ops, settle_device, to_device
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
-from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout, plan_cache
 from jaxmoe.models import registry
@@ -49,6 +52,7 @@ class Started:
     step: HybridStep
     loaded: LoadedModel
     runtime: CpuRuntime
+    long_prompts: LongPrompts | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -59,6 +63,8 @@ class Started:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
         if self.engine.grammars is not None:
             self.engine.grammars.close()
+        if self.long_prompts is not None:
+            self.long_prompts.close()
         self.step.close()
         self.loaded.close()
         self.runtime.close()
@@ -78,26 +84,37 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     layout = cache_layout(config, model_config)
     _require_cache_memory(layout)
     programs = compile_cache.enable(config.cache_path)
-    runtime = CpuRuntime(num_threads=config.num_threads, isa=config.isa)
-    loaded = None
+    device, notes = choose_device(config, model_config)
+    runtime = CpuRuntime(num_threads=_num_threads(config, device), isa=config.isa)
+    loaded = long_prompts = None
     try:
         loaded = _load(config, directory, runtime, on_stage)
-        _require_cache_memory(layout)  # again: now the weights have taken theirs
+        device, more = settle_device(config, device, loaded.specs)
+        notes += more
+        if device.platform == "cpu":
+            _require_cache_memory(layout)  # again: now the weights have taken theirs
+        else:
+            on_stage("copying weights to the GPU", 0.0)
+            loaded = to_device(loaded, device)
         step = HybridStep(
             loaded.graphdef,
             loaded.state,
-            {
-                "prefill": NativeOps(runtime, loaded.host_store, "matrix"),
-                "decode": NativeOps(runtime, loaded.host_store, "vector"),
-            },
-            store.allocate(spec, layout.num_pages, layout.page_size),
+            device_ops(device, runtime, loaded),
+            store.allocate(spec, layout.num_pages, layout.page_size, device),
             page_size=layout.page_size,
             pages_per_sequence=layout.pages_per_sequence,
             num_slots=config.max_num_seqs,
             chunk_tokens=config.prefill_chunk_tokens,
             vocab_size=model_config.vocab_size,
+            device=device,
         )
+        long_prompts, more = start_streaming(
+            config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
+        )
+        notes += more
     except BaseException:
+        if long_prompts is not None:
+            long_prompts.close()
         if loaded is not None:
             loaded.close()
         runtime.close()
@@ -114,8 +131,11 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         seed=config.seed,
         prefix_cache=config.prefix_cache,
         counters=runtime.stats,
+        streamer=long_prompts.stream if long_prompts else None,
+        route=long_prompts.route if long_prompts else None,
     )
-    report = describe(config, directory, layout, loaded, runtime, programs)
+    placed = describe_placement(device, long_prompts)
+    report = describe(config, directory, layout, loaded, runtime, programs, placed, notes)
     _log.info("%s", report)
     return Started(
         engine,
@@ -127,7 +147,16 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         step,
         loaded,
         runtime,
+        long_prompts,
     )
+
+
+def _num_threads(config: EngineConfig, device: jax.Device) -> int | None:
+    """One core is left for the thread that launches and the one that listens to the GPU."""
+    if config.num_threads is not None or device.platform == "cpu":
+        return config.num_threads
+    with CpuRuntime() as every_core:
+        return max(every_core.num_threads - 1, 1)
 
 
 def cache_layout(config: EngineConfig, model_config: ModelConfig) -> CacheLayout:
@@ -185,11 +214,13 @@ def describe(
     loaded: LoadedModel,
     runtime: CpuRuntime,
     programs: str,
+    placement: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """The start-up report: what runs, where it lies, and what is slower than it could be."""
     model, params = directory.model_config, directory.defaults.params
     experts = model.moe.router
-    slower = [*directory.notes, *loaded.report.notes]
+    slower = [*directory.notes, *loaded.report.notes, *notes]
     if config.compute_dtype == "float32":
         slower.append("float32 activations and cache: for audits, about half as fast")
     if config.backing == "mmap" and config.load_format != "dummy":
@@ -205,6 +236,7 @@ def describe(
         f"{config.compute_dtype} activations",
         *loaded.report.describe().splitlines(),
         *runtime.describe().splitlines(),
+        *placement,
         f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "
         f"{layout.total_bytes / 2**20:.1f} MiB; up to {config.max_num_seqs} sequences of "
         f"{layout.max_model_len} tokens (the model's limit is {model.max_position})",

@@ -20,7 +20,7 @@ from jaxmoe.scheduler.scheduler import Scheduler, StepPlan
 TTFT_BUCKETS_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 TPOT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
-_KINDS = ("prefill", "decode")
+_KINDS = ("prefill", "decode", "stream")
 
 
 class Stats:
@@ -76,6 +76,11 @@ class Stats:
             t["last_decode_step_weight_bytes"] = read[0] - self._read_before[0]
             t["last_decode_step_kv_bytes"] = read[1] - self._read_before[1]
         t["weight_bytes_read_total"], t["kv_bytes_read_total"] = self._read_before = read
+
+    def note_layer(self, seconds: float) -> None:
+        """One layer of a streamed prompt; its step is noted when all are done."""
+        self._totals['step_seconds_total{kind="stream"}'] += seconds
+        self._longest_s = max(self._longest_s, seconds)
 
     def note_first_token(self, ttft_s: float) -> None:
         self._ttft.observe(ttft_s)

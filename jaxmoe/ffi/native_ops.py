@@ -43,6 +43,7 @@ class NativeOps:
 
     def attend_latents(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("the CPU attends latents as they are")
+
     @property
     def splits_experts(self) -> bool:
         # A step of many rows keeps every core busy by itself, and staging its activations twice

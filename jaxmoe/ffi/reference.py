@@ -91,6 +91,7 @@ class ReferenceOps:
 
     def attend_latents(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("the reference attends latents as they are")
+
     @property
     def splits_experts(self) -> bool:
         return False  # one after the other all the same

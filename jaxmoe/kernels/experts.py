@@ -165,9 +165,7 @@ class DeviceGroups:
     window: int = WINDOW_ROWS
     interpret: bool = False
 
-    def route(
-        self, expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int
-    ) -> Routing:
+    def route(self, expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int) -> Routing:
         return sort_by_expert(expert_ids, combine_weights, num_experts, self.window)
 
     def add(

@@ -86,9 +86,7 @@ class DecoderLayer(nnx.Module):
         y, cache = self.attention(x, cache, step, ops)
         return h + y, cache
 
-    def feed_forward(
-        self, h: jax.Array, valid: jax.Array, ops: Ops, dtype: jnp.dtype
-    ) -> jax.Array:
+    def feed_forward(self, h: jax.Array, valid: jax.Array, ops: Ops, dtype: jnp.dtype) -> jax.Array:
         """The second half: float32 `[T, D] -> [T, D]`; `valid [T]`: which rows are no padding."""
         x = self.mlp_norm(h, ops)
         if isinstance(self.mlp, MoeBlock):

@@ -35,9 +35,7 @@ class GroupExperts(Protocol):
     on the CPU platform.
     """
 
-    def route(
-        self, expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int
-    ) -> Any:
+    def route(self, expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int) -> Any:
         """What `add` wants to know about `expert_ids` and `combine_weights`, `[T, A]`."""
         ...
 

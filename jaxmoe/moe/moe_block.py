@@ -14,7 +14,6 @@ from jaxmoe.layers.mlp import Mlp
 from jaxmoe.moe.router import Router
 from jaxmoe.weights.param_spec import Formats, ParamSpec, new_param
 
-
 Others = TypeVar("Others")
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -23,7 +21,7 @@ from jaxmoe.models.decoder import cache_spec
 from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups, NoRing
 from jaxmoe.prefill.plan import PromptShape, SlpPlan, plan_slp
 from jaxmoe.prefill.ring import ExpertRing
-from jaxmoe.prefill.slp import SlpPrefill
+from jaxmoe.prefill.slp import LoadingRing, SlpPrefill
 from jaxmoe.weights.loaded_model import LoadedModel
 
 
@@ -59,25 +57,63 @@ def prompt_row(token_ids: Sequence[int], page_size: int) -> StepRow:
     return StepRow(token_ids, 0, pages, 0, settings=None)  # pyright: ignore[reportArgumentType]
 
 
+def make_slp(
+    loaded: LoadedModel,
+    config: ModelConfig,
+    device: jax.Device,
+    driver: DeviceDriver,
+    runtime: CpuRuntime,
+    *,
+    free_bytes: int,
+    max_prompt_tokens: int,
+    page_size: int,
+    pages_per_sequence: int,
+    chunk_tokens: int | None = None,
+    compute_bytes: int = 2,
+    groups: GroupExperts | None = None,
+) -> tuple[SlpPrefill, ExpertRing, SlpPlan, Callable[[LoadingRing], SlpPrefill]]:
+    """The ring and the programs for a model whose other weights are on `device` already.
+
+    free_bytes: of the device, to be used at most. The last result makes the same programs on
+    another ring.
+
+    Raises: CapacityError, CheckpointError.
+    """
+    assert loaded.host_store is not None
+    layout = loaded.host_store.layouts[0]
+    shape = prompt_shape(config, layout.total_bytes // layout.num_experts, compute_bytes)
+    options = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
+    plan = plan_slp(shape, free_bytes, max_prompt_tokens, **options)
+    ring = ExpertRing(driver, device, loaded.host_store, plan)
+    on_cpu = device.platform == "cpu"
+    how = groups or (NativeGroups(runtime) if on_cpu else DeviceGroups(plan.window_rows))
+
+    def ops(context: int) -> Ops:
+        if on_cpu:
+            return NativeOps(runtime, None, "matrix")
+        return DeviceOps(None, "prefill", one_sequence=True, context=context)
+
+    def make(ring: LoadingRing) -> SlpPrefill:
+        return SlpPrefill(
+            loaded.graphdef,
+            loaded.state,
+            ops,
+            ring,
+            plan,
+            page_size=page_size,
+            pages_per_sequence=pages_per_sequence,
+            groups=how,
+            device=device,
+        )
+
+    return make(ring), ring, plan, make
+
+
 class SlpDevice:
-    """A model's prefill on one device, with a cache of its own."""
+    """A model's prefill on one device with a cache of its own, for benchmarks and tests."""
 
     def __init__(
         self,
-        slp: SlpPrefill,
-        resident: SlpPrefill,
-        ring: ExpertRing,
-        plan: SlpPlan,
-        caches: list[tuple[jax.Array, ...]],
-        page_size: int,
-        device: jax.Device,
-    ) -> None:
-        self._slp, self._resident, self._ring, self.plan = slp, resident, ring, plan
-        self._caches, self.page_size, self._device = caches, page_size, device
-
-    @classmethod
-    def create(
-        cls,
         loaded: LoadedModel,
         config: ModelConfig,
         device: jax.Device,
@@ -88,58 +124,37 @@ class SlpDevice:
         free_bytes: int | None = None,
         page_size: int = 16,
         chunk_tokens: int | None = None,
-        slots: int | None = None,
         compute_dtype: str = "bfloat16",
         groups: GroupExperts | None = None,
-    ) -> SlpDevice:
-        """Places the non-expert weights, the cache, the ring and the programs on `device`.
-
-        free_bytes: of the device, to be used at most; default: most of what is free. chunk_tokens,
-        slots: other than the planner's, for tests.
-        """
-        assert loaded.host_store is not None
-        state = jax.device_put(loaded.state, device)
+    ) -> None:
+        loaded = dataclasses.replace(loaded, state=jax.device_put(loaded.state, device))
         pages = -(-max_prompt_tokens // page_size)
-        caches = store.allocate(cache_spec(config, compute_dtype), pages, page_size, device)
-        jax.block_until_ready((state, caches))
-        layout = loaded.host_store.layouts[0]
-        shape = prompt_shape(config, layout.total_bytes // layout.num_experts)
+        self._caches = store.allocate(cache_spec(config, compute_dtype), pages, page_size, device)
+        jax.block_until_ready((loaded.state, self._caches))
         if free_bytes is None:
             free_bytes = driver.memory_info()[0] * 9 // 10
-        options = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
-        plan = plan_slp(shape, free_bytes, max_prompt_tokens, **options)
-        if slots is not None:
-            plan = dataclasses.replace(plan, num_slots=slots)
-        ring = ExpertRing(driver, device, loaded.host_store, plan)
-
-        if groups is None:
-            on_cpu = device.platform == "cpu"
-            groups = NativeGroups(runtime) if on_cpu else DeviceGroups(plan.window_rows)
-
-        def ops(context: int) -> Ops:
-            if device.platform == "cpu":
-                return NativeOps(runtime, None, "matrix")
-            return DeviceOps(None, "prefill", one_sequence=True, context=context)
-
-        make: Any = partial(
-            SlpPrefill,
-            loaded.graphdef,
-            state,
-            ops,
-            plan=plan,
+        self._slp, self._ring, self.plan, make = make_slp(
+            loaded,
+            config,
+            device,
+            driver,
+            runtime,
+            free_bytes=free_bytes,
+            max_prompt_tokens=max_prompt_tokens,
             page_size=page_size,
             pages_per_sequence=pages,
+            chunk_tokens=chunk_tokens,
+            compute_bytes=jax.numpy.dtype(compute_dtype).itemsize,
             groups=groups,
-            device=device,
         )
-        return cls(make(ring), make(Resident(ring)), ring, plan, caches, page_size, device)
+        self._resident = make(Resident(self._ring))
+        self.page_size, self._device = page_size, device
 
     def prefill(self, row: StepRow, *, streamed: bool = True) -> jax.Array:
         """The residual stream of the row's last token. Not streamed: with whatever weights lie in
         the ring, to measure computing alone."""
         slp = self._slp if streamed else self._resident
-        last, self._caches = slp.prefill(row, self._caches)
-        return last
+        return slp.prefill(row, lambda: self._caches)
 
     def copy_alone(self) -> float:
         """Bytes per second of one run's copies with nothing computed."""
@@ -171,3 +186,4 @@ class Resident(NoRing):
     def start(self) -> None: ...
     def finish(self) -> None: ...
     def abort(self, cause: str) -> None: ...
+    def close(self) -> None: ...

@@ -115,10 +115,10 @@ def plan_slp(
         groups = shape.num_experts // group
         # Slots divide the groups: a layer's groups lie in the same slots as every other layer's,
         # and one program serves all.
-        slots = max((s for s in range(1, groups + 1) if groups % s == 0 and s * group <= fit), default=0)
+        slots = max(
+            (s for s in range(1, groups + 1) if groups % s == 0 and s * group <= fit), default=0
+        )
         if slots >= _MIN_SLOTS:
             choices.append((min(slots, _BEST_SLOTS), slots * group, group, slots))
     _, held, group, slots = max(choices)
-    return SlpPlan(
-        group, slots, chunk_tokens, window_rows, tokens, held * shape.expert_bytes, used
-    )
+    return SlpPlan(group, slots, chunk_tokens, window_rows, tokens, held * shape.expert_bytes, used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import jax
@@ -35,26 +36,40 @@ class ExpertRing:
     def __init__(self, driver: DeviceDriver, device: jax.Device, store: HostStore, plan: SlpPlan):
         layout = store.layouts[0]
         if any(other != layout for other in store.layouts):
-            raise CheckpointError("experts of several sizes or formats cannot share a ring of slots")
+            raise CheckpointError(
+                "experts of several sizes or formats cannot share a ring of slots"
+            )
         if device.platform != "cpu" and layout.format not in _DEVICE_FORMATS:
             raise CheckpointError(
                 f"experts in {layout.format} cannot be streamed to the device; supported: "
                 + ", ".join(_DEVICE_FORMATS)
             )
-        arrays = [
-            slot_arrays(layout, plan.group_experts, device) for _ in range(plan.num_slots)
-        ]
+        arrays = [slot_arrays(layout, plan.group_experts, device) for _ in range(plan.num_slots)]
         self._device = device
         self._plan = plan
         self._layers = len(store.layouts)
         self._groups = layout.num_experts // plan.group_experts
         self._ring = SlotRing(driver, arrays)
-        self._jobs = SlotJobs()
-        for layer in range(len(store.layouts)):
-            for g, first in enumerate(range(0, layout.num_experts, plan.group_experts)):
-                self._jobs.add_experts(
-                    store.native, g % plan.num_slots, layer, first, plan.group_experts
+        self._store = store
+        self._num_experts = layout.num_experts
+        self._jobs = self._make_jobs(self._layers)
+
+    def _make_jobs(self, num_layers: int) -> SlotJobs:
+        jobs, plan = SlotJobs(), self._plan
+        for layer in range(num_layers):
+            for g, first in enumerate(range(0, self._num_experts, plan.group_experts)):
+                jobs.add_experts(
+                    self._store.native, g % plan.num_slots, layer, first, plan.group_experts
                 )
+        return jobs
+
+    def measure_pass_s(self) -> float:
+        """About how long all experts take over the bus: a layer or two are timed."""
+        layers = min(2, self._layers)
+        self.drain(layers)
+        begin = time.perf_counter()
+        self.drain(layers)
+        return (time.perf_counter() - begin) * self._layers / layers
 
     @property
     def groups(self) -> Sequence[ExpertGroup]:
@@ -82,8 +97,8 @@ class ExpertRing:
     def abort(self, cause: str) -> None:
         self._ring.abort(cause)
 
-    def drain(self) -> None:
-        """A whole run with nothing computed: what the copies alone take."""
+    def drain(self, num_layers: int | None = None) -> None:
+        """A whole run, or the first layers of one, with nothing computed: what copies take alone."""
 
         def layer(x: jax.Array) -> jax.Array:
             for g in range(self._groups):
@@ -95,9 +110,9 @@ class ExpertRing:
         program = jax.jit(layer, donate_argnums=0)
         x = jax.device_put(jnp.zeros(8), self._device)
         compiled = program.lower(x).compile()
-        self.start()
+        self._ring.start(self._make_jobs(num_layers or self._layers))
         try:
-            for _ in range(self._layers):
+            for _ in range(num_layers or self._layers):
                 x = compiled(x)
             jax.block_until_ready(x)
             self.finish()

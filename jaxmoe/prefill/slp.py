@@ -3,16 +3,16 @@
 Every layer is two kinds of programs. *chunk*: attention, router, dense MLP or shared experts of some
 thousand tokens, as many times as the prompt is long; the routed experts are left out, and what they
 need is put aside. *experts*: the routed experts of all tokens, group by group as their weights
-arrive in the ring, so that weights are streamed once for the whole prompt. The thread that calls
-`prefill` is the model thread: it only launches. The loader is the ring's own thread; it runs ahead
-into the next layers as far as slots are free. The KV cache is written where decode reads it, so
+arrive in the ring, so that weights are streamed once for the whole prompt. The calling thread is the
+model thread: it launches, and waits between layers only. The loader is the ring's own thread; it runs
+ahead into the next layers as far as slots are free. The KV cache is written where decode reads it, so
 nothing is unloaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -34,6 +34,10 @@ from jaxmoe.prefill.plan import LADDER, SlpPlan
 _CONTEXT_STEP = 4096
 
 
+# The residual stream [T, D], the experts' input [T, D], and expert ids and weights [T, A].
+Buffers = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
 class LoadingRing(Ring, Protocol):
     """A ring as this module drives it (prefill/ring.py)."""
 
@@ -42,6 +46,7 @@ class LoadingRing(Ring, Protocol):
     def start(self) -> None: ...
     def finish(self) -> None: ...
     def abort(self, cause: str) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +129,7 @@ class SlpPrefill:
             h, x, ids, weights = buffers
             block = layer.mlp
             bias = block.expert_bias
-            streamed = StreamedExperts(
-                slots, self._router.num_experts, groups, ring
-            )
+            streamed = StreamedExperts(slots, self._router.num_experts, groups, ring)
             h, x = streamed.add_to(
                 h,
                 x,
@@ -144,54 +147,87 @@ class SlpPrefill:
         self._chunk = jax.jit(chunk, static_argnums=(0, 1), donate_argnums=(3, 4))
         self._experts = jax.jit(experts, static_argnums=0, donate_argnums=2)
 
-    def prefill(
-        self,
-        row: StepRow,
-        caches: list[tuple[jax.Array, ...]],
-        on_layer: Callable[[int, int], None] = lambda done, total: None,
-    ) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
-        """Computes all tokens of `row`, at most `plan.max_tokens`.
+    @property
+    def max_tokens(self) -> int:
+        """Of a prompt, in one pass over the weights."""
+        return self._plan.max_tokens
 
-        on_layer: told after each layer was launched, with the number of layers.
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
 
-        Returns the residual stream of the last token, `[1, D]`, and the caches.
+    def close(self) -> None:
+        """Drops the weights, the compiled programs that name the ring, and the ring."""
+        for program in (self._embed, self._take, self._put, self._chunk, self._experts):
+            program.clear_cache()
+        self._layers.clear()
+        self._embed_leaves.clear()
+        self._ring.close()
+
+    def layers(
+        self, row: StepRow, caches: Callable[[], list[tuple[jax.Array, ...]]]
+    ) -> Generator[int, None, jax.Array]:
+        """Computes all tokens of `row`, at most `plan.max_tokens`, a layer at each `next`.
+
+        Closing the generator early ends the run: the loader stops, memory is given back.
+
+        Args:
+            caches: the page arrays of every layer as they are now; a layer's are replaced in the
+                list when it is computed. Between two layers other programs may use and replace
+                them.
+
+        Yields how many layers are done; returns the residual stream of the last token, `[1, D]`.
+
+        Raises: ffi.registry.NATIVE_ERRORS where loading failed. The caches are whole then.
         """
         plan, num_tokens = self._plan, len(row.token_ids)
         assert 0 < num_tokens <= plan.max_tokens, (num_tokens, plan.max_tokens)
         size = plan.buffer_tokens(num_tokens)
         tokens = np.zeros(size, np.int32)
         tokens[:num_tokens] = row.token_ids
-        h = self._embed(self._embed_leaves, jax.device_put(tokens, self._device))
-        per_token = self._router.experts_per_token
-        zeros = jnp.zeros
-        with jax.default_device(self._device):
-            buffers = (
-                h,
-                zeros((size, self._hidden), self._dtype),
-                zeros((size, per_token), jnp.int32) - 1,
-                zeros((size, per_token), jnp.float32),
-            )
         steps = self._steps(row)
         slots = tuple(self._ring.groups)
-        caches = list(caches)
-        self._ring.start()
+        self._ring.start()  # while the rest is prepared, weights are on their way
         try:
+            buffers = self._buffers(tokens)
             for i, (kind, leaves) in enumerate(self._layers):
                 for begin, context, step in steps:
-                    part, taken, caches[i] = self._chunk(
-                        kind, context, leaves, self._take(buffers[0], begin), caches[i], step
-                    )
+                    part = self._take(buffers[0], begin)
+                    part, taken, cache = self._chunk(kind, context, leaves, part, caches()[i], step)
+                    caches()[i] = cache
                     buffers = self._put(buffers, begin, part, taken)
                 if kind.is_moe:
                     buffers = self._experts(kind, leaves, buffers, slots)
-                on_layer(i + 1, len(self._layers))
+                # Here a failed load shows, before the next layer's cache depends on it.
+                jax.block_until_ready(buffers)
+                yield i + 1
             last = buffers[0][num_tokens - 1 : num_tokens]
-            jax.block_until_ready(last)
             self._ring.finish()
         except BaseException as error:
             self._ring.abort(f"{type(error).__name__}: {error}")
             raise
-        return last, caches
+        return last
+
+    def prefill(self, row: StepRow, caches: Callable[[], list[tuple[jax.Array, ...]]]) -> jax.Array:
+        """All layers at once."""
+        run = self.layers(row, caches)
+        while True:
+            try:
+                next(run)
+            except StopIteration as end:
+                return end.value
+
+    def _buffers(self, tokens: np.ndarray) -> Buffers:
+        """The embedded tokens, and room for what the experts need of them."""
+        size, per_token = len(tokens), self._router.experts_per_token
+        h = self._embed(self._embed_leaves, jax.device_put(tokens, self._device))
+        with jax.default_device(self._device):
+            return (
+                h,
+                jnp.zeros((size, self._hidden), self._dtype),
+                jnp.full((size, per_token), -1, jnp.int32),
+                jnp.zeros((size, per_token), jnp.float32),
+            )
 
     def _steps(self, row: StepRow) -> list[tuple[np.int32, int, StepInputs]]:
         """(first token, context bucket, inputs) of every chunk."""

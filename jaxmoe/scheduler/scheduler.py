@@ -4,7 +4,9 @@ clocks.
 A step is either a prefill (parts of prompts, packed up to `prefill_chunk_tokens`) or a decode (one
 token of every running sequence), never a mixture: the two use different kernels, and a token must
 be computed by the same one whatever else is in the batch. Where both kinds of work wait, they
-alternate, so neither starves the other.
+alternate, so neither starves the other. Prompts that `streams` says are better computed with the
+experts streamed to the device (prefill_route.py) take many steps of kind "stream", one layer each;
+in between come decodes, and chunks of shorter prompts.
 
 Admission is first come, first served: a sequence enters when a slot is free and its known tokens
 and one more fit the free pages; pages of its prompt that the prefix cache knows need no room and
@@ -20,7 +22,7 @@ import contextlib
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from jaxmoe.common.errors import CapacityError
@@ -45,7 +47,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    kind: Literal["prefill", "decode"]
+    kind: Literal["prefill", "decode", "stream"]
     rows: tuple[Row, ...]
 
     @property
@@ -56,6 +58,8 @@ class StepPlan:
 class Scheduler:
     """Owns the queue, the slots and the pages of the sequences it was given.
 
+    streams: how many of a prompt's tokens left to compute are to be streamed in one pass, 0 for
+    none; None: never any.
     prefix: where pages of prompts are shared; None: nowhere. prompt_logprobs_tokens: of a prompt
     whose log probabilities are wanted, in one step; such a step has no other row.
     """
@@ -68,6 +72,7 @@ class Scheduler:
         prefill_chunk_tokens: int,
         prefix: PrefixCache | None = None,
         prompt_logprobs_tokens: int = 64,
+        streams: Callable[[int], int] | None = None,
     ) -> None:
         self.pages = pages
         self.prefix = prefix
@@ -76,7 +81,11 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self._free_slots = list(range(max_num_seqs))  # a heap
+        self._streams = streams or (lambda tokens: 0)
+        self._streaming: Sequence | None = None
+        self._stream_count = 0
         self._last_kind = "decode"
+        self._last_prefill = "prefill"
 
     @property
     def has_work(self) -> bool:
@@ -123,7 +132,9 @@ class Scheduler:
         for row in plan.rows:
             row.seq.is_new = False
             row.seq.num_computed = row.start + row.count
-            if plan.kind == "prefill":
+            if plan.kind == "stream":
+                self._streaming = None
+            if plan.kind != "decode":
                 self._publish(row)
             if row.seq.num_computed >= row.seq.num_prompt:
                 row.seq.status = Status.DECODE
@@ -205,7 +216,33 @@ class Scheduler:
             span = slice(row.start // size, (row.start + row.count) // size)
             self.prefix.publish(row.seq.page_keys[span], row.seq.pages[span])
 
+    def _plan_stream(self, prefilling: list[Sequence]) -> StepPlan | None:
+        """One more layer of the prompt that is streamed, or the first of the oldest that is to be;
+        every second time a chunk of the others goes first. Its last token is left for an ordinary
+        prefill, which draws.
+        """
+        if self._streaming not in prefilling:
+            self._streaming = None
+        if self._streaming is None:
+            for seq in prefilling:
+                count = self._streams(seq.num_prompt - seq.num_computed - 1)
+                if count and not seq.wants_prompt_logprobs:
+                    self._streaming, self._stream_count = seq, count
+                    break
+        seq = self._streaming
+        if seq is None or (len(prefilling) > 1 and self._last_prefill == "stream"):
+            self._last_prefill = "prefill"
+            return None
+        self._last_prefill = "stream"
+        row = Row(seq, seq.num_computed, self._stream_count, samples=False)
+        return StepPlan("stream", (row,))
+
     def _plan_prefill(self, prefilling: list[Sequence]) -> StepPlan:
+        streamed = self._plan_stream(prefilling)
+        if streamed is not None:
+            return streamed
+        if self._streaming is not None:
+            prefilling = [s for s in prefilling if s is not self._streaming]
         rows, room = [], self.prefill_chunk_tokens
         if prefilling[0].wants_prompt_logprobs:
             prefilling, room = prefilling[:1], self._prompt_logprobs_tokens

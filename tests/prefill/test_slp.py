@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support import tiny_models
+from support.tiny_runner import native_runner
 
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.batch import StepRow
@@ -17,7 +18,6 @@ from jaxmoe.models import registry
 from jaxmoe.prefill.device import SlpDevice
 from jaxmoe.weights.loader import load_model
 from jaxmoe.weights.safetensors_reader import Checkpoint
-from support.tiny_runner import native_runner
 
 CHUNK = 32
 
@@ -28,18 +28,16 @@ def case(request, tmp_path_factory):
     tiny_models.write_checkpoint(folder, request.param)
     config = ModelConfig.from_hf(tiny_models.hf_config(request.param))
     runtime = CpuRuntime(num_threads=1)
-    loaded = load_model(
-        Checkpoint.open(folder), config, registry, runtime, compute_dtype="float32"
-    )
+    loaded = load_model(Checkpoint.open(folder), config, registry, runtime, compute_dtype="float32")
     yield request.param, folder, config, runtime, loaded
     loaded.close()
     runtime.close()
 
 
-def _slp(case, slots: int | None = None) -> SlpDevice:
+def _slp(case) -> SlpDevice:
     _, _, config, runtime, loaded = case
     device = jax.local_devices(backend="cpu")[0]
-    return SlpDevice.create(
+    return SlpDevice(
         loaded,
         config,
         device,
@@ -49,7 +47,6 @@ def _slp(case, slots: int | None = None) -> SlpDevice:
         free_bytes=1 << 30,
         chunk_tokens=CHUNK,
         compute_dtype="float32",
-        slots=slots,
     )
 
 
