@@ -6,9 +6,9 @@ output instead of to every cached key and value: with k_n = W_uk_n c and v_n = W
 
     q_n · k_n = (W_uk_nᵀ q_n) · c        sum_s p_s v_ns = W_uv_n (sum_s p_s c_s)
 
-so attention reads C + rope values a position whatever the number of heads. Operations that say they
-expand latents (`expands_latents`: GPUs, for prompts, where FLOPs bind) are given queries and latents
-as they are, and make keys and values themselves.
+so attention reads C + rope values a position whatever the number of heads. Operations that say
+they expand latents (`expands_latents`: GPUs, for prompts, where FLOPs bind) are given queries and
+latents as they are, and make keys and values themselves.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ class EngineConfig:
     prefill: str = checked(
         "auto",
         "str",
-        "how prompts are computed: chunked (routed experts on the CPU), slp (experts streamed to the "
-        "device, layer by layer), or whichever is predicted to be faster",
+        "how prompts are computed: chunked (routed experts on the CPU), slp (experts streamed to "
+        "the device, layer by layer), or whichever is predicted to be faster",
         choices=("auto", "chunked", "slp"),
     )
     num_threads: int | None = checked(

@@ -1,10 +1,10 @@
 """Routed experts on the device that holds (some of) their weights: tokens sorted by expert, two
 grouped products, a weighted sum.
 
-Experts come in groups, as the ring of stream-loading prefill delivers them (paper section 3.1); each
-group adds its share to the tokens' sums. Groups in ascending order, and experts ascending within a
-token, fix the order of every addition. Dropless: rows are processed in windows of a fixed number, as
-many as there are.
+Experts come in groups, as the ring of stream-loading prefill delivers them (paper section 3.1);
+each group adds its share to the tokens' sums. Groups in ascending order, and experts ascending
+within a token, fix the order of every addition. Dropless: rows are processed in windows of a fixed
+number, as many as there are.
 """
 
 from __future__ import annotations
