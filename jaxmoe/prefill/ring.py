@@ -1,4 +1,6 @@
-"""The experts' ring of one device: its slots' arrays, and the jobs that fill them layer by layer."""
+"""The experts' ring of one device: its slots' arrays, and the jobs that fill them, layer by
+layer.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,7 @@ class ExpertRing:
         self._ring.abort(cause)
 
     def drain(self, num_layers: int | None = None) -> None:
-        """A whole run, or the first layers of one, with nothing computed: what copies take alone."""
+        """A whole run, or the first layers of one, with nothing computed."""
 
         def layer(x: jax.Array) -> jax.Array:
             for g in range(self._groups):

@@ -1,12 +1,12 @@
 """Stream-loading prefill of one prompt on one device (paper section 3.1, Figure 5).
 
-Every layer is two kinds of programs. *chunk*: attention, router, dense MLP or shared experts of some
-thousand tokens, as many times as the prompt is long; the routed experts are left out, and what they
-need is put aside. *experts*: the routed experts of all tokens, group by group as their weights
-arrive in the ring, so that weights are streamed once for the whole prompt. The calling thread is the
-model thread: it launches, and waits between layers only. The loader is the ring's own thread; it runs
-ahead into the next layers as far as slots are free. The KV cache is written where decode reads it, so
-nothing is unloaded.
+Every layer is two kinds of programs. *chunk*: attention, router, dense MLP or shared experts of
+some thousand tokens, as many times as the prompt is long; the routed experts are left out, and what
+they need is put aside. *experts*: the routed experts of all tokens, group by group as their weights
+arrive in the ring, so that weights are streamed once for the whole prompt. The calling thread is
+the model thread: it launches, and waits between layers only. The loader is the ring's own thread;
+it runs ahead into the next layers as far as slots are free. The KV cache is written where decode
+reads it, so nothing is unloaded.
 """
 
 from __future__ import annotations
@@ -94,8 +94,7 @@ class SlpPrefill:
         self._layers: list[tuple[_Kind, list[jax.Array]]] = []
         kinds: dict[Any, _Kind] = {}
         for layer in model.layers:
-            is_moe = isinstance(layer.mlp, MoeBlock)
-            if is_moe:
+            if is_moe := isinstance(layer.mlp, MoeBlock):
                 layer.mlp.moe_layer_idx = 0  # the only difference between MoE layers
             layer_graphdef, layer_state = nnx.split(layer)
             leaves, treedef = jax.tree.flatten(layer_state)
@@ -121,7 +120,9 @@ class SlpPrefill:
         def put(buffers, begin, part, taken):
             h, *rest = buffers
             update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=0)
-            rest = [update(old, new.astype(old.dtype)) for old, new in zip(rest, taken)] or rest
+            if taken:
+                pairs = zip(rest, taken, strict=True)
+                rest = [update(old, new.astype(old.dtype)) for old, new in pairs]
             return (update(h, part), *rest)
 
         def experts(kind, leaves, buffers, slots):
@@ -158,7 +159,14 @@ class SlpPrefill:
 
     def close(self) -> None:
         """Drops the weights, the compiled programs that name the ring, and the ring."""
-        for program in (self._embed, self._take, self._put, self._chunk, self._experts):
+        programs: tuple[Any, ...] = (
+            self._embed,
+            self._take,
+            self._put,
+            self._chunk,
+            self._experts,
+        )
+        for program in programs:
             program.clear_cache()
         self._layers.clear()
         self._embed_leaves.clear()
