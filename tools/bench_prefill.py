@@ -101,7 +101,8 @@ def main() -> None:
             f"{compute_s / args.moe_layers * 1e3:.1f}, copy alone "
             f"{copy_s / args.moe_layers * 1e3:.1f}), overlap ratio {result['overlap_ratio']:.3f}, "
             f"copies at {result['copy_gb_per_s']:.1f} GB/s = "
-            f"{result['copy_fraction_of_plain']:.2f} of plain; {args.layers} layers: {result['ttft_s_of_all_layers']:.1f} s, "
+            f"{result['copy_fraction_of_plain']:.2f} of plain; {args.layers} layers: "
+            f"{result['ttft_s_of_all_layers']:.1f} s, "
             f"{count / result['ttft_s_of_all_layers']:.0f} tok/s",
             flush=True,
         )
