@@ -91,7 +91,7 @@ def _attend_blocks(
 ):
     """Running softmax over blocks `[first, last)`: sums of each value part, maxima, denominators.
 
-    row_positions: `[M]` last position each row of the tile sees. load(kind, part, positions):
+    row_positions: `[M]` last position each row of the tile sees. load(kind, part, block):
     `[BKV, size]` of keys ("k") or values ("v"). begin, end: positions outside take no part.
     """
     num_rows = row_positions.shape[0]
@@ -100,7 +100,7 @@ def _attend_blocks(
         sums, top, total = state
         at = block * _KV_ROWS + jnp.arange(_KV_ROWS)
         scores = jnp.zeros((num_rows, _KV_ROWS), jnp.float32)
-        keys = [load("k", i, at) for i in range(num_keys)]
+        keys = [load("k", i, block) for i in range(num_keys)]
         for q, key in zip(queries, keys, strict=True):
             scores += _dot(q, key, (1, 1))
         seen = (at[None] <= row_positions[:, None]) & (at[None] >= begin) & (at[None] < end)
@@ -113,7 +113,7 @@ def _attend_blocks(
         total = total * decay + jnp.sum(weights, axis=1)
         out = []
         for i in range(num_values):
-            value = load("v", i, at)
+            value = load("v", i, block)
             out.append(sums[i] * decay[:, None] + _dot(weights.astype(value.dtype), value, (1, 0)))
         return tuple(out), new_top, total
 
@@ -147,7 +147,8 @@ def flash_attention(
             `page_size`, else positions counted from span[0].
         tiles: of `QUERY_ROWS` tokens of one row each; `expert` says which row.
         positions: `[T]` int32, ascending within a row.
-        span: int32 `[2]`: only positions from span[0] up to span[1] take part; default: all.
+        span: int32 `[2]`: only positions from span[0], a multiple of 64, up to span[1] take part;
+            default: all.
 
     Returns:
         float32 `[T, N, V]` and the log of each softmax's denominator `[T, N]` float32, for
@@ -186,19 +187,27 @@ def flash_attention(
             ]
             most = jnp.minimum(jnp.max(at) + 1, end)
 
-            def load(kind, i, where):
+            def load(kind, i, block):
+                where = block * _KV_ROWS + jnp.arange(_KV_ROWS)
                 source = (keys if kind == "k" else values)[i]
                 ref = (key_refs if kind == "k" else value_refs)[i]
                 used = (where < most) & (where >= begin)
-                rows = where - begin
-                if block_tables is not None:
-                    column = jnp.where(used, where // page_size, 0)
-                    page = plgpu.load(
-                        table_ref.at[jnp.broadcast_to(row, column.shape), column],
-                        mask=used,
-                        other=0,
+                if block_tables is None:
+                    # One slice, which the compiler turns into wide asynchronous copies.
+                    at_row = pl.ds(block * _KV_ROWS - begin, _KV_ROWS)
+                    at_column = pl.ds(source.start, source.size)
+                    return plgpu.load(
+                        ref.at[at_row, head // source.heads, at_column],
+                        mask=jnp.broadcast_to(used[:, None], (_KV_ROWS, source.size)),
+                        other=0.0,
                     )
-                    rows = page * page_size + where % page_size
+                column = jnp.where(used, where // page_size, 0)
+                page = plgpu.load(
+                    table_ref.at[jnp.broadcast_to(row, column.shape), column],
+                    mask=used,
+                    other=0,
+                )
+                rows = page * page_size + where % page_size
                 return plgpu.load(
                     ref.at[
                         _grid(
@@ -305,7 +314,8 @@ def paged_decode(
             )
             start += source.size
 
-        def load(kind, i, where):
+        def load(kind, i, block):
+            where = block * _KV_ROWS + jnp.arange(_KV_ROWS)
             source = (keys if kind == "k" else values)[i]
             ref = (key_refs if kind == "k" else value_refs)[i]
             used = where < most
