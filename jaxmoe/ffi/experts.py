@@ -109,7 +109,9 @@ def experts_group(
     """
     _check("experts_group", x, expert_ids, combine_weights)
     if len(arrays) not in (3, 6):
-        raise ValueError(f"experts_group: {len(arrays)} arrays of weights and scales; wanted 3 or 6")
+        raise ValueError(
+            f"experts_group: {len(arrays)} arrays of weights and scales; wanted 3 or 6"
+        )
     weights = Weight(arrays[0], arrays[3] if len(arrays) == 6 else None)
     call = jax.ffi.ffi_call(
         "jaxmoe_experts_group",
