@@ -10,14 +10,16 @@ microsecond a leaf. What it does not do: decide what takes part (scheduler), or 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmoe.decode import dual_batch
 from jaxmoe.decode.batch import (
     BlockTables,
     StepRow,
@@ -57,6 +59,14 @@ class RowResult:
     prompt_logprobs: Sequence[TokenLogprob] | None = None
 
 
+class BatchPolicy(Protocol):
+    """Merged or overlapped, step by step: see scheduler/decode_batch.py."""
+
+    def choose(self, contexts: Sequence[int]) -> int: ...
+    def observe(self, seconds: float) -> None: ...
+    def skip(self) -> None: ...
+
+
 class HybridStep:
     """Owns the weights' leaves, the caches and the sampling state; every call is one step.
 
@@ -66,6 +76,7 @@ class HybridStep:
         caches: page arrays of every layer, handed over for good.
         num_slots: sequences that can be running.
         device: that everything is on; default: the CPU.
+        policy: in how many microbatches (decode/dual_batch.py) a decode is computed; None: one.
 
     on_compile: may be set; called with True before a step whose program has to be compiled first,
     and with False after it.
@@ -84,7 +95,9 @@ class HybridStep:
         chunk_tokens: int,
         vocab_size: int,
         device: jax.Device | None = None,
+        policy: BatchPolicy | None = None,
     ) -> None:
+        self._policy = policy
         self._leaves, treedef = jax.tree.flatten(state)
         self._caches = caches
         self._counts: TokenCounts | None = None
@@ -98,9 +111,13 @@ class HybridStep:
         self.last_compiled = False  # whether the last step had to be
         self.on_compile: Callable[[bool], None] = lambda begins: None
 
-        def forward(leaves, caches, step, kind, logit_indices):
+        def forward(leaves, caches, step, kind, logit_indices, num_microbatches=1):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-            return model(step, caches, ops[kind], logit_indices)
+            if num_microbatches == 1:
+                return model(step, caches, ops[kind], logit_indices)
+            return dual_batch.forward(
+                model, step, caches, ops[kind], logit_indices, num_microbatches
+            )
 
         def run(
             leaves: list[jax.Array],
@@ -112,11 +129,12 @@ class HybridStep:
             masks: jax.Array | None,
             targets: jax.Array | None,
             kind: Kind,
+            num_microbatches: int,
         ) -> tuple[Drawn, PromptLogprobs | None, list[tuple[jax.Array, ...]], TokenCounts | None]:
             indices = rows.logit_index
             if targets is not None:
                 indices = jnp.concatenate([indices, jnp.arange(targets.shape[0], dtype=jnp.int32)])
-            raw, caches = forward(leaves, caches, step, kind, indices)
+            raw, caches = forward(leaves, caches, step, kind, indices, num_microbatches)
             prompt = None
             if targets is not None:
                 raw, own = jnp.split(raw, [rows.logit_index.shape[0]])
@@ -133,7 +151,11 @@ class HybridStep:
             indices = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32)
             return forward(leaves, caches, step, "prefill", indices)
 
-        self._run = jax.jit(run, static_argnames=("kind",), donate_argnames=("caches", "counts"))
+        self._run = jax.jit(
+            run,
+            static_argnames=("kind", "num_microbatches"),
+            donate_argnames=("caches", "counts"),
+        )
         self._logits = jax.jit(logits, donate_argnames=("caches",))
         self._clear_slot = jax.jit(clear_slot, donate_argnums=0)
         self._count_prompt = jax.jit(count_prompt, donate_argnums=0)
@@ -196,8 +218,27 @@ class HybridStep:
             self._counts = counts
         return counts
 
-    def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]:
-        """Computes the rows' tokens and draws the next one of each."""
+    def run(
+        self, kind: Kind, rows: Sequence[StepRow], *, num_microbatches: int | None = None
+    ) -> list[RowResult]:
+        """Computes the rows' tokens and draws the next one of each.
+
+        num_microbatches: of a decode; None: as the policy chooses. The results do not depend on it.
+        """
+        policy = self._policy if kind == "decode" and num_microbatches is None else None
+        if policy is not None:
+            num_microbatches = policy.choose([row.start for row in rows])
+        begin = time.perf_counter()
+        results = self._run_rows(kind, rows, num_microbatches or 1)
+        if policy is not None and self.last_compiled:
+            policy.skip()
+        elif policy is not None:
+            policy.observe(time.perf_counter() - begin)
+        return results
+
+    def _run_rows(
+        self, kind: Kind, rows: Sequence[StepRow], num_microbatches: int
+    ) -> list[RowResult]:
         total = sum(len(row.token_ids) for row in rows)
         targets = rows[0].targets
         if kind == "decode":
@@ -220,15 +261,27 @@ class HybridStep:
         if targets is not None:
             padded = np.full(num_tokens, -1, np.int32)
             padded[: len(targets)] = targets
+        if not dual_batch.divides(num_tokens, num_rows, num_microbatches):
+            num_microbatches = 1
         # A mask or a bias of another kind makes another program, as do all shapes.
         inputs = (step, settings, counts, biases, masks, padded)
-        shapes = kind, jax.tree.structure(inputs), *(x.shape for x in jax.tree.leaves(inputs))
+        structure = jax.tree.structure(inputs)
+        shapes = kind, num_microbatches, structure, *(x.shape for x in jax.tree.leaves(inputs))
         self.last_compiled = shapes not in self._shapes
         if self.last_compiled:
             self._shapes.add(shapes)
             self.on_compile(True)
         drawn, prompt, self._caches, counts = self._run(
-            self._leaves, self._caches, counts, step, settings, biases, masks, padded, kind=kind
+            self._leaves,
+            self._caches,
+            counts,
+            step,
+            settings,
+            biases,
+            masks,
+            padded,
+            kind=kind,
+            num_microbatches=num_microbatches,
         )
         if counts is not None:
             self._counts = counts

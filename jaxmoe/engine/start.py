@@ -240,6 +240,8 @@ def describe(
         f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "
         f"{layout.total_bytes / 2**20:.1f} MiB; up to {config.max_num_seqs} sequences of "
         f"{layout.max_model_len} tokens (the model's limit is {model.max_position})",
+        "decode: merged; overlapping two halves of a batch is off, for without a GPU attention and "
+        "experts need the same cores",
         f"sampling defaults: temperature {params.temperature}, top_p {params.top_p}, top_k "
         f"{params.top_k}; end of text: {', '.join(map(str, directory.eos_token_ids)) or 'none'}",
         f"compiled programs: {programs or 'not kept'}",

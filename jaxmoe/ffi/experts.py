@@ -153,7 +153,7 @@ def experts_submit(
         names the same one.
     """
     _check("experts_submit", x, expert_ids, combine_weights)
-    biases = biases or ()
+    bias_arrays = biases or ()
     results = (
         jax.ShapeDtypeStruct((1,), jnp.int32),
         *(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in others),
@@ -162,7 +162,7 @@ def experts_submit(
     call = jax.ffi.ffi_call(
         "jaxmoe_experts_submit",
         results,
-        input_output_aliases={3 + len(biases) + i: 1 + i for i in range(len(others))},
+        input_output_aliases={3 + len(bias_arrays) + i: 1 + i for i in range(len(others))},
         has_side_effect=True,
     )
     return tuple(
@@ -170,9 +170,9 @@ def experts_submit(
             x,
             expert_ids,
             combine_weights,
-            *biases,
+            *bias_arrays,
             *others,
-            has_biases=bool(biases),
+            has_biases=bool(bias_arrays),
             slot=np.int64(slot),
             **_activation(activation),
             **_attributes(runtime, store, family, moe_layer_idx),

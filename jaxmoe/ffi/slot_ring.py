@@ -8,8 +8,10 @@ arrays through. See xla_ffi/prefill/slot_ring.h; the paper's section 3.1.
 What must hold in a program:
   * an operation that reads a slot takes what `acquire` gave, or something computed from it, beside
     the slot's array: XLA orders by data alone, and nothing else keeps it from reading too early. A
-    conversion, slice or reshape of the slot alone may run before: leave it to the kernel;
-  * `release` takes what was computed from the slot's last read;
+    conversion, slice or sum of the slot alone may run before: leave it to the kernel that also
+    takes the activations;
+  * `release` takes every result that was computed from the slot. One that only a later result
+    depends on is not enough: XLA may compute the two apart, each from the slot;
   * the slots' arrays are not donated, and no result aliases them;
   * per device, slots are acquired in the order of the jobs, and held no longer than the ring can
     spare them: with R slots, at most R - 1 at a time if the loader is to work meanwhile.

@@ -131,6 +131,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Submitted, Others]:
         """Starts `mlp(i)` of a MoE layer; `others` and `slot` as in `MoeBlock.submit`."""
         layer = self.layers[i]
+        assert isinstance(layer.mlp, MoeBlock)
         x = layer.mlp_norm(h, ops)
         valid = step.token_rows >= 0
         return layer.mlp.submit(x, valid, ops, self.compute_dtype, others, slot=slot)
@@ -139,7 +140,9 @@ class Decoder(nnx.Module):
         self, i: int, h: jax.Array, submitted: Submitted, ops: Ops, *, slot: int
     ) -> jax.Array:
         """Ends what `mlp_submit` started from `h`."""
-        return h + self.layers[i].mlp.wait(submitted, ops, self.compute_dtype, slot=slot)
+        mlp = self.layers[i].mlp
+        assert isinstance(mlp, MoeBlock)
+        return h + mlp.wait(submitted, ops, self.compute_dtype, slot=slot)
 
     def layer(
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops

@@ -126,7 +126,8 @@ class MoeBlock(nnx.Module):
         """The rest of the block, then the routed experts' result: what a call returns."""
         x = submitted.x.astype(compute_dtype)
         rest = self._rest(x, submitted.expert_ids, submitted.combine_weights, ops)
-        y, *rest = ops.experts_wait(submitted.ticket, *x.shape, *rest, slot=slot)
+        num_tokens, hidden = x.shape
+        y, *rest = ops.experts_wait(submitted.ticket, num_tokens, hidden, *rest, slot=slot)
         return sum(rest, start=y)
 
     def _biases(self) -> tuple[jax.Array, jax.Array] | None:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from support.native import FORMATS, Layer, bits, make_store, padded_columns
+from support.native import FORMATS, MATRICES, Layer, bits, make_store, padded_columns
 
 from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi import reference
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.experts import experts_group
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Weight
 from jaxmoe.ffi.registry import NATIVE_ERRORS
@@ -227,6 +228,76 @@ def test_submit_and_wait_give_what_experts_gives(runtime):
             one, two = ops.experts(*first, layer), ops.experts(*second, layer)
             for y, want in ((y1, one), (y2, two), (y3, one)):
                 np.testing.assert_array_equal(bits(y), bits(want))
+
+
+@pytest.mark.parametrize(
+    "weight_format, num_tokens", [("bf16", 1), ("fp8_block", 1), *((x, 40) for x in FORMATS)]
+)
+def test_groups_of_experts_add_up_to_the_bits_of_the_whole(isa_runtime, weight_format, num_tokens):
+    num_experts, held = 7, 3  # the last group has one
+    f, d = padded_columns(weight_format, 50), padded_columns(weight_format, 70)
+    rng = np.random.default_rng(num_tokens)
+    layer = Layer.random(rng, weight_format, num_experts, f, d)
+    args = inputs(3, num_tokens, d, num_experts, 4)
+    biases = tuple(jnp.array(rng.standard_normal((num_experts, f)), jnp.float32) for _ in "gu")
+    arrays = [layer.weights[m].data for m in MATRICES]
+    if layer.weights["gate"].scale_inv is not None:
+        arrays += [layer.weights[m].scale_inv for m in MATRICES]
+    plain = {}
+    clamped = {"activation": ClampedSwiglu(1.702, 2.0), "biases": biases}
+    with make_store(isa_runtime, layer) as store:
+        for family in FAMILIES:
+            for options in (plain, clamped):
+
+                @jax.jit
+                def grouped(x, ids, weights, family=family, options=options):
+                    y = jnp.zeros(x.shape, jnp.float32)
+                    for first in range(0, num_experts, held):
+                        part = slice(first, first + held)
+                        y = experts_group(
+                            isa_runtime,
+                            family,
+                            y,
+                            x,
+                            ids,
+                            weights,
+                            [a[part] for a in arrays],
+                            first,
+                            activation=options.get("activation"),
+                            biases=tuple(b[part] for b in biases) if options else None,
+                        )
+                    return y
+
+                whole = NativeOps(isa_runtime, store, family).experts(*args, 0, **options)
+                assert np.abs(np.asarray(whole)).max() > 0
+                np.testing.assert_array_equal(bits(grouped(*args)), bits(whole))
+
+
+def test_errors_of_a_group(runtime):
+    layer = Layer.random(np.random.default_rng(8), "fp8_block", 3, 16, 32)
+    args = inputs(9, 2, 32, 3, 2)
+    y = jnp.zeros((2, 32), jnp.float32)
+    data = [layer.weights[m].data for m in MATRICES]
+    scales = [layer.weights[m].scale_inv for m in MATRICES]
+
+    def raises(match, y, arrays, kind=NATIVE_ERRORS, **options):
+        with pytest.raises(kind, match=match):
+            experts_group(runtime, "vector", y, *args, arrays, 0, **options).block_until_ready()
+
+    swapped = [data[2], data[1], data[0]]
+    raises(r"gate is float8_e4m3fn\[3, 32, 16\].*\[3, 32, 32\]", y, swapped + scales)
+    raises(
+        r"down's scales is float32\[2, 1, 1\].*\[3, 1, 1\]", y, data + [*scales[:2], scales[2][:2]]
+    )
+    raises(r"y is bfloat16", y.astype(jnp.bfloat16), data + scales)
+    raises(
+        r"the up bias is float32\[3, 8\]",
+        y,
+        data + scales,
+        biases=(jnp.zeros((3, 16)), jnp.zeros((3, 8))),
+    )
+    raises("4 arrays", y, [*data, scales[0]], kind=ValueError)
+    raises("without scales", y, data, kind=ValueError)
 
 
 def test_what_is_passed_through_is_not_copied(runtime):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.native import FORMATS, Layer, make_store
+from support.native import FORMATS, Layer, make_store, padded_columns
 
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
@@ -230,7 +230,8 @@ def test_two_devices_each_with_a_ring_under_one_name():
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_experts_of_a_store(runtime, weight_format):
     rng = np.random.default_rng(3)
-    num_experts, f, d, held = 5, 130, 24, 3
+    num_experts, held = 5, 3
+    f, d = padded_columns(weight_format, 130), padded_columns(weight_format, 24)
     layers = [Layer.random(rng, weight_format, num_experts, f, d) for _ in range(2)]
     with make_store(runtime, *layers) as store:
         shapes = expert_buffers(held, f, d, weight_format)
@@ -350,7 +351,7 @@ def test_cuda_driver_or_the_reason_why_not():
 def test_cuda_handlers_lower_for_a_gpu():
     """The program's text for a GPU names the same targets; its handlers exist."""
     register_targets()
-    assert set(_native.cuda_handlers()) == {"jaxmoe_slot_acquire", "jaxmoe_slot_release"}
+    assert {"jaxmoe_slot_acquire", "jaxmoe_slot_release"} <= set(_native.cuda_handlers())
     with SlotRing(DeviceDriver.host(), slot_arrays(2)) as ring:
         traced = make_layer(ring, 1).trace(tokens(), *ring.slots[1])
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
