@@ -22,6 +22,7 @@ from jaxmoe.kernels.grouped_matmul import Tiles
 
 QUERY_ROWS = 128  # tokens of a tile
 _KV_ROWS = 64  # positions of a block: keys, values and scores of one fit the shared memory
+_FLASH_WARPS, _FLASH_STAGES = 8, 2
 _DECODE_HEADS = 16  # the least that tensor cores take; 32 or more heads are several programs
 _MASKED = -1e30  # not -inf: a row whose block is masked whole must not make inf - inf
 
@@ -257,7 +258,7 @@ def flash_attention(
             jax.ShapeDtypeStruct((num_tokens, num_heads, v_dim), jnp.float32),
             jax.ShapeDtypeStruct((num_tokens, num_heads), jnp.float32),
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=_FLASH_WARPS, num_stages=_FLASH_STAGES),
         interpret=interpret,
         name="flash_attention",
     )(tiles.expert, tiles.row, tiles.end, positions, table, span, q, *arrays)
