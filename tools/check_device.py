@@ -289,6 +289,39 @@ def check_overlap(streaming: Streaming, size: int, results: dict) -> None:
     results["overlap"] = rows
 
 
+def check_contention(driver: DeviceDriver, size: int, num_bytes: int, results: dict) -> None:
+    """Products alone, and while another thread keeps the copy engine busy: what no schedule of
+    copies can win back."""
+    square = jnp.full((size, size), 1.0 / size, jnp.bfloat16)
+    program = jax.jit(lambda y: jax.lax.fori_loop(0, 200, lambda _, y: y @ square, y))
+    host, device = np.ones(num_bytes, np.uint8), jnp.zeros(num_bytes, jnp.uint8)
+    y = program(square).block_until_ready()
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        program(y).block_until_ready()
+        return time.perf_counter() - started
+
+    lock = driver.lock_arrays({"a buffer": host})
+    alone_s = min(seconds() for _ in range(3))
+    rate = float(np.median(driver.copy_rate(device, host)))
+    repeats = max(3, round(3 * alone_s * rate / num_bytes))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        copies = pool.submit(driver.copy_rate, device, host, repeats)
+        time.sleep(alone_s / 4)
+        beside_s = seconds()
+        still_copying = not copies.done()
+        rates = copies.result()
+    lock.close()
+    results["contention"] = {
+        "products_alone_s": alone_s,
+        "products_beside_copies_s": beside_s,
+        "copies_outlasted_them": still_copying,
+        "copies_alone_bytes_per_s": rate,
+        "copies_beside_bytes_per_s": float(np.median(rates)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -333,6 +366,8 @@ def main() -> None:
     attempt("bytes", check_bytes, streaming, results)
     attempt("ring_rate", check_ring_rate, streaming, results)
     attempt("overlap", check_overlap, streaming, 256 if args.tiny else 8192, results)
+    buffer = 1 << (20 if args.tiny else 30)
+    attempt("contention", check_contention, driver, 256 if args.tiny else 8192, buffer, results)
     streaming.ring.close()
     model.close()
     text = json.dumps(results, indent=1)
