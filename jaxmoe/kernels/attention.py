@@ -22,7 +22,9 @@ from jaxmoe.kernels.grouped_matmul import Tiles
 
 QUERY_ROWS = 128  # tokens of a tile
 _KV_ROWS = 64  # positions of a block: keys, values and scores of one fit the shared memory
-_FLASH_WARPS, _FLASH_STAGES = 8, 2
+_FLASH_WARPS = 8
+# Keys and values of 64 positions in flight; wide heads leave room for two.
+_FLASH_STAGES, _WIDE_STAGES, _WIDE = 3, 2, 384
 _DECODE_HEADS = 16  # the least that tensor cores take; 32 or more heads are several programs
 _MASKED = -1e30  # not -inf: a row whose block is masked whole must not make inf - inf
 
@@ -160,6 +162,7 @@ def flash_attention(
     for source in keys:
         q_parts.append((sum(n for _, n in q_parts), source.size))
     v_dim = sum(s.size for s in values)
+    stages = _FLASH_STAGES if q.shape[2] + v_dim < _WIDE else _WIDE_STAGES
     arrays = [s.array for s in (*keys, *values)]
     if span is None:
         span = jnp.array([0, 2**30], jnp.int32)
@@ -258,7 +261,7 @@ def flash_attention(
             jax.ShapeDtypeStruct((num_tokens, num_heads, v_dim), jnp.float32),
             jax.ShapeDtypeStruct((num_tokens, num_heads), jnp.float32),
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=_FLASH_WARPS, num_stages=_FLASH_STAGES),
+        compiler_params=plgpu.CompilerParams(num_warps=_FLASH_WARPS, num_stages=stages),
         interpret=interpret,
         name="flash_attention",
     )(tiles.expert, tiles.row, tiles.end, positions, table, span, q, *arrays)

@@ -49,7 +49,7 @@ class LoadingRing(Ring, Protocol):
     def close(self) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashing a graphdef takes milliseconds a call
 class _Kind:
     """Layers that share their programs: the same modules, whatever the weights."""
 
