@@ -28,6 +28,7 @@ from jaxmoe.decode.batch import (
     pack_step,
     prefill_size,
 )
+from jaxmoe.ffi.device_driver import Device
 from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.request import TokenLogprob
 from jaxmoe.sampling.inputs import Biases, RowInputs, pack_biases, pack_rows
@@ -94,7 +95,7 @@ class HybridStep:
         num_slots: int,
         chunk_tokens: int,
         vocab_size: int,
-        device: jax.Device | None = None,
+        device: Device | None = None,
         policy: BatchPolicy | None = None,
     ) -> None:
         self._policy = policy

@@ -12,7 +12,7 @@ from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.engine.placement import free_bytes
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
-from jaxmoe.ffi.device_driver import DeviceDriver
+from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.prefill.device import make_slp
 from jaxmoe.prefill.ring import ExpertRing
@@ -47,7 +47,7 @@ def start_streaming(
     config: EngineConfig,
     model: ModelConfig,
     layout: CacheLayout,
-    device: jax.Device,
+    device: Device,
     runtime: CpuRuntime,
     loaded: LoadedModel,
     caches: Callable[[], list[tuple[jax.Array, ...]]],
@@ -103,7 +103,7 @@ def start_streaming(
     return LongPrompts(PromptStream(slp, caches), route, ring, plan.describe()), ()
 
 
-def describe_placement(device: jax.Device, long_prompts: LongPrompts | None) -> list[str]:
+def describe_placement(device: Device, long_prompts: LongPrompts | None) -> list[str]:
     """Lines of the start-up report."""
     lines = []
     if device.platform != "cpu":

@@ -17,6 +17,7 @@ from jaxmoe.common.errors import CapacityError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import GqaConfig, MlaConfig, ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.device_driver import Device
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Ops
 from jaxmoe.kernels.device_ops import DeviceOps
@@ -28,7 +29,7 @@ from jaxmoe.weights.param_spec import ParamSpec, num_blocks
 _MEMORY_FRACTION = "0.92"
 
 
-def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[jax.Device, tuple[str, ...]]:
+def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[Device, tuple[str, ...]]:
     """The device, and notes for the start-up report.
 
     Raises: ConfigError where `device="gpu"` cannot be.
@@ -81,15 +82,15 @@ def check_leaves(specs: Mapping[str, ParamSpec]) -> str | None:
     return None
 
 
-def free_bytes(device: jax.Device) -> int:
+def free_bytes(device: Device) -> int:
     """What XLA may still take of a GPU's memory."""
     stats = device.memory_stats() or {}
     return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
 
 
 def settle_device(
-    config: EngineConfig, device: jax.Device, specs: Mapping[str, ParamSpec]
-) -> tuple[jax.Device, tuple[str, ...]]:
+    config: EngineConfig, device: Device, specs: Mapping[str, ParamSpec]
+) -> tuple[Device, tuple[str, ...]]:
     """The device now that the weights' formats are known. Raises: ConfigError, as above."""
     problem = None if device.platform == "cpu" else check_leaves(specs)
     if problem is None:
@@ -99,7 +100,7 @@ def settle_device(
     return jax.local_devices(backend="cpu")[0], (f"the GPU is not used: {problem}",)
 
 
-def to_device(loaded: LoadedModel, device: jax.Device) -> LoadedModel:
+def to_device(loaded: LoadedModel, device: Device) -> LoadedModel:
     """The model with all but the routed experts on `device`.
 
     Raises: CapacityError where they do not fit.
@@ -114,7 +115,7 @@ def to_device(loaded: LoadedModel, device: jax.Device) -> LoadedModel:
 
 
 def device_ops(
-    device: jax.Device, runtime: CpuRuntime, loaded: LoadedModel
+    device: Device, runtime: CpuRuntime, loaded: LoadedModel
 ) -> dict[Literal["prefill", "decode"], Ops]:
     """The operations for each kind of step: on a GPU with the routed experts on the CPU."""
     prefill = NativeOps(runtime, loaded.host_store, "matrix")

@@ -11,8 +11,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
-import jax
-
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.hybrid_step import HybridStep
@@ -23,6 +21,7 @@ from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
 from jaxmoe.engine.placement import choose_device, device_ops, settle_device, to_device
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.device_driver import Device
 from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout, plan_cache
 from jaxmoe.models import registry
@@ -151,7 +150,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     )
 
 
-def _num_threads(config: EngineConfig, device: jax.Device) -> int | None:
+def _num_threads(config: EngineConfig, device: Device) -> int | None:
     """One core is left for the thread that launches and the one that listens to the GPU."""
     if config.num_threads is not None or device.platform == "cpu":
         return config.num_threads

@@ -32,7 +32,7 @@ def allocate(
     layers: Sequence[Sequence[PageArray]],
     num_pages: int,
     page_size: int,
-    device: jax.Device | None = None,
+    device: Device | None = None,
 ) -> list[tuple[jax.Array, ...]]:
     """Zeros `[P, Z, K, H]` for every page array of every layer, committed to `device` (the CPU):
     what a step returns is committed, and a first call with anything else would be compiled twice.

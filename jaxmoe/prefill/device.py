@@ -11,7 +11,7 @@ import jax
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.decode.batch import StepRow
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
-from jaxmoe.ffi.device_driver import DeviceDriver
+from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Ops
 from jaxmoe.kernels.device_ops import DeviceOps
@@ -60,7 +60,7 @@ def prompt_row(token_ids: Sequence[int], page_size: int) -> StepRow:
 def make_slp(
     loaded: LoadedModel,
     config: ModelConfig,
-    device: jax.Device,
+    device: Device,
     driver: DeviceDriver,
     runtime: CpuRuntime,
     *,
@@ -116,7 +116,7 @@ class SlpDevice:
         self,
         loaded: LoadedModel,
         config: ModelConfig,
-        device: jax.Device,
+        device: Device,
         driver: DeviceDriver,
         runtime: CpuRuntime,
         *,

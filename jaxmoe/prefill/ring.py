@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.ffi import slot_ring
-from jaxmoe.ffi.device_driver import DeviceDriver
+from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.ffi.slot_ring import SlotJobs, SlotRing, expert_buffers
 from jaxmoe.kernels.experts import ExpertGroup
 from jaxmoe.prefill.plan import SlpPlan
@@ -21,7 +21,7 @@ from jaxmoe.weights.host_store import ExpertLayout, HostStore
 _DEVICE_FORMATS = ("bf16", "f32", "fp8_block")  # that the GPU's kernels read
 
 
-def slot_arrays(layout: ExpertLayout, group: int, device: jax.Device) -> tuple[jax.Array, ...]:
+def slot_arrays(layout: ExpertLayout, group: int, device: Device) -> tuple[jax.Array, ...]:
     """Zeros for one slot, as `slot_ring.expert_buffers` says."""
     shapes = expert_buffers(group, layout.intermediate, layout.hidden, layout.format)
     with jax.default_device(device):
@@ -35,7 +35,7 @@ class ExpertRing:
     one that the device cannot read.
     """
 
-    def __init__(self, driver: DeviceDriver, device: jax.Device, store: HostStore, plan: SlpPlan):
+    def __init__(self, driver: DeviceDriver, device: Device, store: HostStore, plan: SlpPlan):
         layout = store.layouts[0]
         if any(other != layout for other in store.layouts):
             raise CheckpointError(

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.decode.batch import BlockTables, StepRow, pack_step
+from jaxmoe.ffi.device_driver import Device
 from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.kernels.experts import ExpertGroup
 from jaxmoe.models.decoder import Decoder
@@ -82,7 +83,7 @@ class SlpPrefill:
         page_size: int,
         pages_per_sequence: int,
         groups: GroupExperts,
-        device: jax.Device,
+        device: Device,
     ) -> None:
         model = nnx.merge(graphdef, state)
         assert isinstance(model, Decoder)
