@@ -146,38 +146,53 @@ def experts_submit(
     slot: int = 0,
     activation: ClampedSwiglu | None = None,
     biases: tuple[jax.Array, jax.Array] | None = None,
+    packed: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Starts the experts; returns `(ticket, *others)`: int32 `[1]` and the same buffers.
 
     slot: of calls that are outstanding at once in a program, each has its own; 0 to 7. The wait
         names the same one.
+    packed: joins the three operands into one first: a GPU copies one piece to the host instead of
+        three.
     """
     _check("experts_submit", x, expert_ids, combine_weights)
     bias_arrays = biases or ()
+    attributes = _activation(activation) | _attributes(runtime, store, family, moe_layer_idx)
+    target, operands = "jaxmoe_experts_submit", [x, expert_ids, combine_weights]
+    if packed:
+        target, operands = f"{target}_packed", [_pack(x, expert_ids, combine_weights)]
+        attributes |= {
+            "num_tokens": np.int64(x.shape[0]),
+            "per_token": np.int64(expert_ids.shape[1]),
+            "x_is_bf16": x.dtype == jnp.bfloat16,
+        }
+    operands += bias_arrays
     results = (
         jax.ShapeDtypeStruct((1,), jnp.int32),
         *(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in others),
     )
     # Two equal submits are two tickets, and a ticket nobody uses must still be waited for.
     call = jax.ffi.ffi_call(
-        "jaxmoe_experts_submit",
+        target,
         results,
-        input_output_aliases={3 + len(bias_arrays) + i: 1 + i for i in range(len(others))},
+        input_output_aliases={len(operands) + i: 1 + i for i in range(len(others))},
         has_side_effect=True,
     )
-    return tuple(
-        call(
-            x,
-            expert_ids,
-            combine_weights,
-            *bias_arrays,
-            *others,
-            has_biases=bool(bias_arrays),
-            slot=np.int64(slot),
-            **_activation(activation),
-            **_attributes(runtime, store, family, moe_layer_idx),
-        )
-    )
+    attributes |= {"has_biases": bool(bias_arrays), "slot": np.int64(slot)}
+    return tuple(call(*operands, *others, **attributes))
+
+
+def _pack(x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array) -> jax.Array:
+    """All three as int32 words, one after the other."""
+    if x.dtype == jnp.bfloat16 and x.shape[1] % 2:
+        raise ValueError(f"packed: x is {x.shape} bfloat16; wanted an even number of columns")
+    if x.dtype == jnp.bfloat16:
+        x = x.reshape(x.shape[0], -1, 2)
+    words = [
+        jax.lax.bitcast_convert_type(a, jnp.int32).reshape(-1)
+        for a in (x, expert_ids, combine_weights)
+    ]
+    return jnp.concatenate(words)
 
 
 def experts_wait(

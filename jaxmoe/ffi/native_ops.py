@@ -30,14 +30,18 @@ class NativeOps:
     store: the routed experts; None for a model (or a test) without them.
     family: "vector" (exact products; F32 activations stay so: decode) or "matrix" (the fastest
         many-row form, BF16 activations: prefill).
+    packed: hand a GPU's operands over in one piece, see ffi/experts.py.
     """
 
-    def __init__(self, runtime: CpuRuntime, store: StoreId | None, family: Family):
+    def __init__(
+        self, runtime: CpuRuntime, store: StoreId | None, family: Family, *, packed: bool = False
+    ):
         if family not in linear_op.FAMILY_CODES:
             raise ValueError(f'family is {family!r}; wanted "vector" or "matrix"')
         self._runtime = runtime
         self._store = store
         self._family: Family = family
+        self._packed = packed
 
     expands_latents = False
 
@@ -106,6 +110,7 @@ class NativeOps:
             slot=slot,
             activation=activation,
             biases=biases,
+            packed=self._packed,
         )
 
     def experts_wait(

@@ -300,6 +300,42 @@ def test_errors_of_a_group(runtime):
     raises("without scales", y, data, kind=ValueError)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_submit_takes_biases_activations_and_packed_operands(runtime, dtype):
+    """In one program, so that one's staging is not the other's."""
+    rng = np.random.default_rng(11)
+    layer = Layer.random(rng, "bf16", 6, 50, 70)
+    args = inputs(5, 9, 70, 6, 3, dtype)
+    biases = tuple(jnp.array(4.0 * rng.standard_normal((6, 50)), jnp.float32) for _ in "gu")
+    options = [{}, {"biases": biases, "activation": ClampedSwiglu(1.702, 2.0)}]
+    with make_store(runtime, layer) as store:
+        forms = [NativeOps(runtime, store, "vector", packed=packed) for packed in (False, True)]
+
+        @jax.jit
+        def halves(args, other):
+            results = []
+            for option in options:
+                tickets = []
+                for slot, ops in enumerate(forms):
+                    ticket, other = ops.experts_submit(*args, 0, other, slot=slot, **option)
+                    tickets.append(ticket)
+                for slot, ops in enumerate(forms):
+                    y, other = ops.experts_wait(tickets[slot], 9, 70, other, slot=slot)
+                    results.append(y)
+            return results, other
+
+        got, other = halves(args, jnp.arange(3))
+        want = [forms[0].experts(*args, 0, **option) for option in options]
+        for y, w in zip(got, (want[0], want[0], want[1], want[1]), strict=True):
+            np.testing.assert_array_equal(bits(y), bits(w))
+        assert not np.array_equal(bits(want[0]), bits(want[1]))
+        np.testing.assert_array_equal(other, np.arange(3))
+        odd = (args[0][:, :69], *args[1:])
+        if dtype == jnp.bfloat16:
+            with pytest.raises(ValueError, match="even number of columns"):
+                forms[1].experts_submit(*odd, 0)
+
+
 def test_what_is_passed_through_is_not_copied(runtime):
     layer = Layer.random(np.random.default_rng(8), "bf16", 2, 16, 32)
     args = inputs(9, 2, 32, 2, 1)

@@ -184,6 +184,35 @@ JAXMOE_TEST(many_steps_in_flight_give_the_bits_of_one_call) {
   }
 }
 
+JAXMOE_TEST(operands_in_one_piece_are_copied_in_one) {
+  for (DeviceSignal signal : kSignals) {
+    Bench bench(signal, 1e-4);
+    std::vector<Operands> operands = some_operands(12, 150);
+    std::vector<std::vector<uint32_t>> packed;
+    for (const Operands& in : operands) {
+      std::vector<uint32_t> words(in.x.size() + 2 * in.ids.size());
+      std::memcpy(words.data(), in.x.data(), 4 * in.x.size());
+      std::memcpy(words.data() + in.x.size(), in.ids.data(), 4 * in.ids.size());
+      std::memcpy(words.data() + in.x.size() + in.ids.size(), in.weights.data(), 4 * in.ids.size());
+      packed.push_back(std::move(words));
+    }
+    for (size_t i = 0; i < operands.size(); ++i) {
+      ExpertsCall call = operands[i].call(0);
+      const uint32_t* words = packed[i].data();
+      call.x = words;
+      call.expert_ids = reinterpret_cast<const int32_t*>(words + operands[i].x.size());
+      call.weights = reinterpret_cast<const float*>(call.expert_ids + operands[i].ids.size());
+      const DevicePlace place = bench.place(0, static_cast<int64_t>(i));
+      bench.submit(place, call);
+      bench.wait(place, &operands[i]);
+    }
+    bench.synchronize();
+    for (const Operands& in : operands) {
+      JAXMOE_CHECK(same_bits(in.y, in.wanted(*bench.runtime, *bench.store, in.call(0))));
+    }
+  }
+}
+
 JAXMOE_TEST(the_enqueuing_thread_never_waits_for_the_stream) {
   for (DeviceSignal signal : kSignals) {
     Bench bench(signal);

@@ -131,6 +131,7 @@ py::dict handlers() {
   add("jaxmoe_experts", JaxmoeExperts);
   add("jaxmoe_experts_group", JaxmoeExpertsGroup);
   add("jaxmoe_experts_submit", JaxmoeExpertsSubmit);
+  add("jaxmoe_experts_submit_packed", JaxmoeExpertsSubmitPacked);
   add("jaxmoe_experts_wait", JaxmoeExpertsWait);
   add("jaxmoe_kv_write", JaxmoeKvWrite);
   add("jaxmoe_paged_attention", JaxmoePagedAttention);
@@ -148,6 +149,7 @@ py::dict cuda_handlers() {
   add("jaxmoe_slot_release", JaxmoeSlotReleaseCuda);
   add("jaxmoe_experts", JaxmoeExpertsCuda);
   add("jaxmoe_experts_submit", JaxmoeExpertsSubmitCuda);
+  add("jaxmoe_experts_submit_packed", JaxmoeExpertsSubmitPackedCuda);
   add("jaxmoe_experts_wait", JaxmoeExpertsWaitCuda);
   return result;
 }

@@ -31,6 +31,16 @@ Status bind_experts(const char* op, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::A
                     const ffi::RemainingArgs& rest, const ExpertsAttributes& attributes,
                     ExpertsObjects* objects, ExpertsCall* call);
 
+// The same for x, ids and weights that lie one after the other in one S32 array: a device copies
+// them to the host in one piece. How they were shaped is said by attributes.
+struct PackedShape {
+  int64_t num_tokens = 0, per_token = 0;
+  bool x_is_bf16 = false;
+};
+Status bind_packed_experts(const char* op, ffi::AnyBuffer packed, const PackedShape& shape,
+                           const ffi::RemainingArgs& rest, const ExpertsAttributes& attributes,
+                           ExpertsObjects* objects, ExpertsCall* call);
+
 }  // namespace jaxmoe
 
 #endif  // JAXMOE_HANDLERS_EXPERTS_BINDING_H_

@@ -47,6 +47,23 @@ ffi::Error submit_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weig
                                                   static_cast<int32_t*>(ticket->untyped_data())));
 }
 
+ffi::Error submit_packed_impl(ffi::AnyBuffer packed, ffi::RemainingArgs rest,
+                              ffi::Result<ffi::AnyBuffer> ticket, ffi::RemainingRets others_out,
+                              int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
+                              float alpha, float limit, bool has_biases, int64_t /*slot*/,
+                              int64_t num_tokens, int64_t per_token, bool x_is_bf16) {
+  constexpr const char* kOp = "experts_submit";
+  ExpertsObjects objects;
+  ExpertsCall call;
+  JAXMOE_RETURN_IF_ERROR(bind_packed_experts(
+      kOp, packed, {num_tokens, per_token, x_is_bf16}, rest,
+      {runtime_id, store_id, layer, family, alpha, limit, has_biases}, &objects, &call));
+  JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", *ticket, ffi::DataType::S32, {1}));
+  JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, rest, has_biases ? 2 : 0, others_out));
+  return to_error(objects.runtime->experts.submit(objects.store, call,
+                                                  static_cast<int32_t*>(ticket->untyped_data())));
+}
+
 ffi::Error wait_impl(ffi::AnyBuffer ticket, ffi::RemainingArgs others,
                      ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets others_out,
                      int64_t runtime_id, int64_t /*slot*/) {
@@ -93,6 +110,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmit, submit_impl,
                                   .Attr<float>("limit")
                                   .Attr<bool>("has_biases")
                                   .Attr<int64_t>("slot"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmitPacked, submit_packed_impl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("runtime_id")
+                                  .Attr<int64_t>("store_id")
+                                  .Attr<int64_t>("layer")
+                                  .Attr<int64_t>("family")
+                                  .Attr<float>("alpha")
+                                  .Attr<float>("limit")
+                                  .Attr<bool>("has_biases")
+                                  .Attr<int64_t>("slot")
+                                  .Attr<int64_t>("num_tokens")
+                                  .Attr<int64_t>("per_token")
+                                  .Attr<bool>("x_is_bf16"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsWait, wait_impl,
                               ffi::Ffi::Bind()

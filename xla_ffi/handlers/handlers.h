@@ -13,6 +13,7 @@ XLA_FFI_Error* JaxmoeHeadLinear(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExperts(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsGroup(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsSubmit(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeExpertsSubmitPacked(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsWait(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeKvWrite(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoePagedAttention(XLA_FFI_CallFrame* frame);
@@ -23,6 +24,7 @@ XLA_FFI_Error* JaxmoeSlotReleaseCuda(XLA_FFI_CallFrame* frame);
 
 XLA_FFI_Error* JaxmoeExpertsCuda(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsSubmitCuda(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeExpertsSubmitPackedCuda(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsWaitCuda(XLA_FFI_CallFrame* frame);
 }
 

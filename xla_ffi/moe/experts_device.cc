@@ -306,9 +306,15 @@ Status ExpertsDevice::submit(const DevicePlace& place, std::shared_ptr<HostStore
       static_cast<size_t>(call.num_tokens * hidden) * (call.x_type == ActivationType::kF32 ? 4 : 2);
   const size_t ids_bytes = static_cast<size_t>(call.num_tokens * call.per_token) * sizeof(int32_t);
   const size_t y_bytes = static_cast<size_t>(call.num_tokens * hidden) * sizeof(float);
+  // Operands that lie one after the other are copied in one piece: small copies cost by number.
+  const char* device_x = static_cast<const char*>(call.x);
+  const bool packed = reinterpret_cast<const char*>(call.expert_ids) == device_x + x_bytes &&
+                      reinterpret_cast<const char*>(call.weights) == device_x + x_bytes + ids_bytes;
   Layout layout;
-  const size_t x = layout.add(x_bytes), ids = layout.add(ids_bytes);
-  const size_t weights = layout.add(ids_bytes), y = layout.add(y_bytes);
+  const size_t x = layout.add(packed ? x_bytes + 2 * ids_bytes : x_bytes);
+  const size_t ids = packed ? x + x_bytes : layout.add(ids_bytes);
+  const size_t weights = packed ? ids + ids_bytes : layout.add(ids_bytes);
+  const size_t y = layout.add(y_bytes);
   if (channel->staging.empty() || channel->staging.back()->bytes < layout.total()) {
     auto block = std::make_unique<Block>();
     const size_t last = channel->staging.empty() ? 0 : channel->staging.back()->bytes;
@@ -331,11 +337,12 @@ Status ExpertsDevice::submit(const DevicePlace& place, std::shared_ptr<HostStore
   if (status.ok() && channel->stream != nullptr && channel->stream != place.stream) {
     status = driver.stream_wait_event(place.stream, channel->consumed);
   }
-  if (status.ok()) status = driver.copy_to_host_async(base + x, call.x, x_bytes, place.stream);
-  if (status.ok()) {
+  const size_t first_bytes = packed ? x_bytes + 2 * ids_bytes : x_bytes;
+  if (status.ok()) status = driver.copy_to_host_async(base + x, call.x, first_bytes, place.stream);
+  if (status.ok() && !packed) {
     status = driver.copy_to_host_async(base + ids, call.expert_ids, ids_bytes, place.stream);
   }
-  if (status.ok()) {
+  if (status.ok() && !packed) {
     status = driver.copy_to_host_async(base + weights, call.weights, ids_bytes, place.stream);
   }
   if (status.ok() && call.gate_bias != nullptr) {
