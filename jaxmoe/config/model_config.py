@@ -58,7 +58,8 @@ class GqaConfig:
 
     qk_norm: RMS norm of q and k, of each head or of all heads' row at once. qkv_clip: bound of
     what q, k and v are clamped to after the norm, None for none. sinks: a score a head that counts
-    in its softmax and has no value.
+    in its softmax and has no value. output_gate: q's map gives a gate a head too, after its query;
+    the sigmoid of it multiplies what the head attends to.
     """
 
     num_heads: int
@@ -70,8 +71,36 @@ class GqaConfig:
     qkv_clip: float | None = None
     o_bias: bool = False
     sinks: bool = False
+    output_gate: bool = False
 
     kind: Literal["gqa"] = "gqa"
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaConfig:
+    """Linear attention by the gated delta rule (arXiv 2412.06464), with one decay a head.
+
+    Each of the `num_key_heads` serves `num_value_heads / num_key_heads` value heads in a row.
+    conv_width: tokens the causal convolution before it sees. fused_projections: one map makes
+    query, key, value and output gate, another the update rate and the decay, all of them key head
+    by key head.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_width: int
+    fused_projections: bool
+
+    @property
+    def conv_channels(self) -> int:
+        """Elements of a token's query, key and value."""
+        return 2 * self.num_key_heads * self.key_head_dim + self.value_row
+
+    @property
+    def value_row(self) -> int:
+        return self.num_value_heads * self.value_head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +133,7 @@ class MoeConfig:
     expert_intermediate: int
     shared_intermediate: int  # 0: no shared experts
     activation: ClampedSwiglu | None = None  # None: silu(gate) * up
+    shared_gate: bool = False  # the shared experts' sum is weighed by the sigmoid of one more map
     expert_bias: bool = False
 
 
@@ -136,6 +166,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     # Last positions a token of each layer attends, None for all; empty: all in every layer.
     windows: tuple[int | None, ...] = ()
+    # Layers that have `linear_attention` instead of `attention`.
+    linear_layers: tuple[int, ...] = ()
+    linear_attention: GatedDeltaConfig | None = None
+    norm_offset: float = 0.0  # is added to the weights of all norms but linear attention's own
     # Why max_position is less than config.json says; empty if it is not.
     max_position_reason: str = ""
     num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run

@@ -59,11 +59,13 @@ def parse_rope(
     interleaved: bool,
     *,
     rotary_factor: float | None = None,
+    without_effect: tuple[str, ...] = (),
 ) -> RopeConfig:
     """Both spellings: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5).
 
     `rotary_factor`: the share of `dim` that turns where no `partial_rotary_factor` is given, which
-    either place may hold; None for families that turn all of it.
+    either place may hold; None for families that turn all of it. `without_effect`: keys of the
+    table that do not change how text is turned.
     """
     table = fields.table("rope_parameters", "rope_scaling")
     theta = fields.number("rope_theta", default=None, above=1.0)
@@ -79,7 +81,7 @@ def parse_rope(
         )
     theta = table.number("rope_theta", default=10000.0 if theta is None else theta, above=1.0)
     kind = table.choice("rope_type", "type", of=("default", "yarn"), default="default")
-    table.ignore("type")
+    table.ignore("type", *without_effect)
     scaling = None
     if kind == "yarn":
         scaling = _parse_yarn(table, max_position)

@@ -19,7 +19,7 @@ from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.decode.batch import step_shapes
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.memory_plan import Change, Item, MemoryPlan, peak_bytes
-from jaxmoe.engine.start import cache_layout
+from jaxmoe.engine.start import cache_layout, state_layout
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.models import registry
 from jaxmoe.weights import memory
@@ -106,12 +106,18 @@ def _items(
         f"{layout.total_tokens} tokens, {config.max_num_seqs} sequences of up to "
         f"{layout.max_model_len}"
     )
+    states = state_layout(config, model)
+    recurrent = []
+    if states is not None:
+        note = f"{states.num_running} of sequences, {states.num_kept} of the prefix cache"
+        recurrent = [Item("recurrent states", states.total_bytes, note, when="running")]
     return (
         Item("routed experts", experts, f"{config.load_format}, {config.backing}"),
         Item("other weights", sizes.others),
         Item("the process", process_bytes, "Python, jax, tokenizer: measured here"),
         Item("conversion of weights", sizes.transient, when="loading"),
         Item("KV cache", layout.total_bytes, kv, when="running"),
+        *recurrent,
         Item("step workspace", step_bytes(config, model), "estimated", when="running"),
         Item("compiling", programs, f"estimated, {len(shapes)} programs", when="running"),
     )
@@ -123,6 +129,8 @@ def step_bytes(config: EngineConfig, model: ModelConfig) -> int:
     # Of every token and expert: stage 1 in float32, and the inputs of both stages as kernels want.
     pair_bytes = 8 * model.moe.expert_intermediate + 2 * hidden
     scratch = tokens * model.moe.router.experts_per_token * pair_bytes
+    if model.linear_attention is not None:  # convolved inputs, held by the operation
+        scratch += 6 * tokens * model.linear_attention.conv_channels
     logits = 4 * config.max_num_seqs * model.vocab_size
     # Logits as they are, adjusted, sorted, and what is drawn from.
     return temporary_bytes(tokens, model) + scratch + 4 * logits
@@ -138,6 +146,9 @@ def temporary_bytes(tokens: int, model: ModelConfig) -> int:
         floats = attention.num_heads * latent
     else:  # queries, what they attend to, keys and values
         floats = (2 * attention.num_heads + attention.num_kv_heads) * attention.head_dim
+    linear = model.linear_attention
+    if linear is not None:  # queries, keys, values and gates before and after they are sorted
+        floats = max(floats, 2 * (linear.conv_channels + linear.value_row))
     return 4 * tokens * (12 * model.hidden_size + floats)
 
 

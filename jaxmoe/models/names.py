@@ -17,12 +17,8 @@ from jaxmoe.weights.name_map import Matrix, PackedExperts, StoredTensor, TensorS
 from jaxmoe.weights.param_spec import SCALE_BLOCK, ParamSpec
 
 _LAYER_PATH = re.compile(r"layers\.(\d+)\.(.+)")
-_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.")
-_TOP_LEVEL = {
-    "embedding": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "lm_head": "lm_head",
-}
+_LAYER_TENSOR = re.compile(r"layers\.(\d+)\.")
+_OF_TRUNK = {"embedding": "embed_tokens", "final_norm": "norm"}
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
 # What small tensors may be stored as: they are held in float32, and both widen to it exactly.
 FLOAT_DTYPES = ("F32", "BF16")
@@ -44,6 +40,8 @@ class HfNames:
     # Before every name, where the language model is a part of a larger one; the tensors of the
     # other parts start with `other_parts`.
     prefix = ""
+    # Before the names of everything but the output head.
+    trunk = "model."
     other_parts: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, specs: Mapping[str, ParamSpec]):
@@ -52,8 +50,10 @@ class HfNames:
 
     def module_name(self, path: str) -> str:
         """The name of a module: "layers.3.attention.o" -> "model.layers.3.self_attn.o_proj"."""
-        if path in _TOP_LEVEL:
-            return self.prefix + _TOP_LEVEL[path]
+        if path == "lm_head":
+            return self.prefix + path
+        if path in _OF_TRUNK:
+            return self.prefix + self.trunk + _OF_TRUNK[path]
         match = _LAYER_PATH.fullmatch(path)
         assert match, path
         layer, module = int(match[1]), match[2]
@@ -62,7 +62,7 @@ class HfNames:
         return self._in_layer(layer, self.modules[module])
 
     def _in_layer(self, layer: int | str, name: str) -> str:
-        return f"{self.prefix}model.layers.{layer}.{name}"
+        return f"{self.prefix}{self.trunk}layers.{layer}.{name}"
 
     def weight_name(self, path: str) -> str:
         """The weight of the module at a path; of routed experts, their first one's."""
@@ -104,7 +104,7 @@ class HfNames:
         if not name.startswith(self.prefix) or name.startswith(self.other_parts):
             return name.startswith(self.other_parts)
         name = name.removeprefix(self.prefix)
-        match = _LAYER_TENSOR.match(name)
+        match = _LAYER_TENSOR.match(name.removeprefix(self.trunk))
         if match and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers:
             return True
         if name.endswith("rotary_emb.inv_freq"):

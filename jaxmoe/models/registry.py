@@ -24,6 +24,7 @@ from jaxmoe.models.minimax_m2_names import MiniMaxM2Names
 from jaxmoe.models.mixtral_names import MixtralNames
 from jaxmoe.models.names import HfNames
 from jaxmoe.models.qwen3_moe_names import Qwen3MoeNames
+from jaxmoe.models.qwen3_next_names import Qwen3NextNames, Qwen35MoeNames
 from jaxmoe.weights.param_spec import Description, Formats, ParamSpec, WeightFormat, describe
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,10 @@ _FORMAT_OF_DTYPE: Mapping[str, WeightFormat] = {
     "F32": "f32",
     "F8_E4M3": "fp8_block",
 }
+
+
+# Small maps that no quantization touches, whether or not config.json lists them.
+_NEVER_QUANTIZED = (".router.logits", ".shared_gate", ".attention.ba")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,8 @@ SUPPORTED: Mapping[str, Family] = {
     "MixtralForCausalLM": Family(MixtralNames),
     "OlmoeForCausalLM": Family(Qwen3MoeNames),
     "Qwen3MoeForCausalLM": Family(Qwen3MoeNames),
+    "Qwen3NextForCausalLM": Family(Qwen3NextNames),
+    "Qwen3_5MoeForConditionalGeneration": Family(Qwen35MoeNames),
 }
 
 
@@ -123,7 +130,7 @@ def configured_formats(config: ModelConfig) -> Formats:
             return "f32"
         if config.quant.format == "none" or path in ("embedding", "lm_head"):
             return plain
-        if path.endswith(".router.logits") or kept(names.module_name(path)):
+        if path.endswith(_NEVER_QUANTIZED) or kept(names.module_name(path)):
             return plain
         return "fp8_block"
 

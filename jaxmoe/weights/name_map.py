@@ -45,11 +45,14 @@ class PackedExperts:
     """A tensor that holds a matrix of all experts of a layer, `[E, *slab]`.
 
     cut: makes one expert's matrix `[N, K]`, as the layer applies it, of its slab: a copy or a view.
+    first_row: where the matrix is rows of the slab as they lie there, the first of them; its bytes
+        are then read without a cut.
     """
 
     tensor: str
     slab: tuple[int, ...]
     cut: Callable[[np.ndarray], np.ndarray]
+    first_row: int | None = None
 
 
 class NameMap(Protocol):

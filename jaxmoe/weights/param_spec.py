@@ -27,9 +27,20 @@ WeightFormat = Literal["bf16", "f32", "fp8_block"]
 Formats = Callable[[str], WeightFormat]
 
 # matrix [N, K], head_map [G, N, K]: linear maps, outputs first; scale_inv: the float32 block scales
-# of one of those; embedding [V, D]; norm: RMS-norm weights; bias: of a linear map; router_bias: the
-# router's score correction.
-ParamKind = Literal["matrix", "head_map", "scale_inv", "embedding", "norm", "bias", "router_bias"]
+# of one of those; embedding [V, D]; norm: RMS-norm weights, or norm_offset: what they are beyond 1;
+# bias: of a linear map; router_bias: the router's score correction; conv [W, C]: a convolution
+# over W tokens, channel by channel.
+ParamKind = Literal[
+    "matrix",
+    "head_map",
+    "scale_inv",
+    "embedding",
+    "norm",
+    "norm_offset",
+    "bias",
+    "router_bias",
+    "conv",
+]
 
 DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
     "bf16": "bfloat16",

@@ -69,7 +69,8 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
 def _invent(tensor: StoredTensor, kind: ParamKind, config: ModelConfig) -> InventedTensor:
     dtype = tensor.dtypes[0]
     # Small tensors are shipped in the model's own dtype; router biases and scales in float32.
-    if kind in ("norm", "bias") and config.weight_dtype == "bfloat16" and "BF16" in tensor.dtypes:
+    small = ("norm", "norm_offset", "bias", "conv")
+    if kind in small and config.weight_dtype == "bfloat16" and "BF16" in tensor.dtypes:
         dtype = "BF16"
     fan_in = tensor.shape[-1] * (SCALE_BLOCK if kind == "scale_inv" else 1)
     return InventedTensor(tensor.name, dtype, tensor.shape, kind, fan_in)

@@ -51,7 +51,9 @@ class RandomValues:
             out[...] = (1 + 0.1 * self._generator(name).standard_normal(out.shape)).astype(
                 out.dtype
             )
-        else:  # bias, router_bias
+        elif kind == "conv":
+            self._fill(out, name, 0.5)  # of about four tokens
+        else:  # bias, router_bias, norm_offset
             out[...] = (0.01 * self._generator(name).standard_normal(out.shape)).astype(out.dtype)
 
     def _generator(self, name: str) -> np.random.Generator:

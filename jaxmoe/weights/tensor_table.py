@@ -142,6 +142,17 @@ def _slab(info: TensorInfo, expert: int) -> TensorInfo:
     )
 
 
+def _rows(info: TensorInfo, first: int, count: int) -> TensorInfo:
+    """Some rows of a matrix."""
+    row_bytes = info.nbytes // info.shape[0]
+    return dataclasses.replace(
+        info,
+        shape=(count, *info.shape[1:]),
+        offset=info.offset + first * row_bytes,
+        nbytes=count * row_bytes,
+    )
+
+
 def build_table(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -167,11 +178,12 @@ def build_table(
             if info is None or info.shape != stored.shape:
                 continue  # a problem, and noted as one
             for expert in range(layout.num_experts):
-                part = _slab(info, expert)
-                plan = MatrixPlan(
-                    moe_layer_idx, expert, which, part, None, layout.shape(which), packed.cut
+                part, cut, shape = _slab(info, expert), packed.cut, layout.shape(which)
+                if packed.first_row is not None:
+                    part, cut = _rows(part, packed.first_row, shape[0]), None
+                matrices.append(
+                    MatrixPlan(moe_layer_idx, expert, which, part, None, shape, cut)
                 )
-                matrices.append(plan)
         for expert in range(layout.num_experts):
             for which, (weight, scale) in expert_tensors(layout, names, layer, expert).items():
                 info = finder.find(weight)

@@ -41,9 +41,16 @@ CASES = (
     "gpt_oss",
     "deepseek_v32_fp8",
     "glm_moe_dsa",
+    "qwen3_next",
+    "qwen3_next_fp8",
+    "qwen3_5_moe",
+    "qwen3_5_moe_fp8",
 )
 # Written as several files with an index; the others are one file.
-SHARDED = ("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25")
+SHARDED = ("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25", "qwen3_5_moe")
+# With a vision tower, and the text model's tensors under a part of their own.
+_QWEN35 = ("qwen3_5_moe", "qwen3_5_moe_fp8")
+_GATED_DELTA = ("qwen3_next", "qwen3_5_moe_text")  # model types with linear attention
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -88,13 +95,15 @@ def dequantize(data: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
 
 
 class _Builder:
-    def __init__(self, config: Mapping[str, Any], seed: int):
+    def __init__(self, config: Mapping[str, Any], seed: int, fp8: bool):
         self.config = config
         self.seed = seed
         self.tensors: dict[str, np.ndarray] = {}
-        self.fp8 = "quantization_config" in config
-        is_qwen = config["model_type"] == "qwen3_moe"
+        self.fp8 = fp8
+        is_qwen = config["model_type"].startswith("qwen3")
         self.scale_dtype = BF16 if is_qwen else F32
+        # Norm weights of these are stored as what they are beyond 1.
+        self.norm_centre = 0.0 if config["model_type"] in _GATED_DELTA else 1.0
 
     def matrix(
         self,
@@ -119,7 +128,7 @@ class _Builder:
             self.tensors[f"{name}.weight"] = w.astype(dtype)
 
     def norm(self, name: str, size: int) -> None:
-        w = 1.0 + 0.3 * _normal(name, self.seed, (size,))
+        w = self.norm_centre + 0.3 * _normal(name, self.seed, (size,))
         self.tensors[f"{name}.weight"] = w.astype(BF16)
 
     def vector(self, name: str, shape: tuple[int, ...], size: float = 0.5) -> None:
@@ -134,9 +143,9 @@ class _Builder:
 @functools.lru_cache(maxsize=2)
 def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     """All tensors of a case by their published names, with those a loader has to ignore."""
-    config = hf_config(case)
-    config = config.get("text_config", config)
-    b = _Builder(config, seed)
+    whole = hf_config(case)
+    config = whole.get("text_config", whole)
+    b = _Builder(config, seed, "quantization_config" in whole | config)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     b.tensors["model.embed_tokens.weight"] = _normal("embed", seed, (vocab, hidden)).astype(BF16)
     num_layers = config["num_hidden_layers"]
@@ -145,12 +154,16 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
         prefix = f"model.layers.{i}"
         b.norm(f"{prefix}.input_layernorm", hidden)
         b.norm(f"{prefix}.post_attention_layernorm", hidden)
-        if "kv_lora_rank" in config:
+        if config["model_type"] in _GATED_DELTA and (i + 1) % config["full_attention_interval"]:
+            _gated_delta(b, f"{prefix}.linear_attn")
+        elif "kv_lora_rank" in config:
             _mla(b, f"{prefix}.self_attn")
         else:
             _gqa(b, f"{prefix}.self_attn")
         if i < config.get("first_k_dense_replace", 0):
             b.mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
+        elif case == "qwen3_5_moe":
+            _packed_rows_moe(b, f"{prefix}.mlp")
         elif config["model_type"] == "gpt_oss":
             _packed_moe(b, f"{prefix}.mlp")
         elif config["model_type"] in ("mixtral", "minimax_m2"):
@@ -174,6 +187,16 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
         b.tensors = {f"language_model.{name}": array for name, array in b.tensors.items()}
         b.matrix("vision_tower.encoder.blocks.0.wqkv", 192, 64)
         b.matrix("mm_projector.linear_1", 64, 64)
+    if case in _QWEN35:
+        trunk = "model.language_model."
+        b.tensors = {
+            trunk + name.removeprefix("model.") if name.startswith("model.") else name: array
+            for name, array in b.tensors.items()
+        }
+        b.matrix("model.visual.blocks.0.attn.qkv", 192, 64, plain=True)
+    if config["model_type"] in _GATED_DELTA:  # the draft head of training
+        b.norm("mtp.norm", hidden)
+        b.matrix("mtp.fc", hidden, 2 * hidden, plain=True)
     return b.tensors
 
 
@@ -205,7 +228,8 @@ def _gqa(b: _Builder, prefix: str) -> None:
     hidden, num_heads = c["hidden_size"], c["num_attention_heads"]
     head_dim = c.get("head_dim") or hidden // num_heads
     q_row, kv_row = num_heads * head_dim, c["num_key_value_heads"] * head_dim
-    for which, row in (("q", q_row), ("k", kv_row), ("v", kv_row)):
+    q_and_gate = 2 * q_row if c["model_type"] in _GATED_DELTA else q_row
+    for which, row in (("q", q_and_gate), ("k", kv_row), ("v", kv_row)):
         b.matrix(f"{prefix}.{which}_proj", row, hidden)
         if c.get("attention_bias"):
             b.vector(f"{prefix}.{which}_proj.bias", (row,))
@@ -213,12 +237,35 @@ def _gqa(b: _Builder, prefix: str) -> None:
     if c["model_type"] == "gpt_oss":
         b.vector(f"{prefix}.o_proj.bias", (hidden,))
         b.vector(f"{prefix}.sinks", (num_heads,), 2.0)
-    if c["model_type"] in ("qwen3_moe", "glm4_moe"):
+    if c["model_type"] in ("qwen3_moe", "glm4_moe", *_GATED_DELTA):
         b.norm(f"{prefix}.q_norm", head_dim)
         b.norm(f"{prefix}.k_norm", head_dim)
     elif c["model_type"] in ("olmoe", "minimax_m2"):
         b.norm(f"{prefix}.q_norm", q_row)
         b.norm(f"{prefix}.k_norm", kv_row)
+
+
+def _gated_delta(b: _Builder, prefix: str) -> None:
+    c = b.config
+    hidden, keys, values = c["hidden_size"], c["linear_num_key_heads"], c["linear_num_value_heads"]
+    key_row, value_row = keys * c["linear_key_head_dim"], values * c["linear_value_head_dim"]
+    if c["model_type"] == "qwen3_next":
+        b.matrix(f"{prefix}.in_proj_qkvz", 2 * key_row + 2 * value_row, hidden)
+        b.matrix(f"{prefix}.in_proj_ba", 2 * values, hidden, plain=True)
+    else:
+        b.matrix(f"{prefix}.in_proj_qkv", 2 * key_row + value_row, hidden)
+        b.matrix(f"{prefix}.in_proj_z", value_row, hidden)
+        b.matrix(f"{prefix}.in_proj_b", values, hidden, plain=True)
+        b.matrix(f"{prefix}.in_proj_a", values, hidden, plain=True)
+    b.vector(f"{prefix}.conv1d.weight", (2 * key_row + value_row, 1, c["linear_conv_kernel_dim"]))
+    # Half-lives from a token to a few dozen, so that old tokens and decay both show.
+    name, bias = f"{prefix}.A_log", f"{prefix}.dt_bias"
+    dtype = BF16 if c["model_type"] == "qwen3_next" else F32
+    b.tensors[name] = (_normal(name, b.seed, (values,)) - 2.0).astype(dtype)
+    b.tensors[bias] = (_normal(bias, b.seed, (values,))).astype(BF16)
+    norm = 1.0 + 0.3 * _normal(f"{prefix}.norm", b.seed, (c["linear_value_head_dim"],))
+    b.tensors[f"{prefix}.norm.weight"] = norm.astype(dtype)
+    b.matrix(f"{prefix}.out_proj", hidden, value_row, 1.5)
 
 
 def _moe(b: _Builder, prefix: str) -> None:
@@ -231,8 +278,27 @@ def _moe(b: _Builder, prefix: str) -> None:
         b.tensors[name] = 0.2 * _normal(name, b.seed, (num_experts,))
     if c.get("n_shared_experts"):
         b.mlp(f"{prefix}.shared_experts", hidden, width * c["n_shared_experts"])
+    _gated_shared_expert(b, prefix)
     for e in range(num_experts):
         b.mlp(f"{prefix}.experts.{e}", hidden, width)
+
+
+def _gated_shared_expert(b: _Builder, prefix: str) -> None:
+    c = b.config
+    if c["model_type"] in _GATED_DELTA:
+        width = c["shared_expert_intermediate_size"]
+        b.mlp(f"{prefix}.shared_expert", c["hidden_size"], width)
+        b.matrix(f"{prefix}.shared_expert_gate", 1, c["hidden_size"], 1.5, plain=True)
+
+
+def _packed_rows_moe(b: _Builder, prefix: str) -> None:
+    """All experts in one tensor, outputs first, gate rows before up rows."""
+    c = b.config
+    hidden, width, num_experts = c["hidden_size"], c["moe_intermediate_size"], c["num_experts"]
+    b.matrix(f"{prefix}.gate", num_experts, hidden, 1.5)
+    _gated_shared_expert(b, prefix)
+    b.vector(f"{prefix}.experts.gate_up_proj", (num_experts, 2 * width, hidden), 1.5 / hidden**0.5)
+    b.vector(f"{prefix}.experts.down_proj", (num_experts, hidden, width), width**-0.5)
 
 
 def _block_sparse_moe(b: _Builder, prefix: str) -> None:

@@ -77,7 +77,7 @@ class TinyRunner:
         weights: Any,
         *,
         num_rows: int = 3,
-        max_tokens: int = 80,
+        max_tokens: int = 112,
         compiler_options: dict[str, Any] | None = None,
     ):
         self._step_fn = jax.jit(step_fn, donate_argnums=2, compiler_options=compiler_options)
@@ -90,8 +90,13 @@ class TinyRunner:
             tuple(
                 jnp.zeros((pages.size, PAGE_SIZE, a.num_heads, a.head_dim), a.dtype) for a in arrays
             )
-            for arrays in models.cache_spec(config, compute_dtype)
+            # What no token may read is NaN.
+            or tuple(jnp.full((num_rows, *a.shape), jnp.nan, a.dtype) for a in states)
+            for arrays, states in zip(
+                models.cache_spec(config, compute_dtype), models.state_spec(config), strict=True
+            )
         ]
+        self._has_states = config.linear_attention is not None
 
         self.keep: Any = None  # what must live as long as the runner
 
@@ -112,6 +117,12 @@ class TinyRunner:
             row.length += len(new)
         block_tables = np.stack([row.pages for row in self._rows])
         step = StepInputs(*packed, block_tables)
+        if self._has_states:
+            slots = np.arange(len(self._rows), dtype=np.int32)
+            nowhere = np.full(num_tokens, -1, np.int32)
+            step = dataclasses.replace(
+                step, state_from=slots, state_to=slots, state_saves=nowhere
+            )
         logits, self._caches = self._step_fn(self._weights, step, self._caches)
         logits = np.asarray(logits)
         ends = np.cumsum([len(new) for new in tokens])

@@ -105,6 +105,7 @@ py::dict handlers() {
   add("jaxmoe_experts_wait", JaxmoeExpertsWait);
   add("jaxmoe_kv_write", JaxmoeKvWrite);
   add("jaxmoe_paged_attention", JaxmoePagedAttention);
+  add("jaxmoe_gated_delta", JaxmoeGatedDelta);
   return result;
 }
 
