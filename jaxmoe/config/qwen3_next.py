@@ -35,9 +35,7 @@ def parse_text(
     fields.choice("attn_output_gate", of=(True,), default=True)
     num_layers = shared_fields.parse_num_layers(fields)
     kinds = _layer_types(fields, num_layers)
-    attention = dataclasses.replace(
-        shared_fields.parse_gqa(fields, "head"), output_gate=True
-    )
+    attention = dataclasses.replace(shared_fields.parse_gqa(fields, "head"), output_gate=True)
     max_position = fields.integer("max_position_embeddings")
     rope = shared_fields.parse_rope(
         fields,
@@ -109,7 +107,5 @@ def _linear_attention(fields: HfFields, fused: bool) -> GatedDeltaConfig:
             f"a multiple of {linear.num_key_heads} key heads",
         )
     if linear.value_head_dim % _LANES:
-        raise fields.fail(
-            "linear_value_head_dim", linear.value_head_dim, f"a multiple of {_LANES}"
-        )
+        raise fields.fail("linear_value_head_dim", linear.value_head_dim, f"a multiple of {_LANES}")
     return linear

@@ -44,9 +44,7 @@ class Qwen3NextNames(Qwen3MoeNames):
         width, channels = self._specs[path].shape
         (tensor,) = super().tensors_for(path).tensors
         stored = dataclasses.replace(tensor, shape=(channels, 1, width))
-        return TensorSource(
-            (stored,), lambda conv: np.ascontiguousarray(to_float32(conv)[:, 0].T)
-        )
+        return TensorSource((stored,), lambda conv: np.ascontiguousarray(to_float32(conv)[:, 0].T))
 
 
 class Qwen35MoeNames(Qwen3NextNames):

@@ -181,9 +181,7 @@ def build_table(
                 part, cut, shape = _slab(info, expert), packed.cut, layout.shape(which)
                 if packed.first_row is not None:
                     part, cut = _rows(part, packed.first_row, shape[0]), None
-                matrices.append(
-                    MatrixPlan(moe_layer_idx, expert, which, part, None, shape, cut)
-                )
+                matrices.append(MatrixPlan(moe_layer_idx, expert, which, part, None, shape, cut))
         for expert in range(layout.num_experts):
             for which, (weight, scale) in expert_tensors(layout, names, layer, expert).items():
                 info = finder.find(weight)

@@ -52,9 +52,7 @@ class Machine:
         delta = (NUM_SLOTS, c.num_value_heads, c.key_head_dim, c.value_head_dim)
         conv = (NUM_SLOTS, c.conv_width - 1, c.conv_channels)
         self.cache = tuple(jnp.full(shape, jnp.nan, jnp.float32) for shape in (conv, delta))
-        self._run = jax.jit(
-            lambda *args: ops.gated_delta(*args, config), donate_argnums=4
-        )
+        self._run = jax.jit(lambda *args: ops.gated_delta(*args, config), donate_argnums=4)
 
     def step(self, parts: list[tuple[Text, int, int, int]], *, padding=0, source=None, saves=()):
         """One step of `(text, start, end, slot)`; the outputs of each.

@@ -120,9 +120,7 @@ class TinyRunner:
         if self._has_states:
             slots = np.arange(len(self._rows), dtype=np.int32)
             nowhere = np.full(num_tokens, -1, np.int32)
-            step = dataclasses.replace(
-                step, state_from=slots, state_to=slots, state_saves=nowhere
-            )
+            step = dataclasses.replace(step, state_from=slots, state_to=slots, state_saves=nowhere)
         logits, self._caches = self._step_fn(self._weights, step, self._caches)
         logits = np.asarray(logits)
         ends = np.cumsum([len(new) for new in tokens])
