@@ -13,7 +13,9 @@ from jaxmoe.config.hf_fields import HfFields
 from jaxmoe.config.model_config import GatedDeltaConfig, ModelConfig, MoeConfig
 from jaxmoe.config.qwen3_moe import mlp_types
 
-_LANES = 16  # of a vector; a head's values are whole vectors in the kernels
+# What the kernels have: whole vectors of a head's elements, and a few tokens of convolution.
+_LANES = 16
+_MOST_CONV_WIDTH = 8
 _MROPE = ("mrope_section", "mrope_interleaved")  # of pictures' positions; text turns as one
 
 
@@ -106,6 +108,10 @@ def _linear_attention(fields: HfFields, fused: bool) -> GatedDeltaConfig:
             linear.num_value_heads,
             f"a multiple of {linear.num_key_heads} key heads",
         )
-    if linear.value_head_dim % _LANES:
-        raise fields.fail("linear_value_head_dim", linear.value_head_dim, f"a multiple of {_LANES}")
+    for key in ("linear_key_head_dim", "linear_value_head_dim"):
+        if (dim := fields.integer(key, default=128)) % _LANES:
+            raise fields.fail(key, dim, f"a multiple of {_LANES}")
+    if linear.conv_width > _MOST_CONV_WIDTH:
+        wanted = f"at most {_MOST_CONV_WIDTH}"
+        raise fields.fail("linear_conv_kernel_dim", linear.conv_width, wanted)
     return linear

@@ -63,7 +63,50 @@ MUTATIONS = {
         "minimax_m2",
         edit(moe__router__correction_bias=False),
     ),
+    "norms by their stored weights": ("qwen3_next", edit(norm_offset=0.0)),
+    "whole heads of 256 turned": ("qwen3_next", edit(rope__dim=256)),
+    "ungated shared expert": ("qwen3_next", edit(moe__shared_gate=False)),
+    "no renormalisation of Qwen3.5": ("qwen3_5_moe", edit(moe__router__renormalize=False)),
     "no YaRN mscale at K2.5's factor": ("kimi_k25", edit(attention__softmax_scale=192**-0.5)),
+}
+
+
+
+
+def _ungated(path: str, leaf: np.ndarray) -> np.ndarray:
+    """Every attention output's gate the same: a half."""
+    if not path.endswith("attention.q.data"):
+        return leaf
+    heads = leaf.copy().reshape(-1, 2, 256, leaf.shape[1])
+    heads[:, 1] = 0
+    return heads.reshape(leaf.shape)
+
+
+def _without_decay(path: str, leaf: np.ndarray) -> np.ndarray:
+    return np.full_like(leaf, -100.0) if path.endswith(".a_log") else leaf
+
+
+def _without_step_bias(path: str, leaf: np.ndarray) -> np.ndarray:
+    return np.zeros_like(leaf) if path.endswith(".dt_bias") else leaf
+
+
+def _without_convolution(path: str, leaf: np.ndarray) -> np.ndarray:
+    if not path.endswith(".conv"):
+        return leaf
+    return np.concatenate([np.zeros_like(leaf[:-1]), leaf[-1:]])
+
+
+def _plain_linear_norm(path: str, leaf: np.ndarray) -> np.ndarray:
+    return leaf + 1.0 if path.endswith("attention.norm.weight") else leaf
+
+
+# Of weights, where no field of the config turns a detail off.
+CHANGES = {
+    "no output gate": ("qwen3_next", _ungated),
+    "no decay": ("qwen3_next", _without_decay),
+    "no bias of the decay": ("qwen3_5_moe", _without_step_bias),
+    "no convolution": ("qwen3_5_moe", _without_convolution),
+    "an offset in linear attention's norm": ("qwen3_5_moe", _plain_linear_norm),
 }
 
 
@@ -71,7 +114,7 @@ MUTATIONS = {
 SLOW = (
     *("no renormalisation of two", "no clipping", "scale of the part without rope"),
     *("no YaRN mscale at K2.5's factor", "no expert biases", "no router bias"),
-    "no YaRN concentration",
+    *("no YaRN concentration", "no renormalisation of Qwen3.5", "whole heads of 256 turned"),
 )
 
 
@@ -84,6 +127,16 @@ def test_mutation_is_noticed(mutation: str):
     fixture = load_fixture(case)
     prompt = fixture.prompts[0][:NUM_TOKENS]
     runner = reference_runner(case, "float32", change)
+    (logits,) = runner.step([prompt], NUM_TOKENS)
+    assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_weights_are_noticed(name: str):
+    case, change = CHANGES[name]
+    fixture = load_fixture(case)
+    prompt = fixture.prompts[0][:NUM_TOKENS]
+    runner = reference_runner(case, "float32", change=change)
     (logits,) = runner.step([prompt], NUM_TOKENS)
     assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED
 

@@ -27,6 +27,7 @@ from support import tiny_models
 PAGE_SIZE = 16
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
 ConfigEdit = Callable[[ModelConfig], ModelConfig]
+LeafChange = Callable[[str, np.ndarray], np.ndarray]  # of a leaf's path and values
 
 
 def _stack_experts(tensors: Mapping[str, np.ndarray], names: Any, config: ModelConfig) -> list[Any]:
@@ -127,8 +128,15 @@ class TinyRunner:
         return np.split(logits[:at], ends[:-1])
 
 
-def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = None) -> TinyRunner:
-    """The model of a case on `ReferenceOps`; `edit` changes the config, as mutation tests do."""
+def reference_runner(
+    case: str,
+    compute_dtype: str,
+    edit: ConfigEdit | None = None,
+    change: LeafChange | None = None,
+) -> TinyRunner:
+    """The model of a case on `ReferenceOps`; `edit` changes the config and `change` every leaf, as
+    mutation tests do.
+    """
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
     if edit is not None:
         config = edit(config)
@@ -138,7 +146,8 @@ def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = No
     leaves = {}
     for path in described.specs:
         source = names.tensors_for(path)
-        leaves[path] = jnp.asarray(source.transform(*(tensors[name] for name in source.names)))
+        leaf = source.transform(*(tensors[name] for name in source.names))
+        leaves[path] = jnp.asarray(leaf if change is None else change(path, leaf))
     weights = (described.fill(leaves), _stack_experts(tensors, names, config))
 
     def step_fn(weights: Any, step: StepInputs, caches: Any) -> Any:
