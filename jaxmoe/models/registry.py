@@ -37,7 +37,10 @@ _FORMAT_OF_DTYPE: Mapping[str, WeightFormat] = {
 
 
 # Small maps that no quantization touches, whether or not config.json lists them.
-_NEVER_QUANTIZED = (".router.logits", ".shared_gate", ".attention.ba")
+_NEVER_QUANTIZED = (
+    *(".router.logits", ".shared_gate"),
+    *(".attention.ba", ".attention.b", ".attention.a"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,8 +71,6 @@ MUTATIONS = {
 }
 
 
-
-
 def _ungated(path: str, leaf: np.ndarray) -> np.ndarray:
     """Every attention output's gate the same: a half."""
     if not path.endswith("attention.q.data"):
