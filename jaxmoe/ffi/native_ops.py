@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.ffi import attention
 from jaxmoe.ffi import experts as experts_op
-from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi import gated_delta as gated_delta_op
 from jaxmoe.ffi import linear as linear_op
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.experts import StoreId
 from jaxmoe.ffi.linear import Family
 from jaxmoe.ffi.ops import GatedDeltaWeights, StepInputs, Weight

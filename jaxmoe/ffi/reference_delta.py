@@ -47,9 +47,11 @@ def gated_delta(
         predicted = (memory * k[:, :, None]).sum(-2)  # [HV, V]
         memory = memory + k[:, :, None] * ((v - predicted) * rate[:, None])[:, None, :]
         out = (memory * q[:, :, None]).sum(-2)
-        new = window[1:], memory
-        states = tuple(s.at[own].set(n, mode="drop") for s, n in zip(states, new, strict=True))
-        states = tuple(s.at[save].set(n, mode="drop") for s, n in zip(states, new, strict=True))
+
+        def put(state: jax.Array, new: jax.Array) -> jax.Array:
+            return state.at[own].set(new, mode="drop").at[save].set(new, mode="drop")
+
+        states = put(states[0], window[1:]), put(states[1], memory)
         return states, jnp.where(row < 0, 0.0, out)
 
     tokens = (qkv, decay, rate, source, own, saves, step.positions, rows)

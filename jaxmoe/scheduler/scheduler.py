@@ -59,8 +59,9 @@ class Scheduler:
     """Owns the queue, the slots and the pages of the sequences it was given.
 
     prefix: where pages of prompts are shared; None: nowhere. states: where recurrent states are
-    kept, which a model that has them needs beside `prefix`; None for others. prompt_logprobs_tokens: of a prompt
-    whose log probabilities are wanted, in one step; such a step has no other row.
+    kept, which a model that has them needs beside `prefix`; None for others.
+    prompt_logprobs_tokens: of a prompt whose log probabilities are wanted, in one step; such a step
+    has no other row.
     """
 
     def __init__(

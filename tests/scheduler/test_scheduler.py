@@ -1,7 +1,8 @@
 """The scheduler driven by an engine computable by hand: the next token is a hash of all tokens
 before it, read back from a dictionary keyed by (page, offset), so a wrong page, position or replay
-gives a wrong text. With `states` a sequence has a recurrent state too, the tokens so far, in slots. Every entry also says which kind of step wrote it and for whom: a sequence
-must meet nothing but what it would have written itself.
+gives a wrong text. Every entry also says which kind of step wrote it and for whom: a sequence
+must meet nothing but what it would have written itself. With `states` a sequence has a recurrent
+state too, in slots: all the tokens so far.
 """
 
 import random
