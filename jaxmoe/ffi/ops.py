@@ -39,7 +39,9 @@ class Weight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class GatedDeltaWeights:
-    """The small weights of linear attention, float32: conv `[W, C]`, oldest token first, a_log and dt_bias `[HV]`."""
+    """The small weights of linear attention, float32: conv `[W, C]`, oldest token first, a_log and
+    dt_bias `[HV]`.
+    """
 
     conv: jax.Array
     a_log: jax.Array

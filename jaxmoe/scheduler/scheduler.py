@@ -8,10 +8,10 @@ alternate, so neither starves the other.
 
 Admission is first come, first served: a sequence enters when a slot is free and its known tokens
 and one more fit the free pages; pages of its prompt that the prefix cache knows need no room and
-no prefill, for models with recurrent state up to the last position whose state was kept. Pages for output are taken one by one. When none is left, the
-latest arrival gives all of its pages back and returns to the head of the queue; later its prompt is
-computed again and its output is fed again token by token, which repeats the same arithmetic, so
-preemption never changes a text.
+no prefill, for models with recurrent state up to the last position whose state was kept. Pages for
+output are taken one by one. When none is left, the latest arrival gives all of its pages back and
+returns to the head of the queue; later its prompt is computed again and its output is fed again
+token by token, which repeats the same arithmetic, so preemption never changes a text.
 """
 
 from __future__ import annotations
