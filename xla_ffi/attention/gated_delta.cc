@@ -119,8 +119,8 @@ class MixJob final : public Job {
 class UpdateJob final : public Job {
  public:
   UpdateJob(const GatedDeltaCall& call, const GatedDeltaKernels& kernels,
-            const std::vector<Run>& runs, const float* mixed, const float* decay,
-            const float* rate, float* blocks)
+            const std::vector<Run>& runs, const float* mixed, const float* decay, const float* rate,
+            float* blocks)
       : call_(call),
         kernels_(kernels),
         runs_(runs),
@@ -268,7 +268,8 @@ Status find_runs(const GatedDeltaCall& call, std::vector<Run>* runs,
     const int32_t row = call.token_rows[t];
     if (row == -1) continue;
     if (row < 0 || row >= call.num_rows) {
-      return slot_error("token_rows", t, row, "a row from 0 to " + std::to_string(call.num_rows - 1));
+      return slot_error("token_rows", t, row,
+                        "a row from 0 to " + std::to_string(call.num_rows - 1));
     }
     if (t == 0 || call.token_rows[t - 1] != row) {
       if (seen[static_cast<size_t>(row)]++) {

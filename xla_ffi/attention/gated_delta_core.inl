@@ -1,10 +1,10 @@
 // Convolution and gated delta rule, included inside the anonymous namespace of each instruction
-// set's file after simd_*.inl and vexp.inl.
+// set's file after simd_*.inl and kChains.
 //
 // Every output is one chain over taps, or four over keys (k modulo 4) that are added in a fixed
 // order, whatever tile of columns and whatever run of tokens it is computed in.
 
-constexpr int kChains = 4;
+#include "attention/vexp.inl"
 
 void convolve(const ConvCall& call) {
   for (int64_t c = call.begin; c < call.end; c += kWidth) {

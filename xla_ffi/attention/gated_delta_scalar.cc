@@ -5,7 +5,8 @@ namespace {
 
 #include "attention/simd_scalar.inl"
 
-#include "attention/vexp.inl"
+// Chains of a sum over keys; as in the other files.
+constexpr int kChains = 4;
 
 #include "attention/gated_delta_core.inl"
 

@@ -1,5 +1,5 @@
-// exp of a vector of up to 88, to within 2 ulp (Cephes' expf); below -87 exactly zero. Included inside
-// an anonymous namespace, after simd_*.inl.
+// exp of a vector of up to 88, to within 2 ulp (Cephes' expf); below -87 exactly zero. Included
+// inside an anonymous namespace, after simd_*.inl.
 inline V vexp(V x) {
   const V bounded = max(x, set1(-87.0f));
   const V shifted = fma(bounded, set1(1.44269504088896341f), set1(12582912.0f));

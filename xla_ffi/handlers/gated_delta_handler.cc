@@ -53,8 +53,7 @@ ffi::Error gated_delta_impl(ffi::AnyBuffer qkv, ffi::AnyBuffer decay_input,
   }
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "qkv", qkv, kF32, {-1, call.channels()}));
   call.num_tokens = qkv.dimensions()[0];
-  JAXMOE_RETURN_IF_ERROR(
-      expect(kOp, "conv_weight", conv_weight, kF32, {-1, call.channels()}));
+  JAXMOE_RETURN_IF_ERROR(expect(kOp, "conv_weight", conv_weight, kF32, {-1, call.channels()}));
   call.conv_width = conv_weight.dimensions()[0];
   if (call.conv_width < 2 || call.conv_width > kMostConvWidth) {
     return failure(std::string(kOp) + ": conv_weight is " + describe(conv_weight) +
@@ -73,8 +72,7 @@ ffi::Error gated_delta_impl(ffi::AnyBuffer qkv, ffi::AnyBuffer decay_input,
   call.num_rows = state_from.dimensions()[0];
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "state_to", state_to, kS32, {call.num_rows}));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "state_saves", state_saves, kS32, {tokens}));
-  JAXMOE_RETURN_IF_ERROR(
-      expect(kOp, "the result", *out, kF32, {tokens, heads, call.value_dim}));
+  JAXMOE_RETURN_IF_ERROR(expect(kOp, "the result", *out, kF32, {tokens, heads, call.value_dim}));
   if (new_conv_state->untyped_data() != conv_state.untyped_data() ||
       new_delta_state->untyped_data() != delta_state.untyped_data()) {
     return failure(std::string(kOp) +
