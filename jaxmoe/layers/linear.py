@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi.ops import Ops, Weight
-from jaxmoe.quant.formats import FORMATS, WeightFormat, data_shape, scale_shape
+from jaxmoe.quant.formats import FORMATS, WeightFormat, check_columns, data_shape, scale_shape
 from jaxmoe.weights.param_spec import ParamKind, ParamSpec, new_param
 
 
@@ -23,6 +24,10 @@ class _StoredWeight(nnx.Module):
     def __init__(self, shape: tuple[int, ...], weight_format: WeightFormat, kind: ParamKind):
         *lead, n, k = shape
         info = FORMATS[weight_format]
+        try:
+            check_columns(weight_format, k)
+        except ValueError as error:
+            raise ConfigError(f"a linear map of {n} outputs: {error}") from None
         held = (*lead, *data_shape(weight_format, n, k))
         self.data = new_param(ParamSpec(held, info.data_dtype, kind))
         scales = scale_shape(weight_format, n, k)

@@ -127,8 +127,8 @@ def _with_head_maps(config: ModelConfig, stored: Callable[[str], StoredForm]) ->
         held = head_map_format(attention, stored, path.rpartition(".")[2])
         if held != stored:
             _log.warning(
-                "%s: held as float32, %d times its stored bytes: cut into %d and %d rows a head and "
-                "turned, its %s values lack scales to go with",
+                "%s: held as float32, %d times its stored bytes: cut into %d and %d rows a head "
+                "and turned, its %s values lack scales to go with",
                 path,
                 32 // FORMATS[stored].bits,
                 attention.nope_head_dim,

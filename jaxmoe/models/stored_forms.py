@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import QuantConfig
 from jaxmoe.quant.formats import FORMATS, WeightFormat, scale_shape
-from jaxmoe.weights.stored_form import HasShape, StoredForm
+from jaxmoe.weights.stored_form import FormError, HasShape, StoredForm
 
 PLAIN: Mapping[str, StoredForm] = {
     "BF16": StoredForm("bf16", "BF16"),
@@ -90,7 +90,7 @@ def find_form(name: str, tensors: Mapping[str, HasShape], quant: QuantConfig) ->
     base = name.removesuffix(".weight")
     for suffix, what in _NOT_SUPPORTED.items():
         if base + suffix in tensors:
-            raise CheckpointError(
+            raise FormError(
                 f"tensor '{base}{suffix}' belongs to a weight of {what}, which is not supported"
             )
     packed, blocks = tensors.get(base + MXFP4.weight), tensors.get(base + MXFP4_BLOCKS.weight)
@@ -124,7 +124,7 @@ def _packed_form(
     if packed.dtype == "U8" and (scale is None or scale.dtype in _E8M0):
         return MXFP4
     if packed.dtype == "U8" and scale is not None and scale.dtype == "F8_E4M3":
-        raise CheckpointError(f"tensor '{name}' holds NVFP4 values, which are not supported")
+        raise FormError(f"tensor '{name}' holds NVFP4 values, which are not supported")
     if packed.dtype != "I32":
         raise CheckpointError(f"tensor '{name}' is stored as {packed.dtype}; supported: I32, U8")
     if scale is None or len(scale.shape) != 2 or len(packed.shape) != 2:
@@ -133,7 +133,7 @@ def _packed_form(
     for weight_format, form in INT4.items():
         if inputs == groups * FORMATS[weight_format].group_cols:
             return form
-    raise CheckpointError(
+    raise FormError(
         f"tensor '{name}' holds {inputs} inputs a row with {groups} scales; supported: groups of "
         + " or ".join(str(FORMATS[f].group_cols) for f in INT4)
     )
@@ -155,7 +155,7 @@ def _fp8_form(
             return dataclasses.replace(usual, scale=suffix, flat_scale=flat)
         if expected is not None and len(scale.shape) == 2:
             return dataclasses.replace(expected, scale=suffix)
-        raise CheckpointError(
+        raise FormError(
             f"tensor '{base}{suffix}' has shape {list(scale.shape)} for a weight of "
             f"{list(weight.shape)}; supported: scales of 128x128 blocks, of rows, or of 32 inputs"
         )

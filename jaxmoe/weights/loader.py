@@ -38,6 +38,7 @@ from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES
 from jaxmoe.weights.shared_store import StoreName
 from jaxmoe.weights.store_name import store_name
+from jaxmoe.weights.stored_form import FormError
 from jaxmoe.weights.tensor_table import (
     LeafPlan,
     MatrixPlan,
@@ -212,6 +213,8 @@ def plan_load(
         formats = checkpoint.formats(config, models)
         description = models.describe_model(config, compute_dtype, formats)
         layouts = expert_layouts(config, formats)
+    except FormError as error:
+        raise CheckpointError(f"{checkpoint.directory}: {error}") from error
     except CheckpointError as error:
         _list_all_problems(checkpoint, config, models, compute_dtype)
         raise CheckpointError(f"{checkpoint.directory}: {error}") from error

@@ -28,14 +28,19 @@ from jaxmoe.weights.tensor_table import expert_layouts, expert_tensors, packed_t
 
 @dataclasses.dataclass(frozen=True)
 class InventedTensor:
-    """A tensor to be written: `fan_in` is the number of inputs of the linear map it belongs to."""
+    """A tensor to be written.
+
+    fan_in: the number of inputs of the linear map it belongs to. format: that map's. value: what
+    is in it, where that is not random.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     kind: ParamKind
     fan_in: int
-    format: WeightFormat | None = None  # of the linear map
+    format: WeightFormat | None = None
+    value: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -57,8 +62,11 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
                 continue
             seen.add(tensor.name)
             kind = "scale_inv" if i else spec.kind  # the scales of a weight that is dequantized
-            weight = names.tensors_for(f"{module}.data").tensors[0] if is_linear else tensor
+            source = names.tensors_for(f"{module}.data") if is_linear else None
+            weight = tensor if source is None else source.tensors[0]
             yield _invent(tensor, kind, config, weight, form)
+            if tensor is weight and source is not None:
+                yield from _sizes(source.others, weight)
     for layer, layout in zip(config.moe_layers, expert_layouts(config, formats), strict=True):
         form = names.expert_form(layer)
         for _, weight, scale in packed_tensors(layout, names, layer).values():
@@ -69,10 +77,27 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
             if scale is not None:
                 yield _invent(scale, "scale_inv", config, weight, form)
         for expert in range(layout.num_experts):
-            for weight, scale in expert_tensors(layout, names, layer, expert).values():
+            tensors = expert_tensors(layout, names, layer, expert)
+            for which, (weight, scale) in tensors.items():
                 yield _invent(weight, "matrix", config, weight, form)
                 if scale is not None:
                     yield _invent(scale, "scale_inv", config, weight, form)
+                others = form.others(names.expert_tensor(layer, expert, which))
+                yield from _sizes(others, weight)
+
+
+def _sizes(names: tuple[str, ...], weight: StoredTensor) -> Iterator[InventedTensor]:
+    """What says the shape of a weight that is stored in another."""
+    n, k = weight.shape[0], _inputs(weight)
+    for name in names:
+        yield InventedTensor(name, "I32", (2,), "matrix", k, value=(n, k))
+
+
+def _inputs(weight: StoredTensor) -> int:
+    packed = {"I32": 8, "U8": 2, "I8": 2}.get(weight.dtypes[0], 1)
+    # Four axes: inputs in groups.
+    inputs = weight.shape[2:] if len(weight.shape) == 4 else weight.shape[-1:]
+    return math.prod(inputs) * packed
 
 
 def _invent(
@@ -87,9 +112,7 @@ def _invent(
     # Small tensors are shipped in the model's own dtype; router biases and scales as they say.
     if kind in ("norm", "bias") and config.weight_dtype == "bfloat16" and "BF16" in tensor.dtypes:
         dtype = "BF16"
-    packed = {"I32": 8, "U8": 2, "I8": 2}.get(weight.dtypes[0], 1)
-    inputs = weight.shape[2:] if len(weight.shape) == 4 else weight.shape[-1:]  # 4: in groups
-    fan_in = math.prod(inputs) * packed
+    fan_in = _inputs(weight)
     return InventedTensor(
         tensor.name, dtype, tensor.shape, kind, fan_in, form.format if form else None
     )
@@ -135,7 +158,10 @@ def write_random_checkpoint(
             with ShardWriter(directory / file, listed) as writer:
                 for tensor in shard:
                     data = np.empty(tensor.shape, NUMPY_DTYPES[tensor.dtype])
-                    values.fill(data, tensor.name, tensor.kind, tensor.fan_in, tensor.format)
+                    if tensor.value is None:
+                        values.fill(data, tensor.name, tensor.kind, tensor.fan_in, tensor.format)
+                    else:
+                        data[...] = tensor.value
                     writer.write(tensor.name, data)
                     bar.add(data.nbytes)
             weight_map.update({tensor.name: file for tensor in shard})

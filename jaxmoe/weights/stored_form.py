@@ -18,11 +18,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxmoe.common.errors import CheckpointError
 from jaxmoe.quant.formats import FORMATS, WeightFormat
 from jaxmoe.weights.name_map import StoredTensor
 
 _PLAIN = ".weight"
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
+
+
+class FormError(CheckpointError):
+    """A weight is stored in a form that is none of ours: nothing config.json says could help."""
 
 
 class HasShape(Protocol):

@@ -13,9 +13,9 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from jaxmoe.common.errors import CheckpointError
+from jaxmoe.common.errors import CheckpointError, ConfigError
 from jaxmoe.config.model_config import ModelConfig
-from jaxmoe.quant.formats import data_shape, scale_shape
+from jaxmoe.quant.formats import check_columns, data_shape, scale_shape
 from jaxmoe.weights.host_store import ExpertLayout
 from jaxmoe.weights.model_registry import experts_path
 from jaxmoe.weights.name_map import (
@@ -80,16 +80,22 @@ class TensorTable:
 
 
 def expert_layouts(config: ModelConfig, formats: Formats) -> tuple[ExpertLayout, ...]:
-    """Sizes and format of every MoE layer's experts."""
-    return tuple(
-        ExpertLayout(
+    """Sizes and format of every MoE layer's experts; ConfigError where they do not go together."""
+    layouts = []
+    for layer in config.moe_layers:
+        layout = ExpertLayout(
             config.moe.router.num_experts,
             config.moe.expert_intermediate,
             config.hidden_size,
             formats(experts_path(layer)),
         )
-        for layer in config.moe_layers
-    )
+        for which in MATRICES:
+            try:
+                check_columns(layout.format, layout.shape(which)[1])
+            except ValueError as error:
+                raise ConfigError(f"{which} of the experts of layer {layer}: {error}") from None
+        layouts.append(layout)
+    return tuple(layouts)
 
 
 def expert_tensors(
