@@ -129,6 +129,8 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
         config["quantization_config"] = FORMATS[args.format]
     if args.layers is not None:
         config["num_hidden_layers"] = args.layers
+        if "layer_types" in config:
+            config["layer_types"] = config["layer_types"][: args.layers]
     return config
 
 

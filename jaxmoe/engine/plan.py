@@ -221,5 +221,5 @@ def _describe(directory: Directory, formats: str) -> str:
     model = directory.model_config
     return (
         f"{model.architecture} at {directory.path}: {model.num_layers} layers, "
-        f"{model.moe.router.num_experts} experts, {formats} weights"
+        f"{model.moe.router.num_experts} experts, {formats}"
     )

@@ -203,7 +203,7 @@ def describe(
     lines = [
         f"model: {model.architecture} at {directory.path}, {model.num_layers} layers, "
         f"{experts.num_experts} experts of which {experts.experts_per_token} a token, "
-        f"{format_summary(loaded.specs, layouts)} weights, {config.compute_dtype} activations",
+        f"{format_summary(loaded.specs, layouts)}, {config.compute_dtype} activations",
         *loaded.report.describe().splitlines(),
         *runtime.describe().splitlines(),
         f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "

@@ -17,8 +17,8 @@ from jaxmoe.weights.random_values import format_at
 
 
 def format_summary(specs: Mapping[str, ParamSpec], layouts: Iterable[ExpertLayout]) -> str:
-    """Such as "fp8_block", or "int4_g32 experts, bf16 elsewhere": of the linear maps outside the
-    experts the format that has the most bytes.
+    """Such as "fp8_block weights", or "int4_g32 experts, bf16 elsewhere": of the linear maps
+    outside the experts the format that has the most bytes.
     """
     experts = sorted({layout.format for layout in layouts})
     sizes: collections.Counter[WeightFormat] = collections.Counter()
@@ -28,7 +28,7 @@ def format_summary(specs: Mapping[str, ParamSpec], layouts: Iterable[ExpertLayou
             sizes[_format_of(path, spec, specs)] += nbytes
     elsewhere = sizes.most_common(1)[0][0] if sizes else None
     if not experts or experts == [elsewhere]:
-        return elsewhere or "no"
+        return f"{elsewhere or 'no'} weights"
     words = f"{' and '.join(experts)} experts"
     return words if elsewhere is None else f"{words}, {elsewhere} elsewhere"
 

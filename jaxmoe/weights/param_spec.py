@@ -25,9 +25,9 @@ from jaxmoe.quant.formats import FORMATS, SCALE_BLOCK, WeightFormat
 # stored. The path "layers.3.mlp.experts" stands for the routed experts of a layer.
 Formats = Callable[[str], WeightFormat]
 
-# matrix [N, K], head_map [G, N, K]: linear maps, outputs first; scale_inv: the float32 block scales
-# of one of those; embedding [V, D]; norm: RMS-norm weights; bias: of a linear map; router_bias: the
-# router's score correction.
+# matrix [N, K], head_map [G, N, K]: linear maps, outputs first, as their format lays them out
+# (quant/formats.py); scale_inv: the scales of one of those; embedding [V, D]; norm: RMS-norm
+# weights; bias: of a linear map; router_bias: the router's score correction.
 ParamKind = Literal["matrix", "head_map", "scale_inv", "embedding", "norm", "bias", "router_bias"]
 
 DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {

@@ -65,7 +65,7 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
             source = names.tensors_for(f"{module}.data") if is_linear else None
             weight = tensor if source is None else source.tensors[0]
             yield _invent(tensor, kind, config, weight, form)
-            if tensor is weight and source is not None:
+            if tensor.name == weight.name and source is not None:
                 yield from _sizes(source.others, weight)
     for layer, layout in zip(config.moe_layers, expert_layouts(config, formats), strict=True):
         form = names.expert_form(layer)
@@ -87,7 +87,9 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
 
 
 def _sizes(names: tuple[str, ...], weight: StoredTensor) -> Iterator[InventedTensor]:
-    """What says the shape of a weight that is stored in another."""
+    """What says the shape of a weight that is stored in words; other packed ones have no such."""
+    if weight.dtypes[0] != "I32":
+        return
     n, k = weight.shape[0], _inputs(weight)
     for name in names:
         yield InventedTensor(name, "I32", (2,), "matrix", k, value=(n, k))

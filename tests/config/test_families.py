@@ -239,6 +239,13 @@ def test_gpt_oss():
     assert ModelConfig.from_hf(without) == config
 
 
+def test_gpt_oss_as_published():
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": [*kept, "lm_head"]}
+    quant = ModelConfig.from_hf(GPT_OSS_20B | {"quantization_config": quantization}).quant
+    assert (quant.format, quant.only_experts) == ("mxfp4", True)
+
+
 def test_sparse_models_are_dense_ones_up_to_what_the_indexer_takes():
     config = ModelConfig.from_hf(DEEPSEEK_V32)
     assert config.max_position == 2048 and "index_topk = 2048" in config.max_position_reason

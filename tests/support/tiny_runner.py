@@ -126,12 +126,21 @@ class TinyRunner:
         return np.split(logits[:at], ends[:-1])
 
 
-def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = None) -> TinyRunner:
-    """The model of a case on `ReferenceOps`; `edit` changes the config, as mutation tests do."""
+def reference_runner(
+    case: str,
+    compute_dtype: str,
+    edit: ConfigEdit | None = None,
+    edit_tensors: Callable[[dict[str, np.ndarray]], None] | None = None,
+) -> TinyRunner:
+    """The model of a case on `ReferenceOps`; `edit` changes the config, and `edit_tensors` what is
+    stored, as mutation tests do.
+    """
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
     if edit is not None:
         config = edit(config)
-    tensors = tiny_models.make_tensors(case)
+    tensors = dict(tiny_models.make_tensors(case))
+    if edit_tensors is not None:
+        edit_tensors(tensors)
     formats = stored_formats(config, tensors)
     described = models.describe_model(config, compute_dtype, formats)
     names = models.name_map(config, described.specs, formats)

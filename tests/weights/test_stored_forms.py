@@ -37,13 +37,13 @@ from jaxmoe.weights.safetensors_writer import write_checkpoint
 from jaxmoe.weights.tensor_table import MATRICES
 
 CASES = {
-    "glm4_moe_fp8": "fp8_channel",
+    "glm4_moe_fp8": "fp8_channel weights",
     "kimi_k2_int4": "int4_g32 experts, bf16 elsewhere",
     "gpt_oss_mxfp4": "mxfp4 experts, bf16 elsewhere",
-    "deepseek_v31_fp8": "fp8_block",
-    "qwen3_moe_mxfp4": "mxfp4",
-    "qwen3_moe_int4": "int4_g128",
-    "minimax_m2_mxfp8": "mxfp8",
+    "deepseek_v31_fp8": "fp8_block weights",
+    "qwen3_moe_mxfp4": "mxfp4 weights",
+    "qwen3_moe_int4": "int4_g128 weights",
+    "minimax_m2_mxfp8": "mxfp8 weights",
 }
 Tensors = dict[str, np.ndarray]
 
@@ -384,3 +384,22 @@ def test_a_sized_tensor_that_belongs_to_nothing_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(tiny_models.hf_config("qwen3_moe")))
     with pytest.raises(CheckpointError, match="weight_shape.*not part of this model"):
         load_case(tmp_path, runtime)
+
+
+def test_a_nested_text_model_is_the_same(tmp_path: Path, runtime: CpuRuntime) -> None:
+    """Kimi-K2.5 around Kimi-K2-Thinking: names with a prefix, and the format in `text_config`."""
+    tensors = tiny_models.write_checkpoint(tmp_path / "a", "kimi_k2_int4")
+    text = tiny_models.hf_config("kimi_k2_int4")
+    hf = tiny_models.hf_config("kimi_k25") | {"text_config": text}
+    hf |= {key: text[key] for key in ("bos_token_id", "eos_token_id")}
+    nested = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    nested["vision_tower.patch_embed.proj.weight"] = np.ones((4, 4), np.float32)
+    write_checkpoint(tmp_path / "b", nested, num_shards=2)
+    (tmp_path / "b" / "config.json").write_text(json.dumps(hf))
+    _, one = load_case(tmp_path / "a", runtime)
+    _, other = load_case(tmp_path / "b", runtime)
+    # Its one matrix that is not read is of the part that sees.
+    shapes = [name for name in tensors if name.endswith("weight_shape")]
+    assert len(one.report.ignored) == len(shapes)
+    assert len(other.report.ignored) == len(shapes) + 1
+    assert_same_model(one, other)
