@@ -27,7 +27,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from support import tiny_models  # noqa: E402
+from support import tiny_models, tiny_quant  # noqa: E402
 
 FIXTURE_DIR = ROOT / "tests" / "parity" / "fixtures"
 PROMPT_LENGTHS = (57, 35, 20)
@@ -46,19 +46,6 @@ TEXT_PARTS = {"language_model.": "", "model.language_model.": "model.", "lm_head
 SIGMOID_TYPES = ("glm4_moe", "glm4_moe_lite")
 
 
-def plain_tensors(case: str) -> dict[str, np.ndarray]:
-    """A case with FP8 dequantized to float32: transformers cannot do it for partial blocks."""
-    stored = tiny_models.make_tensors(case)
-    plain = {}
-    for name, array in stored.items():
-        if name.endswith("_scale_inv"):
-            continue
-        scale = stored.get(name + "_scale_inv")
-        is_plain = scale is None
-        plain[name] = array if is_plain else tiny_models.dequantize(array, scale)
-    return plain
-
-
 def text_config(case: str) -> dict[str, Any]:
     """The config of a case's language model, which may be a part of a larger one."""
     config = tiny_models.hf_config(case)
@@ -72,7 +59,8 @@ def load_reference(case: str, dtype: torch.dtype) -> Any:
     config.pop("auto_map", None)
     if config["model_type"] == "kimi_k2":  # the same model under another name
         config["model_type"] = "deepseek_v3"
-    tensors = {name: a.astype(np.float32) for name, a in plain_tensors(case).items()}
+    plain = tiny_quant.dequantize(tiny_models.make_tensors(case))
+    tensors = {name: a.astype(np.float32) for name, a in plain.items()}
     if "text_config" in tiny_models.hf_config(case):
         tensors = {
             own + name.removeprefix(part): array

@@ -8,6 +8,7 @@ belongs to.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -137,12 +138,39 @@ class MoeConfig:
     expert_bias: bool = False
 
 
+QuantFormat = Literal["none", "fp8_block", "fp8_channel", "int4_g32", "int4_g128", "mxfp4", "mxfp8"]
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How linear weights are stored. `format` "none" means plain `weight_dtype` tensors."""
+    """How config.json says linear weights are stored; the tensors have the last word.
 
-    format: Literal["none", "fp8_block"]
+    format: "none" means plain `weight_dtype` tensors; otherwise a word of `WeightFormat`.
+    not_converted: modules kept plain, by a name's whole, beginning or end, or after "re:" by a
+    pattern of its beginning. converted: likewise, the only ones that are not; empty: all others.
+    layout: whose names and dtypes the tensors have. only_experts: nothing but routed experts.
+    """
+
+    format: QuantFormat
     not_converted: tuple[str, ...] = ()
+    layout: Literal["fp8", "mxfp4", "mxfp8", "compressed-tensors"] = "fp8"
+    converted: tuple[str, ...] = ()
+    only_experts: bool = False
+
+    def converts(self, module: str) -> bool:
+        """Whether the linear map of that name is stored in `format`."""
+        if self.format == "none" or _named(module, self.not_converted):
+            return False
+        return not self.converted or _named(module, self.converted)
+
+
+def _named(module: str, entries: tuple[str, ...]) -> bool:
+    return any(
+        re.match(entry.removeprefix("re:"), module) is not None
+        if entry.startswith("re:")
+        else module == entry or module.startswith(entry + ".") or module.endswith("." + entry)
+        for entry in entries
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jaxmoe.engine.start import cache_layout, state_layout
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.models import registry
 from jaxmoe.weights import memory
+from jaxmoe.weights.format_summary import format_summary
 from jaxmoe.weights.loader import leaf_bytes, plan_load
 from jaxmoe.weights.read_pool import default_threads
 from jaxmoe.weights.safetensors_reader import Checkpoint
@@ -39,13 +40,16 @@ MLA_LAYER_BYTES = 3_000_000  # its text is longer
 @dataclasses.dataclass(frozen=True)
 class WeightSizes:
     """Bytes of a checkpoint in memory. mapped: the part of `experts` that backing="mmap" leaves in
-    the files. transient: see `LoadPlan`.
+    the files. transient: see `LoadPlan`. formats: how the weights are held, in words. notes: what
+    the checkpoint has to say of itself.
     """
 
     experts: int
     mapped: int
     others: int
     transient: int
+    formats: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def make_plan(config: EngineConfig) -> MemoryPlan:
@@ -62,12 +66,12 @@ def make_plan(config: EngineConfig) -> MemoryPlan:
     room_bytes = min(room.free_bytes for room in rooms)
     mapped = sizes.mapped if _is_mapped(config) else 0
     return MemoryPlan(
-        model=_describe(directory),
+        model=_describe(directory, sizes.formats),
         items=items,
         rooms=rooms,
         changes=_changes(config, directory.model_config, sizes, layout, process, room_bytes),
         reclaimable_bytes=mapped,
-        notes=directory.notes,
+        notes=(*directory.notes, *sizes.notes),
     )
 
 
@@ -79,12 +83,21 @@ def weight_sizes(config: EngineConfig, directory: Directory) -> WeightSizes:
     if config.load_format == "dummy":
         formats = registry.configured_formats(model)
         specs = registry.describe_model(model, config.compute_dtype, formats).specs
-        experts = sum(layout.total_bytes for layout in expert_layouts(model, formats))
-        return WeightSizes(experts, 0, sum(map(leaf_bytes, specs.values())), 0)
+        layouts = expert_layouts(model, formats)
+        experts = sum(layout.total_bytes for layout in layouts)
+        others = sum(map(leaf_bytes, specs.values()))
+        return WeightSizes(experts, 0, others, 0, format_summary(specs, layouts))
     with Checkpoint.open(directory.path) as checkpoint:
         load = plan_load(checkpoint, model, registry, config.compute_dtype, default_threads())
     mapped = sum(matrix.weight.nbytes for matrix in load.table.matrices)
-    return WeightSizes(load.expert_bytes, mapped, load.leaf_bytes, load.transient_bytes)
+    return WeightSizes(
+        load.expert_bytes,
+        mapped,
+        load.leaf_bytes,
+        load.transient_bytes,
+        format_summary(load.description.specs, load.table.layouts),
+        checkpoint.notes,
+    )
 
 
 def _is_mapped(config: EngineConfig) -> bool:
@@ -215,10 +228,9 @@ def _rounded_down_gb(nbytes: int) -> float:
 _OPTIONS = tuple(field.name for field in dataclasses.fields(EngineConfig))
 
 
-def _describe(directory: Directory) -> str:
+def _describe(directory: Directory, formats: str) -> str:
     model = directory.model_config
-    format = model.quant.format if model.quant.format != "none" else model.weight_dtype
     return (
         f"{model.architecture} at {directory.path}: {model.num_layers} layers, "
-        f"{model.moe.router.num_experts} experts, {format} weights"
+        f"{model.moe.router.num_experts} experts, {formats}"
     )

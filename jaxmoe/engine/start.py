@@ -27,6 +27,7 @@ from jaxmoe.models.decoder import cache_spec, state_spec
 from jaxmoe.text.chat_template import ChatTemplate
 from jaxmoe.text.tokenizer import Tokenizer
 from jaxmoe.weights import memory
+from jaxmoe.weights.format_summary import format_summary
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model
 from jaxmoe.weights.random_init import random_model
@@ -224,11 +225,11 @@ def describe(
         slower.append(f"instruction set forced to {config.isa}")
     if not programs:
         slower.append("compiled programs are not kept (cache_dir): every start compiles")
+    layouts = () if loaded.host_store is None else loaded.host_store.layouts
     lines = [
         f"model: {model.architecture} at {directory.path}, {model.num_layers} layers, "
         f"{experts.num_experts} experts of which {experts.experts_per_token} a token, "
-        f"{model.quant.format if model.quant.format != 'none' else model.weight_dtype} weights, "
-        f"{config.compute_dtype} activations",
+        f"{format_summary(loaded.specs, layouts)}, {config.compute_dtype} activations",
         *loaded.report.describe().splitlines(),
         *runtime.describe().splitlines(),
         f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "

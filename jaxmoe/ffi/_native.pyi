@@ -1,5 +1,7 @@
 """Types of the native extension; see xla_ffi/bindings."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -33,7 +35,7 @@ class HostStore:
         shared_name: str = "",
         fingerprint: bytes = b"",
     ) -> None:
-        """layers: (num_experts, intermediate, hidden, "bf16" | "f32" | "fp8_block") each."""
+        """layers: (num_experts, intermediate, hidden, a word of quant.formats) each."""
 
     @property
     def id(self) -> int: ...
@@ -49,9 +51,9 @@ class HostStore:
     def set_mapped(
         self, layer: int, expert: int, which: int, file_idx: int, offset: int
     ) -> None: ...
-    def set_scale(
-        self, layer: int, expert: int, which: int, scale: npt.NDArray[np.float32]
-    ) -> None: ...
+    def set_scale(self, layer: int, expert: int, which: int, scale: npt.NDArray[Any]) -> None:
+        """scale: C-contiguous, in the dtype and shape of the layer's format."""
+
     def matrix(self, layer: int, expert: int, which: int) -> npt.NDArray[np.uint8]: ...
     def segments(
         self, layer: int, expert: int, which: int
@@ -63,7 +65,9 @@ class HostStore:
     def mark_loaded(self, layer: int, expert: int, which: int) -> None:
         """After the matrix was filled through a view."""
 
-    def scale(self, layer: int, expert: int, which: int) -> npt.NDArray[np.float32]: ...
+    def scale(self, layer: int, expert: int, which: int) -> npt.NDArray[Any]:
+        """Read-only; a view, but a copy where the scales are split over NUMA nodes."""
+
     def close(self) -> None: ...
 
 def handlers() -> dict[str, object]: ...

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
+from jaxmoe.quant.formats import WeightFormat, format_of
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +28,29 @@ from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 class Weight:
     """A linear map's weights as they lie in the checkpoint, row-major, outputs first.
 
-    data: `[N, K]` (or `[G, N, K]` for per-head maps) bfloat16, float32 or float8_e4m3fn.
-    scale_inv: float32 `[ceil(N/128), ceil(K/128)]` (or with a leading G); multiply to dequantize.
-    None unless data is float8.
+    data: `[N, K]`, of four-bit formats uint8 `[N, K/2]`; per-head maps have a leading G.
+    scale_inv: multiply to dequantize; with a leading G too. None for bfloat16 and float32.
+    quant/formats.py has the types and shapes of every format.
     """
 
     data: jax.Array
     scale_inv: jax.Array | None = None
+
+    @property
+    def format(self) -> WeightFormat:
+        """What types and shapes say. ValueError where they are those of no format."""
+        scale = self.scale_inv
+        return format_of(
+            self.data.dtype.name,
+            self.data.shape,
+            None if scale is None else scale.dtype.name,
+            None if scale is None else scale.shape,
+        )
+
+    @property
+    def num_columns(self) -> int:
+        """K: the inputs of the map."""
+        return self.data.shape[-1] * (2 if self.data.dtype == jnp.uint8 else 1)
 
 
 @jax.tree_util.register_dataclass

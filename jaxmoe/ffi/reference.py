@@ -16,28 +16,57 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.ffi.ops import GatedDeltaWeights, StepInputs, Weight
 from jaxmoe.ffi.reference_delta import gated_delta
+from jaxmoe.quant.formats import FORMATS, WeightFormat
 
-SCALE_BLOCK = 128
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Rows of one block of equal expert in `BatchedSequenceOps`: each block gathers one copy of its
 # expert's weights, so large enough that the copies stay small beside the products, small enough
 # that half-empty blocks do not matter.
 _TOKEN_BLOCK = 64
+_FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_INT4_VALUES = np.arange(-8, 8).astype(np.float32)
+# Of the sixteen codes.
+_NIBBLE_VALUES: Mapping[WeightFormat, np.ndarray] = {
+    "int4_g32": _INT4_VALUES,
+    "int4_g128": _INT4_VALUES,
+    "mxfp4": np.concatenate([_FP4_VALUES, -_FP4_VALUES]),
+}
 
 
 def dequantize(weight: Weight) -> jax.Array:
     """The exact FP32 value of stored weights: `[..., N, K]`, leading axes as stored."""
-    data = weight.data.astype(jnp.float32)
+    info = FORMATS[weight.format]
+    if info.bits == 4:
+        data = jnp.asarray(_NIBBLE_VALUES[weight.format])[_nibbles(weight.data)]
+    else:
+        data = weight.data.astype(jnp.float32)
     if weight.scale_inv is None:
         return data
     n, k = data.shape[-2:]
-    scale = jnp.repeat(weight.scale_inv, SCALE_BLOCK, axis=-2)[..., :n, :]
-    scale = jnp.repeat(scale, SCALE_BLOCK, axis=-1)[..., :k]
+    scale = weight.scale_inv
+    scale = _powers_of_two(scale) if info.scale_dtype == "uint8" else scale.astype(jnp.float32)
+    scale = jnp.repeat(scale, info.group_rows, axis=-2)[..., :n, :]
+    scale = jnp.repeat(scale, info.group_cols or k, axis=-1)[..., :k]
     return data * scale
+
+
+def _nibbles(data: jax.Array) -> jax.Array:
+    """uint8 `[..., K/2]` to the K halves, low one first."""
+    halves = jnp.stack([data & 15, data >> 4], axis=-1)
+    return halves.reshape(*data.shape[:-1], 2 * data.shape[-1])
+
+
+def _powers_of_two(codes: jax.Array) -> jax.Array:
+    """2^(code - 127), subnormal for code 0; NaN for 255."""
+    bits = codes.astype(jnp.uint32) << 23
+    bits = jnp.where(codes == 0, 1 << 22, bits)
+    bits = jnp.where(codes == 255, 0x7FC00000, bits).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _activate(gate: jax.Array, up: jax.Array, activation: ClampedSwiglu | None) -> jax.Array:

@@ -261,6 +261,13 @@ def test_gpt_oss():
     assert ModelConfig.from_hf(without) == config
 
 
+def test_gpt_oss_as_published():
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": [*kept, "lm_head"]}
+    quant = ModelConfig.from_hf(GPT_OSS_20B | {"quantization_config": quantization}).quant
+    assert (quant.format, quant.only_experts) == ("mxfp4", True)
+
+
 def test_sparse_models_are_dense_ones_up_to_what_the_indexer_takes():
     config = ModelConfig.from_hf(DEEPSEEK_V32)
     assert config.max_position == 2048 and "index_topk = 2048" in config.max_position_reason
@@ -333,7 +340,7 @@ REFUSED = [
     (
         "glm",
         {"quantization_config": {"quant_method": "compressed-tensors"}},
-        ["compressed-tensors"],
+        ["lacks 'config_groups'"],
     ),
     ("flash", {"attention_bias": True}, ["attention_bias"]),
     ("flash", {"mlp_layer_types": ["dense"]}, ["mlp_layer_types", "47"]),
@@ -345,7 +352,7 @@ REFUSED = [
     ("minimax", {"use_routing_bias": False}, ["use_routing_bias"]),
     ("minimax", {"shared_intermediate_size": 64}, ["shared_intermediate_size"]),
     ("minimax", {"scoring_func": "softmax"}, ["scoring_func"]),
-    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4"]),
+    ("gpt_oss", {"quantization_config": {"quant_method": "quark"}}, ["quark", "mxfp4"]),
     ("gpt_oss", {"attention_bias": False}, ["attention_bias", "True"]),
     ("gpt_oss", {"layer_types": ["chunked_attention"] * 24}, ["layer_types", "chunked"]),
     ("gpt_oss", {"layer_types": ["full_attention"] * 23}, ["layer_types", "24"]),
@@ -379,7 +386,7 @@ REFUSED = [
     (
         "kimi",
         text_of(quantization_config={"quant_method": "compressed-tensors"}),
-        ["text_config", "compressed-tensors"],
+        ["text_config", "lacks 'config_groups'"],
     ),
 ]
 

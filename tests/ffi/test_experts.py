@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from support.native import FORMATS, Layer, bits, make_store
+from support.native import FORMATS, Layer, bits, make_store, padded_columns
 
 from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi import reference
@@ -51,6 +51,7 @@ def close(got, want, rounded):
 def test_experts(
     isa_runtime, family, weight_format, num_experts, f, d, num_tokens, per_token, dtype
 ):
+    f, d = padded_columns(weight_format, f), padded_columns(weight_format, d)
     layer = Layer.random(np.random.default_rng(f), weight_format, num_experts, f, d)
     args = inputs(num_tokens, num_tokens, d, num_experts, per_token, dtype)
     want = reference.ReferenceOps([layer.weights]).experts(*args, 0)
@@ -66,7 +67,7 @@ def test_experts(
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("activation", [None, ClampedSwiglu(1.702, 2.0)])
 def test_biases_and_clamped_swiglu(isa_runtime, family, weight_format, activation):
-    num_experts, f, d = 6, 50, 70
+    num_experts, f, d = 6, padded_columns(weight_format, 50), padded_columns(weight_format, 70)
     rng = np.random.default_rng(0)
     layer = Layer.random(rng, weight_format, num_experts, f, d)
     x, ids, weights = inputs(5, 9, d, num_experts, 3)
@@ -137,10 +138,11 @@ def test_every_fp8_code(isa_runtime, family, num_tokens, which):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("weight_format", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("weight_format", ["bf16", "fp8_block", "int4_g32", "mxfp4"])
 def test_a_token_is_the_same_bits_in_any_batch(isa_runtime, family, weight_format):
-    layer = Layer.random(np.random.default_rng(1), weight_format, 8, 140, 200)
-    x, ids, weights = inputs(3, 33, 200, 8, 3)
+    f, d = padded_columns(weight_format, 140), padded_columns(weight_format, 200)
+    layer = Layer.random(np.random.default_rng(1), weight_format, 8, f, d)
+    x, ids, weights = inputs(3, 33, d, 8, 3)
     with make_store(isa_runtime, layer) as store:
         ops = NativeOps(isa_runtime, store, family)
         whole = bits(ops.experts(x, ids, weights, 0))
@@ -149,7 +151,7 @@ def test_a_token_is_the_same_bits_in_any_batch(isa_runtime, family, weight_forma
             np.testing.assert_array_equal(bits(part), whole[begin:end])
         # Buckets: the same tokens with rows of padding after them.
         padded = ops.experts(
-            jnp.concatenate([x, jnp.full((31, 200), jnp.nan, x.dtype)]),
+            jnp.concatenate([x, jnp.full((31, d), jnp.nan, x.dtype)]),
             jnp.concatenate([ids, jnp.full((31, 3), -1, jnp.int32)]),
             jnp.concatenate([weights, jnp.full((31, 3), jnp.nan)]),
             0,
@@ -159,10 +161,13 @@ def test_a_token_is_the_same_bits_in_any_batch(isa_runtime, family, weight_forma
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_threads_and_numa_nodes_do_not_change_a_bit(family):
+@pytest.mark.parametrize("weight_format, counted", [("fp8_block", 1), ("int4_g32", 0.5625)])
+def test_threads_and_numa_nodes_do_not_change_a_bit(family, weight_format, counted):
+    """counted: bytes a weight, with the scales that are placed with the rows."""
     cpus = sorted(os.sched_getaffinity(0))
-    layer = Layer.random(np.random.default_rng(2), "fp8_block", 6, 200, 264)
-    args = inputs(4, 9, 264, 6, 2)
+    f, d = padded_columns(weight_format, 200), padded_columns(weight_format, 264)
+    layer = Layer.random(np.random.default_rng(2), weight_format, 6, f, d)
+    args = inputs(4, 9, d, 6, 2)
     topologies = [
         {"num_threads": 1},
         {"num_threads": 3},
@@ -175,7 +180,7 @@ def test_threads_and_numa_nodes_do_not_change_a_bit(family):
         with CpuRuntime(**topology) as runtime, make_store(runtime, layer) as store:
             nodes = len(topology.get("numa_nodes", [0]))
             assert len(store.bytes_per_node()) == nodes
-            assert sum(store.bytes_per_node()) == store.total_bytes == 3 * 6 * 200 * 264
+            assert sum(store.bytes_per_node()) == store.total_bytes == 3 * 6 * f * d * counted
             results.append(bits(NativeOps(runtime, store, family).experts(*args, 0)))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])

@@ -18,8 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+
+from support import tiny_quant
+from support.tiny_quant import BF16, E8M0, F32, FP8
 
 CONFIG_DIR = Path(__file__).parents[2] / "configs" / "tiny"
 CASES = (
@@ -45,19 +47,47 @@ CASES = (
     "qwen3_next_fp8",
     "qwen3_5_moe",
     "qwen3_5_moe_fp8",
+    "glm4_moe_fp8",
+    "kimi_k2_int4",
+    "gpt_oss_mxfp4",
+    "deepseek_v31_fp8",
+    "qwen3_moe_mxfp4",
+    "qwen3_moe_int4",
+    "minimax_m2_mxfp8",
 )
+# The format of the routed experts in the quantized ones.
+FORMATS = {
+    **dict.fromkeys(
+        (
+            *("deepseek_v3_fp8", "kimi_k2_fp8", "qwen3_moe_fp8", "minimax_m2_fp8"),
+            *("deepseek_v32_fp8", "deepseek_v31_fp8", "qwen3_next_fp8", "qwen3_5_moe_fp8"),
+        ),
+        "fp8_block",
+    ),
+    "glm4_moe_fp8": "fp8_channel",
+    "kimi_k2_int4": "int4_g32",
+    "qwen3_moe_int4": "int4_g128",
+    "gpt_oss_mxfp4": "mxfp4",
+    "qwen3_moe_mxfp4": "mxfp4",
+    "minimax_m2_mxfp8": "mxfp8",
+}
 # Written as several files with an index; the others are one file.
-SHARDED = ("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25", "qwen3_5_moe")
+SHARDED = (
+    *("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25", "kimi_k2_int4"),
+    "qwen3_5_moe",
+)
 # With a vision tower, and the text model's tensors under a part of their own.
 _QWEN35 = ("qwen3_5_moe", "qwen3_5_moe_fp8")
 _GATED_DELTA = ("qwen3_next", "qwen3_5_moe_text")  # model types with linear attention
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-F32 = np.dtype(np.float32)
-_DTYPE_NAMES = {BF16: "BF16", FP8: "F8_E4M3", F32: "F32"}
-_BLOCK = 128
-_FP8_MAX = 448.0
+DTYPE_NAMES = {
+    BF16: "BF16",
+    FP8: "F8_E4M3",
+    F32: "F32",
+    E8M0: "F8_E8M0",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.uint8): "U8",
+}
 
 
 def hf_config(case: str) -> dict[str, Any]:
@@ -74,34 +104,12 @@ def _normal(name: str, seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return (centred.astype(np.float64) * (3**0.5 / 65536)).astype(np.float32).reshape(shape)
 
 
-def fp8_quantize(w: np.ndarray, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 `[N, K]` to E4M3 data and `scale_inv [ceil(N/128), ceil(K/128)]`."""
-    n, k = w.shape
-    blocks_n, blocks_k = -(-n // _BLOCK), -(-k // _BLOCK)
-    padded = np.zeros((blocks_n * _BLOCK, blocks_k * _BLOCK), np.float32)
-    padded[:n, :k] = w
-    tiles = padded.reshape(blocks_n, _BLOCK, blocks_k, _BLOCK)
-    scale = (np.abs(tiles).max(axis=(1, 3)) / _FP8_MAX).astype(scale_dtype)
-    scaled = tiles / scale.astype(np.float32)[:, None, :, None]
-    data = np.clip(scaled, -_FP8_MAX, _FP8_MAX).reshape(padded.shape)[:n, :k].astype(FP8)
-    return data, scale
-
-
-def dequantize(data: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
-    """The exact float32 value of block-scaled FP8; partial blocks at the edges are ordinary."""
-    n, k = data.shape
-    scale = scale_inv.astype(np.float32).repeat(_BLOCK, axis=0)[:n].repeat(_BLOCK, axis=1)[:, :k]
-    return data.astype(np.float32) * scale
-
-
 class _Builder:
-    def __init__(self, config: Mapping[str, Any], seed: int, fp8: bool):
+    def __init__(self, config: Mapping[str, Any], seed: int):
         self.config = config
         self.seed = seed
         self.tensors: dict[str, np.ndarray] = {}
-        self.fp8 = fp8
-        is_qwen = config["model_type"].startswith("qwen3")
-        self.scale_dtype = BF16 if is_qwen else F32
+        self.scheme = tiny_quant.Scheme(config)
         # Norm weights of these are stored as what they are beyond 1.
         self.norm_centre = 0.0 if config["model_type"] in _GATED_DELTA else 1.0
 
@@ -120,12 +128,10 @@ class _Builder:
         `plain`: not quantized, whatever the case, but of `dtype`.
         """
         w = _normal(name, self.seed, (n, k)) * np.float32(gain / k**0.5)
-        if self.fp8 and not plain:
-            data, scale = fp8_quantize(w, self.scale_dtype)
-            self.tensors[f"{name}.weight"] = data
-            self.tensors[f"{name}.weight_scale_inv"] = scale
-        else:
-            self.tensors[f"{name}.weight"] = w.astype(dtype)
+        quantized = None if plain else self.scheme.tensors(name, w)
+        if quantized is None:
+            quantized = {".weight": w.astype(dtype)}
+        self.tensors |= {name + suffix: array for suffix, array in quantized.items()}
 
     def norm(self, name: str, size: int) -> None:
         w = self.norm_centre + 0.3 * _normal(name, self.seed, (size,))
@@ -133,6 +139,16 @@ class _Builder:
 
     def vector(self, name: str, shape: tuple[int, ...], size: float = 0.5) -> None:
         self.tensors[name] = (size * _normal(name, self.seed, shape)).astype(BF16)
+
+    def packed(self, name: str, num_experts: int, n: int, k: int, gain: float) -> None:
+        """All experts in one tensor: inputs first, or in MXFP4 outputs first, in groups."""
+        if not self.scheme.is_mxfp4_experts:
+            self.vector(name, (num_experts, k, n), gain / k**0.5)
+            return
+        w = _normal(name, self.seed, (num_experts * n, k)) * np.float32(gain / k**0.5)
+        blocks, scales = tiny_quant.mxfp4_blocks(w)
+        self.tensors[f"{name}_blocks"] = blocks.reshape(num_experts, n, k // 32, 16)
+        self.tensors[f"{name}_scales"] = scales.reshape(num_experts, n, k // 32)
 
     def mlp(self, prefix: str, hidden: int, width: int) -> None:
         self.matrix(f"{prefix}.gate_proj", width, hidden, 1.5)
@@ -145,7 +161,9 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     """All tensors of a case by their published names, with those a loader has to ignore."""
     whole = hf_config(case)
     config = whole.get("text_config", whole)
-    b = _Builder(config, seed, "quantization_config" in whole | config)
+    if "quantization_config" in whole:  # outside the text model's
+        config = config | {"quantization_config": whole["quantization_config"]}
+    b = _Builder(config, seed)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     b.tensors["model.embed_tokens.weight"] = _normal("embed", seed, (vocab, hidden)).astype(BF16)
     num_layers = config["num_hidden_layers"]
@@ -317,16 +335,16 @@ def _block_sparse_moe(b: _Builder, prefix: str) -> None:
 
 
 def _packed_moe(b: _Builder, prefix: str) -> None:
-    """All experts in one tensor, inputs first, gate and up in alternate columns. Values are large
-    enough to reach the activation's limit.
+    """All experts in one tensor, gate and up alternating. Values are large enough to reach the
+    activation's limit.
     """
     c = b.config
     hidden, width, num_experts = c["hidden_size"], c["intermediate_size"], c["num_local_experts"]
     b.matrix(f"{prefix}.router", num_experts, hidden, 1.5)
     b.vector(f"{prefix}.router.bias", (num_experts,))
-    b.vector(f"{prefix}.experts.gate_up_proj", (num_experts, hidden, 2 * width), 3.0 / hidden**0.5)
+    b.packed(f"{prefix}.experts.gate_up_proj", num_experts, 2 * width, hidden, 3.0)
     b.vector(f"{prefix}.experts.gate_up_proj_bias", (num_experts, 2 * width))
-    b.vector(f"{prefix}.experts.down_proj", (num_experts, width, hidden), 0.5 / width**0.5)
+    b.packed(f"{prefix}.experts.down_proj", num_experts, hidden, width, 0.5)
     b.vector(f"{prefix}.experts.down_proj_bias", (num_experts, hidden))
 
 
@@ -345,7 +363,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     offset = 0
     for name, array in tensors.items():
         header[name] = {
-            "dtype": _DTYPE_NAMES[array.dtype],
+            "dtype": DTYPE_NAMES[array.dtype],
             "shape": list(array.shape),
             "data_offsets": [offset, offset + array.nbytes],
         }

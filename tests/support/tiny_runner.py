@@ -21,42 +21,49 @@ from jaxmoe import models
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.ops import StepInputs, Weight
 from jaxmoe.ffi.reference import ReferenceOps
-from jaxmoe.weights.param_spec import Formats
+from jaxmoe.weights.stored_form import Forms, Stored
 from support import tiny_models
 
 PAGE_SIZE = 16
-_SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
 ConfigEdit = Callable[[ModelConfig], ModelConfig]
-LeafChange = Callable[[str, np.ndarray], np.ndarray]  # of a leaf's path and values
 
 
 def _stack_experts(tensors: Mapping[str, np.ndarray], names: Any, config: ModelConfig) -> list[Any]:
     """One mapping a MoE layer of `Weight`s with a leading expert axis."""
     layers = []
     for layer in config.moe_layers:
-        matrices = {}
+        matrices, form = {}, names.expert_form(layer)
         for which in ("gate", "up", "down"):
             packed = names.packed_experts(layer, which)
             if packed is not None:
                 parts = [packed.cut(part) for part in tensors[packed.tensor]]
-                matrices[which] = Weight(jnp.asarray(np.stack(parts)))
-                continue
-            wanted = [
-                names.expert_tensor(layer, e, which) for e in range(config.moe.router.num_experts)
-            ]
-            data = jnp.asarray(np.stack([tensors[name] for name in wanted]))
-            scale = None
-            if config.quant.format == "fp8_block":
-                scales = [tensors[names.scale_tensor(name)].astype(np.float32) for name in wanted]
-                scale = jnp.asarray(np.stack(scales))
-            matrices[which] = Weight(data, scale)
+                scales = []
+                if packed.scale is not None:
+                    scales = [packed.scale.cut(part) for part in tensors[packed.scale.tensor]]
+            else:
+                wanted = [
+                    names.expert_tensor(layer, e, which)
+                    for e in range(config.moe.router.num_experts)
+                ]
+                parts = [tensors[form.weight_name(name)] for name in wanted]
+                scales = []
+                if form.scale is not None:
+                    scales = [tensors[form.scale_name(name)] for name in wanted]
+            data = jnp.asarray(np.stack([form.hold_weight(part) for part in parts]))
+            scale = np.stack([form.hold_scale(part) for part in scales]) if scales else None
+            matrices[which] = Weight(data, None if scale is None else jnp.asarray(scale))
         layers.append(matrices)
     return layers
 
 
-def stored_formats(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Formats:
-    dtypes = {name: _SAFETENSORS_NAMES[array.dtype.name] for name, array in tensors.items()}
-    return models.stored_formats(config, dtypes)
+def stored_formats(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Forms:
+    return models.stored_formats(
+        config,
+        {
+            name: Stored(tiny_models.DTYPE_NAMES[array.dtype], array.shape)
+            for name, array in tensors.items()
+        },
+    )
 
 
 @dataclasses.dataclass
@@ -132,22 +139,24 @@ def reference_runner(
     case: str,
     compute_dtype: str,
     edit: ConfigEdit | None = None,
-    change: LeafChange | None = None,
+    edit_tensors: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> TinyRunner:
-    """The model of a case on `ReferenceOps`; `edit` changes the config and `change` every leaf, as
-    mutation tests do.
+    """The model of a case on `ReferenceOps`; `edit` changes the config, and `edit_tensors` what is
+    stored, as mutation tests do.
     """
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
     if edit is not None:
         config = edit(config)
-    tensors = tiny_models.make_tensors(case)
-    described = models.describe_model(config, compute_dtype, stored_formats(config, tensors))
-    names = models.name_map(config, described.specs)
+    tensors = dict(tiny_models.make_tensors(case))
+    if edit_tensors is not None:
+        edit_tensors(tensors)
+    formats = stored_formats(config, tensors)
+    described = models.describe_model(config, compute_dtype, formats)
+    names = models.name_map(config, described.specs, formats)
     leaves = {}
     for path in described.specs:
         source = names.tensors_for(path)
-        leaf = source.transform(*(tensors[name] for name in source.names))
-        leaves[path] = jnp.asarray(leaf if change is None else change(path, leaf))
+        leaves[path] = jnp.asarray(source.transform(*(tensors[name] for name in source.names)))
     weights = (described.fill(leaves), _stack_experts(tensors, names, config))
 
     def step_fn(weights: Any, step: StepInputs, caches: Any) -> Any:

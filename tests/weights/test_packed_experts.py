@@ -79,7 +79,7 @@ def test_fp8_is_refused() -> None:
     hf = tiny_models.hf_config("gpt_oss")
     hf["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config = ModelConfig.from_hf(hf)
-    with pytest.raises(CheckpointError, match="packs FP8 experts"):
+    with pytest.raises(CheckpointError, match="packs fp8_block experts"):
         list(stored_tensors(config, registry))
 
 

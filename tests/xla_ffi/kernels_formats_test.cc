@@ -26,20 +26,32 @@ float fp8_by_definition(int code) {
   return static_cast<float>(code & 0x80 ? -magnitude : magnitude);
 }
 
-// Row `code` holds that code in one column, met by x there = 1 (0 elsewhere, or random where the
-// weights are zero). Sums start at +0, so a weight of -0 gives +0.
-void check_fp8_codes(const MatmulKernel& kernel, int64_t k, int64_t column, int64_t m,
-                     float scale) {
-  Weights weights(WeightFormat::kFp8Block, 256, k);
-  weights.scale.assign(weights.scale.size(), scale);
-  for (int code = 0; code < 256; ++code) weights.set_bits(code, column, code);
+float value_by_definition(WeightFormat format, int code) {
+  if (format_info(format).bits == 8) return fp8_by_definition(code);
+  if (format != WeightFormat::kMxfp4) return static_cast<float>(code) - 8.0f;
+  constexpr float kMagnitude[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  return code & 8 ? -kMagnitude[code & 7] : kMagnitude[code & 7];
+}
+
+// Row `code` holds that code in one column, met by x there = 1; elsewhere weights of
+// zero meet random x. Sums start at +0, so a weight of -0 gives +0.
+void check_codes(const MatmulKernel& kernel, WeightFormat format, int64_t columns, int64_t column,
+                 int64_t m, float scale) {
+  const int64_t k = padded_columns(format, columns);
+  const int codes = 1 << format_info(format).bits;
+  Weights weights(format, codes, k);
+  weights.set_scales(scale);
+  if (format == WeightFormat::kInt4G32 || format == WeightFormat::kInt4G128) {
+    weights.bytes.assign(weights.bytes.size(), 0x88);
+  }
+  for (int code = 0; code < codes; ++code) weights.set_bits(code, column, code);
   Activations x(m, k, 3);
   for (int64_t i = 0; i < m; ++i) x.set(i, column, 1.0f);
-  const std::vector<float> y = run(kernel, weights.view(), 0, 256, x, iota(m));
+  const std::vector<float> y = run(kernel, weights.view(), 0, codes, x, iota(m));
   for (int64_t i = 0; i < m; ++i) {
-    for (int code = 0; code < 256; ++code) {
-      const float want = 0.0f + fp8_by_definition(code) * scale;
-      const float got = y[i * 256 + code];
+    for (int code = 0; code < codes; ++code) {
+      const float want = 0.0f + value_by_definition(format, code) * scale;
+      const float got = y[i * codes + code];
       JAXMOE_CHECK(same(got, want), "%s code 0x%02X k %d column %d m %d: got %g (0x%08X), want %g",
                    kernel.name, code, static_cast<int>(k), static_cast<int>(column),
                    static_cast<int>(m), got, std::bit_cast<uint32_t>(got), want);
@@ -73,16 +85,78 @@ JAXMOE_TEST(bf16_rounds_to_nearest_even) {
   }
 }
 
-JAXMOE_TEST(every_fp8_code_is_exact_in_every_kernel) {
+JAXMOE_TEST(fp4_and_e8m0_to_float_follow_the_definition) {
+  for (int code = 0; code < 16; ++code) {
+    const float want = value_by_definition(WeightFormat::kMxfp4, code);
+    JAXMOE_CHECK(same(fp4_e2m1_to_float(static_cast<uint8_t>(code)), want), "0x%X", code);
+  }
+  for (int code = 0; code < 255; ++code) {
+    const float want = static_cast<float>(std::ldexp(1.0, code - 127));
+    JAXMOE_CHECK(same(e8m0_to_float(static_cast<uint8_t>(code)), want), "%d", code);
+  }
+  JAXMOE_CHECK(std::isnan(e8m0_to_float(255)));
+}
+
+JAXMOE_TEST(every_code_is_exact_in_every_kernel) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    if (format != WeightFormat::kFp8Block) return;
+    if (format_info(format).bits > 8) return;
     // Every column of a block once (a decoder may treat lanes differently), then a tail, then more
     // rows.
-    for (int64_t column = 0; column < 128; ++column) check_fp8_codes(kernel, 128, column, 1, 1.0f);
-    check_fp8_codes(kernel, 300, 290, 1, 0.125f);
-    check_fp8_codes(kernel, 300, 140, 2, 0.125f);
-    check_fp8_codes(kernel, 129, 128, 5, 2.0f);
-    check_fp8_codes(kernel, 256, 77, 19, 1.0f);
+    for (int64_t column = 0; column < 128; ++column) {
+      check_codes(kernel, format, 128, column, 1, 1.0f);
+    }
+    check_codes(kernel, format, 32, 31, 1, 0.25f);
+    check_codes(kernel, format, 300, 290, 1, 0.125f);
+    check_codes(kernel, format, 300, 140, 2, 0.125f);
+    check_codes(kernel, format, 129, 128, 5, 2.0f);
+    check_codes(kernel, format, 256, 77, 19, 1.0f);
+  });
+}
+
+// Each row has one weight that is not zero, in each group in turn, and other scales everywhere: the
+// output is that weight times its own scale. All scales of a byte, 16 bits' in steps.
+JAXMOE_TEST(every_scale_is_exact_in_every_kernel) {
+  for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
+    const FormatInfo& info = format_info(format);
+    if (!info.scaled_by_group()) return;
+    const bool bytes = info.scale_type == ScaleType::kE8m0;
+    const int64_t rows = bytes ? 255 : 256, k = padded_columns(format, 5 * 32);
+    // Codes of the least and greatest magnitudes there are, and one between.
+    const std::vector<int> codes = info.bits == 8 ? std::vector<int>{0x01, 0xFE, 0x38}
+                                   : bytes        ? std::vector<int>{0x1, 0xF, 0x3}
+                                                  : std::vector<int>{0x0, 0xF, 0x9};
+    for (int64_t m : {1, 2, 5}) {
+      for (int64_t group = 0; group < k / info.group_cols; ++group) {
+        const int code = codes[static_cast<size_t>(group) % codes.size()];
+        Weights weights(format, rows, k);
+        if (!bytes) weights.bytes.assign(weights.bytes.size(), 0x88);
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int64_t g = 0; g < weights.scale_cols(); ++g) {
+            const int64_t at = row * weights.scale_cols() + g;
+            if (bytes) {
+              weights.scale[at] = static_cast<uint8_t>((row + 37 * (g + 8 - group)) % 255);
+              if (g == group) weights.scale[at] = static_cast<uint8_t>(row);
+            } else {
+              // Every exponent but infinity's, signs and mantissas with it.
+              const uint16_t bits = static_cast<uint16_t>((row + g + 8 - group) % 255 << 7 |
+                                                          (row * 29 + g) % 128 | (row & 1) << 15);
+              std::memcpy(&weights.scale[2 * at], &bits, 2);
+            }
+          }
+          weights.set_bits(row, group * info.group_cols + row % info.group_cols, code);
+        }
+        Activations x(m, k);
+        x.fill(1.0f);
+        const std::vector<float> y = run(kernel, weights.view(), 0, rows, x, iota(m));
+        for (int64_t i = 0; i < m * rows; ++i) {
+          const int64_t row = i % rows, column = group * info.group_cols + row % info.group_cols;
+          // Rounded once, where it is no FP32 number (a subnormal's last bits), or infinite.
+          const float want = 0.0f + static_cast<float>(weights.value(row, column));
+          JAXMOE_CHECK(same(y[i], want), "%s row %d group %d: got %g, want %g", kernel.name,
+                       static_cast<int>(row), static_cast<int>(group), y[i], want);
+        }
+      }
+    }
   });
 }
 
@@ -132,13 +206,18 @@ JAXMOE_TEST(f32_special_values_are_exact) {
 // changed.
 JAXMOE_TEST(caller_flush_mode_changes_nothing) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    Weights weights(format, 5, 200);
+    const int64_t k = padded_columns(format, 200);
+    Weights weights(format, 5, k);
     weights.randomize(4);
     // One row of nothing but subnormals, whose sum a flushing multiply would turn to zero.
-    if (format != WeightFormat::kFp8Block) {
-      for (int64_t col = 0; col < 200; ++col) weights.set_bits(2, col, 0x70);
+    if (!format_info(format).scaled()) {
+      for (int64_t col = 0; col < k; ++col) weights.set_bits(2, col, 0x70);
+    } else if (format_info(format).scaled_by_group()) {
+      for (int64_t i = 0; i < weights.scale_cols(); ++i) {
+        weights.set_scale(2 * weights.scale_cols() + i, 0x1p-127f);
+      }
     }
-    Activations x(3, 200);
+    Activations x(3, k);
     for (int64_t m : {1, 3}) {
       const std::vector<float> plain = run(kernel, weights.view(), 0, 5, x, iota(m));
       const unsigned saved = _mm_getcsr();

@@ -11,7 +11,7 @@
 namespace jaxmoe {
 namespace {
 
-#include "kernels/fp8_e4m3.inl"
+#include "kernels/format_bits.inl"
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_tiles.inl"
 
@@ -69,9 +69,8 @@ struct EmulatedBase {
   }
 };
 
-struct EmulatedFp8 : EmulatedBase {
-  static constexpr int kWeightBytes = 1;
-  static constexpr bool kScaled = true;
+struct EmulatedFp8 : EmulatedBase, BlockScaled {
+  static constexpr int kWeightBits = 8;
   static constexpr int64_t kBlockCols = 128;
   static constexpr int column(int i) { return fp8_bf16_column(i); }
   static void expand(const uint8_t* src, uint16_t* first, uint16_t* second) {
@@ -82,9 +81,8 @@ struct EmulatedFp8 : EmulatedBase {
   }
 };
 
-struct EmulatedBf16 : EmulatedBase {
-  static constexpr int kWeightBytes = 2;
-  static constexpr bool kScaled = false;
+struct EmulatedBf16 : EmulatedBase, Unscaled {
+  static constexpr int kWeightBits = 16;
   static constexpr int64_t kBlockCols = 256;
   static constexpr int column(int i) { return i; }
   static void expand(const uint8_t* src, uint16_t* first, uint16_t* second) {

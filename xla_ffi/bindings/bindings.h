@@ -22,7 +22,7 @@ inline void throw_os_error(const Status& status) {
   throw pybind11::error_already_set();
 }
 
-// "bf16", "f32" or "fp8_block"; a ValueError for others.
+// A name of kernels/formats.h; a ValueError for others.
 WeightFormat format_from_name(const std::string& name);
 // Of an open runtime object; throws when it is closed.
 const Topology& topology_of(pybind11::handle runtime);

@@ -40,6 +40,8 @@ std::string type_name(ffi::DataType type) {
       return "float32";
     case ffi::DataType::F8E4M3FN:
       return "float8_e4m3fn";
+    case ffi::DataType::U8:
+      return "uint8";
     case ffi::DataType::S32:
       return "int32";
     default:
@@ -59,11 +61,23 @@ std::optional<ActivationType> activation_type(ffi::DataType type) {
   return std::nullopt;
 }
 
-std::optional<WeightFormat> weight_format(ffi::DataType type) {
-  if (type == ffi::DataType::F32) return WeightFormat::kF32;
-  if (type == ffi::DataType::BF16) return WeightFormat::kBf16;
-  if (type == ffi::DataType::F8E4M3FN) return WeightFormat::kFp8Block;
-  return std::nullopt;
+std::optional<WeightFormat> weight_format(int64_t value) {
+  if (value < 0 || value >= kNumFormats) return std::nullopt;
+  return static_cast<WeightFormat>(value);
+}
+
+ffi::DataType data_type(WeightFormat format) {
+  const int bits = format_info(format).bits;
+  return bits == 32   ? ffi::DataType::F32
+         : bits == 16 ? ffi::DataType::BF16
+         : bits == 8  ? ffi::DataType::F8E4M3FN
+                      : ffi::DataType::U8;
+}
+
+ffi::DataType data_type(ScaleType type) {
+  return type == ScaleType::kF32    ? ffi::DataType::F32
+         : type == ScaleType::kBf16 ? ffi::DataType::BF16
+                                    : ffi::DataType::U8;
 }
 
 std::optional<Family> family_of(int64_t value) {

@@ -7,7 +7,7 @@
 namespace jaxmoe {
 namespace {
 
-#include "kernels/fp8_e4m3.inl"
+#include "kernels/format_bits.inl"
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_tiles.inl"
 #include "kernels/vector_vbmi_fp8.inl"
@@ -78,9 +78,8 @@ struct AmxBase {
   }
 };
 
-struct AmxFp8 : AmxBase {
-  static constexpr int kWeightBytes = 1;
-  static constexpr bool kScaled = true;
+struct AmxFp8 : AmxBase, BlockScaled {
+  static constexpr int kWeightBits = 8;
   static constexpr int64_t kBlockCols = 128;
   static constexpr int column(int i) { return fp8_bf16_column(i); }
   static void expand(const uint8_t* src, uint16_t* first, uint16_t* second) {
@@ -93,9 +92,8 @@ struct AmxFp8 : AmxBase {
 
 // Copied to tile order rather than loaded in place: rows a multiple of 4 KiB apart would meet in
 // the same few cache sets, and tails need no case of their own.
-struct AmxBf16 : AmxBase {
-  static constexpr int kWeightBytes = 2;
-  static constexpr bool kScaled = false;
+struct AmxBf16 : AmxBase, Unscaled {
+  static constexpr int kWeightBits = 16;
   static constexpr int64_t kBlockCols = 256;
   static constexpr int column(int i) { return i; }
   static void expand(const uint8_t* src, uint16_t* first, uint16_t* second) {

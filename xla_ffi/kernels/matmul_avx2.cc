@@ -6,7 +6,7 @@
 namespace jaxmoe {
 namespace {
 
-#include "kernels/fp8_e4m3.inl"
+#include "kernels/format_bits.inl"
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_rows.inl"
 
@@ -14,6 +14,7 @@ struct Avx2Base {
   using Elem = float;
   using Acc = __m256;
   using Weights = __m256;
+  using Scale = float;
   struct Flag {};
   static constexpr int kElems = 8;
   static constexpr int kAccFloats = 8;
@@ -29,7 +30,6 @@ struct Avx2Base {
   static constexpr int kMaxFew = 2;
   static constexpr int one_stream_rows(int) { return 2; }
   static constexpr int kMaxFewOneStream = 2;
-  static constexpr bool kScaled = false;
   static constexpr float kScaleFold = 1.0f;
 
   static __m256 zero() { return _mm256_setzero_ps(); }
@@ -50,7 +50,7 @@ struct Avx2Base {
 };
 
 struct Avx2F32 : Avx2Base {
-  static constexpr int kWeightBytes = 4;
+  static constexpr int kWeightBits = 32;
   static constexpr int kGroupVecs = 1;
   static constexpr int column(int i) { return i; }
   static void decode(const uint8_t* src, __m256 (&out)[1], Flag&) {
@@ -59,7 +59,7 @@ struct Avx2F32 : Avx2Base {
 };
 
 struct Avx2Bf16 : Avx2Base {
-  static constexpr int kWeightBytes = 2;
+  static constexpr int kWeightBits = 16;
   static constexpr int kGroupVecs = 2;
   // 32-bit lanes hold two weights: the even columns of 16 first, then the odd ones.
   static constexpr int column(int i) { return i / 16 * 16 + i % 8 * 2 + i % 16 / 8; }
@@ -75,9 +75,8 @@ struct Avx2Bf16 : Avx2Base {
 // remembers the largest magnitude.
 struct Avx2Fp8 : Avx2Base {
   using Flag = __m256i;
-  static constexpr int kWeightBytes = 1;
+  static constexpr int kWeightBits = 8;
   static constexpr int kGroupVecs = 4;
-  static constexpr bool kScaled = true;
   static constexpr float kScaleFold = 256.0f;
   // 16-bit lanes hold two weights: even columns of 32, then the odd ones, eight to a vector.
   static constexpr int column(int i) { return i / 32 * 32 + i % 16 * 2 + i % 32 / 16; }
@@ -104,12 +103,17 @@ namespace isa_tables {
 
 void fill_avx2(KernelTable& table, const Traits& traits) {
   for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
-    family[static_cast<int>(WeightFormat::kF32)] =
-        rows_kernel<Avx2F32>(traits, "matmul_f32_f32fma_avx2", Isa::kAvx2);
-    family[static_cast<int>(WeightFormat::kBf16)] =
-        rows_kernel<Avx2Bf16>(traits, "matmul_bf16_f32fma_avx2", Isa::kAvx2);
-    family[static_cast<int>(WeightFormat::kFp8Block)] =
-        rows_kernel<Avx2Fp8>(traits, "matmul_fp8block_f32fma_avx2", Isa::kAvx2);
+    const auto set = [&family](WeightFormat format, const MatmulKernel& kernel) {
+      family[static_cast<int>(format)] = kernel;
+    };
+    set(WeightFormat::kF32,
+        rows_kernel<Plain<Avx2F32>>(traits, "matmul_f32_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kBf16,
+        rows_kernel<Plain<Avx2Bf16>>(traits, "matmul_bf16_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kFp8Block,
+        rows_kernel<Blocks<Avx2Fp8>>(traits, "matmul_fp8block_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kFp8Channel,
+        rows_kernel<Channels<Avx2Fp8>>(traits, "matmul_fp8channel_f32fma_avx2", Isa::kAvx2));
   }
 }
 

@@ -6,7 +6,7 @@
 namespace jaxmoe {
 namespace {
 
-#include "kernels/fp8_e4m3.inl"
+#include "kernels/format_bits.inl"
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_rows.inl"
 #include "kernels/vector_avx512.inl"
@@ -14,9 +14,8 @@ namespace {
 // As in matmul_avx2.cc: E4M3 shifted into FP16's fields, the two NaN codes noted in `Flag`.
 struct Avx512Fp8 : Avx512Base {
   using Flag = __m512i;
-  static constexpr int kWeightBytes = 1;
+  static constexpr int kWeightBits = 8;
   static constexpr int kGroupVecs = 4;
-  static constexpr bool kScaled = true;
   static constexpr float kScaleFold = 256.0f;
   // 16-bit lanes hold two weights: even columns of 64, then the odd ones, sixteen to a vector.
   static constexpr int column(int i) { return i / 64 * 64 + i % 32 * 2 + i % 64 / 32; }
@@ -43,12 +42,17 @@ namespace isa_tables {
 
 void fill_avx512(KernelTable& table, const Traits& traits) {
   for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
-    family[static_cast<int>(WeightFormat::kF32)] =
-        rows_kernel<Avx512F32>(traits, "matmul_f32_f32fma_avx512", Isa::kAvx512);
-    family[static_cast<int>(WeightFormat::kBf16)] =
-        rows_kernel<Avx512Bf16>(traits, "matmul_bf16_f32fma_avx512", Isa::kAvx512);
-    family[static_cast<int>(WeightFormat::kFp8Block)] =
-        rows_kernel<Avx512Fp8>(traits, "matmul_fp8block_f32fma_avx512", Isa::kAvx512);
+    const auto set = [&family](WeightFormat format, const MatmulKernel& kernel) {
+      family[static_cast<int>(format)] = kernel;
+    };
+    set(WeightFormat::kF32,
+        rows_kernel<Plain<Avx512F32>>(traits, "matmul_f32_f32fma_avx512", Isa::kAvx512));
+    set(WeightFormat::kBf16,
+        rows_kernel<Plain<Avx512Bf16>>(traits, "matmul_bf16_f32fma_avx512", Isa::kAvx512));
+    set(WeightFormat::kFp8Block,
+        rows_kernel<Blocks<Avx512Fp8>>(traits, "matmul_fp8block_f32fma_avx512", Isa::kAvx512));
+    set(WeightFormat::kFp8Channel,
+        rows_kernel<Channels<Avx512Fp8>>(traits, "matmul_fp8channel_f32fma_avx512", Isa::kAvx512));
   }
 }
 

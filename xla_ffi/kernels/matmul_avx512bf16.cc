@@ -7,16 +7,15 @@
 namespace jaxmoe {
 namespace {
 
-#include "kernels/fp8_e4m3.inl"
+#include "kernels/format_bits.inl"
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_rows.inl"
 #include "kernels/vector_avx512.inl"
 #include "kernels/vector_vbmi_fp8.inl"
 
 struct VbmiFp8 : Avx512Base {
-  static constexpr int kWeightBytes = 1;
+  static constexpr int kWeightBits = 8;
   static constexpr int kGroupVecs = 4;
-  static constexpr bool kScaled = true;
   // Each vector of BF16 pairs gives its even positions, then its odd ones.
   static constexpr int column(int i) {
     return fp8_bf16_column(i / 32 * 32 + i % 16 * 2 + i % 32 / 16);
@@ -50,7 +49,7 @@ struct DotBase : Avx512Base {
 };
 
 struct DotBf16 : DotBase {
-  static constexpr int kWeightBytes = 2;
+  static constexpr int kWeightBits = 16;
   static constexpr int kGroupVecs = 1;
   static constexpr int column(int i) { return i; }
   static void decode(const uint8_t* src, __m512i (&out)[1], Flag&) {
@@ -59,9 +58,8 @@ struct DotBf16 : DotBase {
 };
 
 struct DotFp8 : DotBase {
-  static constexpr int kWeightBytes = 1;
+  static constexpr int kWeightBits = 8;
   static constexpr int kGroupVecs = 2;
-  static constexpr bool kScaled = true;
   static constexpr int column(int i) { return fp8_bf16_column(i); }
   static void decode(const uint8_t* src, __m512i (&out)[2], Flag&) {
     fp8_to_bf16(src, out[0], out[1]);
@@ -73,21 +71,26 @@ struct DotFp8 : DotBase {
 namespace isa_tables {
 
 void fill_avx512bf16(KernelTable& table, const Traits& traits) {
-  constexpr int kVector = static_cast<int>(Family::kVector);
-  constexpr int kMatrix = static_cast<int>(Family::kMatrix);
-  constexpr int kFp8 = static_cast<int>(WeightFormat::kFp8Block);
-  constexpr int kBf16 = static_cast<int>(WeightFormat::kBf16);
-  table.matmul[kVector][kFp8] =
-      rows_kernel<VbmiFp8>(traits, "matmul_fp8block_f32fma_avx512vbmi", Isa::kAvx512Bf16);
-  table.matmul[kMatrix][kFp8] =
-      rows_kernel<DotFp8>(traits, "matmul_fp8block_bf16dot_avx512bf16", Isa::kAvx512Bf16);
-  table.matmul[kMatrix][kBf16] =
-      rows_kernel<DotBf16>(traits, "matmul_bf16_bf16dot_avx512bf16", Isa::kAvx512Bf16);
+  const auto set = [&table](Family family, WeightFormat format, const MatmulKernel& kernel) {
+    table.matmul[static_cast<int>(family)][static_cast<int>(format)] = kernel;
+  };
+  const Isa isa = Isa::kAvx512Bf16;
+  set(Family::kVector, WeightFormat::kFp8Block,
+      rows_kernel<Blocks<VbmiFp8>>(traits, "matmul_fp8block_f32fma_avx512vbmi", isa));
+  set(Family::kVector, WeightFormat::kFp8Channel,
+      rows_kernel<Channels<VbmiFp8>>(traits, "matmul_fp8channel_f32fma_avx512vbmi", isa));
+  set(Family::kMatrix, WeightFormat::kBf16,
+      rows_kernel<Plain<DotBf16>>(traits, "matmul_bf16_bf16dot_avx512bf16", isa));
+  set(Family::kMatrix, WeightFormat::kFp8Block,
+      rows_kernel<Blocks<DotFp8>>(traits, "matmul_fp8block_bf16dot_avx512bf16", isa));
+  set(Family::kMatrix, WeightFormat::kFp8Channel,
+      rows_kernel<Channels<DotFp8>>(traits, "matmul_fp8channel_bf16dot_avx512bf16", isa));
   // BF16 weights too: only their subnormals differ, which vdpbf16ps takes as zero.
-  MatmulKernel* const vector_bf16 = table.matmul[static_cast<int>(Family::kVectorBf16)];
-  const MatmulKernel* const source = table.matmul[traits.fast_bf16_dot ? kMatrix : kVector];
-  vector_bf16[kFp8] = source[kFp8];
-  vector_bf16[kBf16] = source[kBf16];
+  const Family source = traits.fast_bf16_dot ? Family::kMatrix : Family::kVector;
+  for (int format = 0; format < kNumFormats; ++format) {
+    table.matmul[static_cast<int>(Family::kVectorBf16)][format] =
+        table.matmul[static_cast<int>(source)][format];
+  }
 }
 
 }  // namespace isa_tables

@@ -4,8 +4,8 @@
 // matmul_amx.cc, a test supplies emulated tiles.
 //
 // clang-format off
-//   kWeightBytes, kScaled, column(i)   as in matmul_rows.inl; Elem is BF16 bits
-//   kBlockCols                         columns expanded at a time: a multiple of 128 (128 if kScaled)
+//   kWeightBits, column(i), Unscaled or BlockScaled   as in matmul_rows.inl; Elem is BF16 bits
+//   kBlockCols                         columns expanded at a time: a multiple of 128 (128 if scaled)
 //   kAheadBytes                        prefetch distance along a row
 //   expand(src, dst0, dst1)            64 stored weights of one row to 2 x 32 BF16
 //   flush(sum, part, scale)            sum[16] += part[16] * scale, one FMA each
@@ -69,15 +69,15 @@ struct TileGroup {
       : w(w),
         n_begin(n_begin),
         n_last(n_end - 1),
-        next_group_bytes(group_rows * w.row_stride_bytes - w.k * Ops::kWeightBytes) {}
+        next_group_bytes(group_rows * w.row_stride_bytes - w.k * Ops::kWeightBits / 8) {}
 
   // Expands columns [col, col + steps * 32) of `rows` rows.
   void expand(int64_t col, int64_t steps, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t n = min_of(n_begin + r, n_last);
       const uint8_t* row = w.data + n * w.row_stride_bytes;
-      if constexpr (Ops::kScaled) {
-        scale[r] = w.scale[n / kScaleBlock * w.scale_stride + col / kScaleBlock];
+      if constexpr (Ops::kGroupScaled) {
+        scale[r] = load_f32(w.scale + (n / kScaleBlock * w.scale_stride + col / kScaleBlock) * 4);
       }
       uint16_t* out = block + r / kTile * kSteps * kTileWords * 2 + r % kTile * kStepCols;
       for (int64_t step = 0; step < steps; step += 2) {
@@ -87,10 +87,10 @@ struct TileGroup {
   }
 
   void expand_piece(const uint8_t* row, int64_t col, uint16_t* out) {
-    constexpr int64_t kPieceBytes = 2 * kStepCols * Ops::kWeightBytes;
-    const int64_t offset = col * Ops::kWeightBytes;
+    constexpr int64_t kPieceBytes = 2 * kStepCols * Ops::kWeightBits / 8;
+    const int64_t offset = col * Ops::kWeightBits / 8;
     int64_t ahead = offset + Ops::kAheadBytes;
-    if (ahead >= w.k * Ops::kWeightBytes) ahead += next_group_bytes;
+    if (ahead >= w.k * Ops::kWeightBits / 8) ahead += next_group_bytes;
     for (int64_t line = 0; line < kPieceBytes; line += 64) {
       __builtin_prefetch(row + ahead + line, 0, 3);
     }
@@ -99,7 +99,7 @@ struct TileGroup {
       return;
     }
     alignas(64) uint8_t padded[kPieceBytes] = {};
-    if (col < w.k) __builtin_memcpy(padded, row + offset, (w.k - col) * Ops::kWeightBytes);
+    if (col < w.k) __builtin_memcpy(padded, row + offset, (w.k - col) * Ops::kWeightBits / 8);
     Ops::expand(padded, out, out + kTileWords * 2);
   }
 
@@ -116,7 +116,7 @@ inline void tiles_block(const TileGroup<Ops>& group, int64_t row_tile, int64_t s
                         int64_t sums_stride) {
   using Tiles = typename Ops::Tiles;
   constexpr int64_t kRowBytes = 64;
-  if constexpr (Ops::kScaled) {
+  if constexpr (Ops::kGroupScaled) {
     Tiles::template zero<0>();
     if constexpr (C == 2) Tiles::template zero<1>();
     if constexpr (R == 2) Tiles::template zero<2>();
@@ -148,14 +148,14 @@ inline void tiles_block(const TileGroup<Ops>& group, int64_t row_tile, int64_t s
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
       float* sum = sums + r * sums_stride + c * kTileWords;
-      out[r * C + c] = Ops::kScaled ? part[r * C + c] : sum;
+      out[r * C + c] = Ops::kGroupScaled ? part[r * C + c] : sum;
     }
   }
   Tiles::template store<0>(out[0], kRowBytes);
   if constexpr (C == 2) Tiles::template store<1>(out[1], kRowBytes);
   if constexpr (R == 2) Tiles::template store<2>(out[C], kRowBytes);
   if constexpr (R == 2 && C == 2) Tiles::template store<3>(out[3], kRowBytes);
-  if constexpr (Ops::kScaled) {
+  if constexpr (Ops::kGroupScaled) {
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) {
         float* sum = sums + r * sums_stride + c * kTileWords;

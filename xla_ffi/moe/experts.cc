@@ -52,11 +52,7 @@ Status ExpertsJob::plan(CpuRuntime& runtime, const HostStore& store, const Exper
   int64_t bytes = 0;
   for (int m = 0; m < kNumMatrices; ++m) {
     const Matrix which = static_cast<Matrix>(m);
-    bytes += store.matrix_bytes(call.layer, which);
-    if (store.layer(call.layer).format == WeightFormat::kFp8Block) {
-      auto [rows, cols] = store.scale_shape(call.layer, which);
-      bytes += rows * cols * static_cast<int64_t>(sizeof(float));
-    }
+    bytes += store.matrix_bytes(call.layer, which) + store.scale_matrix_bytes(call.layer, which);
   }
   stats.experts_weight_bytes.fetch_add(static_cast<uint64_t>(num_groups_ * bytes),
                                        std::memory_order_relaxed);
@@ -90,8 +86,10 @@ Status ExpertsJob::count_tokens(const HostStore& store, std::vector<int32_t>* co
 
 void ExpertsJob::choose_units(const HostStore& store, int num_threads, JobShape* shape) {
   const int64_t step = most_pairs_ > kFewTokens ? kManyTokensStep : HostStore::kRowSplit;
-  const int64_t row_bytes1 = store.row_bytes(call_.layer, Matrix::kGate);
-  const int64_t row_bytes2 = store.row_bytes(call_.layer, Matrix::kDown);
+  const auto row_bytes = [&](Matrix which) {
+    return store.row_bytes(call_.layer, which) + store.scale_row_bytes(call_.layer, which);
+  };
+  const int64_t row_bytes1 = row_bytes(Matrix::kGate), row_bytes2 = row_bytes(Matrix::kDown);
   threads_on_node_ = (num_threads + num_nodes_ - 1) / num_nodes_;
   step_ = step;
   // A stage-1 unit reads rows of gate and of up; a stage-2 unit reads its rows of every distinct
