@@ -52,6 +52,7 @@ struct ScalarBase {
   static constexpr int one_stream_rows(int) { return 2; }
   static constexpr int kMaxFewOneStream = 2;
   static constexpr float kScaleFold = 1.0f;
+  static constexpr bool kShareActivations = false;
 
   static constexpr int column(int i) { return i; }
   static Lanes zero() { return {}; }
