@@ -95,6 +95,7 @@ template <class Decoder>
 struct Mxfp8 : Decoder, MxScaled {
   using Scale = __m512;
   static constexpr int kFlushVecs = 64 / Decoder::kElems;
+  static constexpr int one_stream_rows(int m) { return m == 1 ? 2 : Decoder::one_stream_rows(m); }
   static __m512 load_scale(const uint8_t* scales, int i) {
     return powers_of_two(
         _mm512_shuffle_epi8(broadcast_32(scales), _mm512_load_si512(kLaneBytes.e8m0_pairs[i])));

@@ -39,13 +39,17 @@ struct Blocks : Decoder, BlockScaled {
     return load_f32(scales) * Decoder::kScaleFold;
   }
 };
+// Sums of a block are added, as if scaled by one: shorter chains than one along the whole row.
 template <class Decoder>
-struct Channels : Decoder, RowScaled {};
+struct Channels : Decoder, RowScaled {
+  static constexpr int kFlushVecs = kBlock / Decoder::kElems;
+  static float load_scale(const uint8_t*, int) { return 1.0f; }
+};
 
 // Vectors of a block whose sums are scaled at once; all of them where none are.
 template <class Ops>
 constexpr int flush_vecs() {
-  if constexpr (Ops::kGroupScaled) return Ops::kFlushVecs;
+  if constexpr (Ops::kFlushes) return Ops::kFlushVecs;
   return kBlock / Ops::kElems;
 }
 
@@ -123,7 +127,11 @@ struct RowGroup {
   }
 
   const uint8_t* block_scales(int r, int64_t b) const {
-    return b < full_blocks ? scale[r] + b * Ops::kBlockScaleBytes : tail_scale[r];
+    if constexpr (Ops::kGroupScaled) {
+      return b < full_blocks ? scale[r] + b * Ops::kBlockScaleBytes : tail_scale[r];
+    } else {
+      return scale[r];
+    }
   }
 
   // The output that a sum of the row gives.
@@ -243,7 +251,7 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
       for (int r = 0; r < kRows; ++r) block[r] = group.block(r, b);
       const typename Ops::Elem* xb[M];
       for (int i = 0; i < M; ++i) xb[i] = x[i] + b * kBlock;
-      if constexpr (Ops::kGroupScaled) {
+      if constexpr (Ops::kFlushes) {
 #pragma GCC unroll 4
         for (int f = 0; f < kVecs / Ops::kFlushVecs; ++f) {
           Acc part[kRows][M];
@@ -286,7 +294,7 @@ inline void mac_decoded(const typename Ops::Elem* decoded, int64_t num_blocks,
   }
   for (int64_t begin = 0; begin < num_blocks * kBlock; begin += kFlushElems, ++scale) {
     typename Ops::Acc part[kRows][M];
-    if constexpr (Ops::kGroupScaled) {
+    if constexpr (Ops::kFlushes) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -303,12 +311,12 @@ inline void mac_decoded(const typename Ops::Elem* decoded, int64_t num_blocks,
         const typename Ops::Weights wv = Ops::load(decoded + r * kRowElems + begin + v);
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) {
-          auto& acc = Ops::kGroupScaled ? part[r][i] : sum[r][i];
+          auto& acc = Ops::kFlushes ? part[r][i] : sum[r][i];
           acc = Ops::mac(acc, wv, xv[i]);
         }
       }
     }
-    if constexpr (Ops::kGroupScaled) {
+    if constexpr (Ops::kFlushes) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -347,7 +355,7 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
       for (int64_t b = 0; b < count; ++b) {
         group.prefetch(first + b);
         for (int r = 0; r < kRows; ++r) {
-          if constexpr (Ops::kGroupScaled) {
+          if constexpr (Ops::kFlushes) {
             for (int f = 0; f < kFlushes; ++f) {
               scale[b * kFlushes + f][r] = Ops::load_scale(group.block_scales(r, first + b), f);
             }
