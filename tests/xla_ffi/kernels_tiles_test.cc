@@ -6,6 +6,7 @@
 #include <bit>
 
 #include "check.h"
+#include "kernels_codes.h"
 #include "kernels_fixture.h"
 
 namespace jaxmoe {
@@ -226,18 +227,10 @@ JAXMOE_TEST(emulated_tiles_do_not_depend_on_company) {
   }
 }
 
-JAXMOE_TEST(emulated_tiles_keep_every_fp8_code) {
-  for (int64_t column = 0; column < 150; ++column) {
-    Weights weights(WeightFormat::kFp8Block, 256, 150);
-    for (int code = 0; code < 256; ++code) weights.set_bits(code, column, code);
-    Activations x(1, 150, 3);
-    x.set(0, column, 1.0f);
-    const std::vector<float> y = run(kEmulated[0], weights.view(), 0, 256, x, {0});
-    for (int code = 0; code < 256; ++code) {
-      const float want = fp8_e4m3_to_float(static_cast<uint8_t>(code));
-      JAXMOE_CHECK(std::isnan(want) ? std::isnan(y[code]) : y[code] == want, "0x%02X in column %d",
-                   code, static_cast<int>(column));
-    }
+JAXMOE_TEST(emulated_tiles_keep_every_code_and_scale) {
+  for (int f = 0; f < kNumEmulated; ++f) {
+    check_every_code(kEmulated[f], kEmulatedFormats[f]);
+    check_every_scale(kEmulated[f], kEmulatedFormats[f]);
   }
 }
 
