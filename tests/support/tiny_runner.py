@@ -21,6 +21,7 @@ from jaxmoe import models
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.ops import StepInputs, Weight
 from jaxmoe.ffi.reference import ReferenceOps
+from jaxmoe.weights.param_spec import Description
 from jaxmoe.weights.stored_form import Forms, Stored
 from support import tiny_models
 
@@ -108,6 +109,11 @@ class TinyRunner:
 
         self.keep: Any = None  # what must live as long as the runner
 
+    def change_weights(self, weights: Any) -> None:
+        """Others of the same shapes and dtypes, so that nothing is compiled again."""
+        self._weights = weights
+        self.reset()
+
     def reset(self) -> None:
         for row in self._rows:
             row.length = 0
@@ -135,29 +141,15 @@ class TinyRunner:
         return np.split(logits[:at], ends[:-1])
 
 
-def reference_runner(
-    case: str,
-    compute_dtype: str,
-    edit: ConfigEdit | None = None,
-    edit_tensors: Callable[[dict[str, np.ndarray]], None] | None = None,
-) -> TinyRunner:
-    """The model of a case on `ReferenceOps`; `edit` changes the config, and `edit_tensors` what is
-    stored, as mutation tests do.
-    """
+TensorsEdit = Callable[[dict[str, np.ndarray]], None]
+
+
+def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = None) -> TinyRunner:
+    """The model of a case on `ReferenceOps`; `edit` changes the config, as mutation tests do."""
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
     if edit is not None:
         config = edit(config)
-    tensors = dict(tiny_models.make_tensors(case))
-    if edit_tensors is not None:
-        edit_tensors(tensors)
-    formats = stored_formats(config, tensors)
-    described = models.describe_model(config, compute_dtype, formats)
-    names = models.name_map(config, described.specs, formats)
-    leaves = {}
-    for path in described.specs:
-        source = names.tensors_for(path)
-        leaves[path] = jnp.asarray(source.transform(*(tensors[name] for name in source.names)))
-    weights = (described.fill(leaves), _stack_experts(tensors, names, config))
+    described, weights = _reference_weights(config, case, compute_dtype)
 
     def step_fn(weights: Any, step: StepInputs, caches: Any) -> Any:
         state, experts = weights
@@ -167,6 +159,29 @@ def reference_runner(
     # Compiling takes most of the time of these small models.
     quickly = {"xla_backend_optimization_level": 1}
     return TinyRunner(config, compute_dtype, step_fn, weights, compiler_options=quickly)
+
+
+def change_stored(runner: TinyRunner, case: str, compute_dtype: str, edit: TensorsEdit) -> None:
+    """Gives a reference runner of a case the weights that its changed tensors would make."""
+    config = ModelConfig.from_hf(tiny_models.hf_config(case))
+    runner.change_weights(_reference_weights(config, case, compute_dtype, edit)[1])
+
+
+def _reference_weights(
+    config: ModelConfig, case: str, compute_dtype: str, edit: TensorsEdit | None = None
+) -> tuple[Description, Any]:
+    """What the leaves and experts of a case are made of, through the names map."""
+    tensors = dict(tiny_models.make_tensors(case))
+    if edit is not None:
+        edit(tensors)
+    formats = stored_formats(config, tensors)
+    described = models.describe_model(config, compute_dtype, formats)
+    names = models.name_map(config, described.specs, formats)
+    leaves = {}
+    for path in described.specs:
+        source = names.tensors_for(path)
+        leaves[path] = jnp.asarray(source.transform(*(tensors[name] for name in source.names)))
+    return described, (described.fill(leaves), _stack_experts(tensors, names, config))
 
 
 def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> TinyRunner:

@@ -1,6 +1,7 @@
 // How close the matmul kernels come to the machine: GEMV bytes per second over cold weights as a
 // fraction of the read ceiling measured beside it, and GEMM rates at a few row counts.
 //   kernel_bench [gemv_megabytes=512] [n=2048] [k=7168] [isa name, default all but scalar]
+//                [format, default all]
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "bench/read_bandwidth.h"
+#include "kernels/formats.h"
 #include "kernels/kernels.h"
 
 namespace {
@@ -22,7 +24,6 @@ namespace {
 using namespace jaxmoe;
 
 constexpr int kRepeats = 5;
-const char* const kFormatNames[] = {"f32", "bf16", "fp8"};
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -40,12 +41,8 @@ Buffer allocate(size_t bytes) {
   return Buffer(p);
 }
 
-int weight_bytes(WeightFormat format) {
-  return format == WeightFormat::kF32 ? 4 : (format == WeightFormat::kBf16 ? 2 : 1);
-}
-
 // Ordinary finite weights of any format: bytes whose top exponent bits never are all set.
-void fill(uint8_t* bytes, size_t count) {
+void fill_data(uint8_t* bytes, size_t count) {
   uint64_t state = 88172645463325252u;
   for (size_t i = 0; i + 8 <= count; i += 8) {
     state ^= state << 13;
@@ -56,6 +53,48 @@ void fill(uint8_t* bytes, size_t count) {
   }
 }
 
+// Data and scales of matrices, one after the other.
+struct Shape {
+  WeightFormat format;
+  int64_t n, k;
+
+  int64_t data_bytes() const { return n * weight_row_bytes(format, k); }
+  int64_t scale_cols() const { return scale_dims(format, n, k).second; }
+  int64_t num_scales() const { return scale_dims(format, n, k).first * scale_cols(); }
+  int64_t bytes() const {
+    return data_bytes() + num_scales() * scale_bytes(format_info(format).scale_type);
+  }
+  int64_t stride() const { return (bytes() + 63) / 64 * 64; }
+  WeightView view(const uint8_t* weights, int64_t i) const {
+    const uint8_t* data = weights + i * stride();
+    const bool scaled = format_info(format).scaled();
+    return {data,
+            scaled ? data + data_bytes() : nullptr,
+            n,
+            k,
+            weight_row_bytes(format, k),
+            scale_cols(),
+            format};
+  }
+  void fill(uint8_t* weights, int64_t count) const {
+    const uint8_t power = 120;
+    const float factor = 0.01f;
+    const uint16_t half = float_to_bf16(factor);
+    const ScaleType type = format_info(format).scale_type;
+    const void* scale = type == ScaleType::kF32    ? static_cast<const void*>(&factor)
+                        : type == ScaleType::kBf16 ? static_cast<const void*>(&half)
+                                                   : &power;
+    for (int64_t i = 0; i < count; ++i) {
+      uint8_t* data = weights + i * stride();
+      fill_data(data, static_cast<size_t>(data_bytes()));
+      for (int64_t j = 0; j < num_scales(); ++j) {
+        std::memcpy(data + data_bytes() + j * scale_bytes(type), scale,
+                    static_cast<size_t>(scale_bytes(type)));
+      }
+    }
+  }
+};
+
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
@@ -64,27 +103,27 @@ double median(std::vector<double> values) {
 struct Problem {
   const MatmulKernel* kernel;
   Isa isa;
-  WeightFormat format;
-  int64_t matrices, n, k, m;
+  Shape shape;
+  int64_t matrices, m;
 };
 
 // Seconds for every matrix once, its rows split over the threads; median of kRepeats.
-double seconds(const Problem& p, const uint8_t* weights, const float* scale, int num_threads) {
-  Buffer x = allocate(static_cast<size_t>(p.m * p.k) * 4);
-  for (int64_t i = 0; i < p.m * p.k; ++i) {
+double seconds(const Problem& p, const uint8_t* weights, int num_threads) {
+  const int64_t n = p.shape.n, k = p.shape.k;
+  Buffer x = allocate(static_cast<size_t>(p.m * k) * 4);
+  for (int64_t i = 0; i < p.m * k; ++i) {
     static_cast<uint16_t*>(x.get())[i] = float_to_bf16(0.001f * static_cast<float>(i % 1999 - 999));
   }
-  Buffer prepared = allocate(p.kernel->prepared_row_bytes(p.k) * p.m);
-  p.kernel->prepare(ActivationType::kBf16, x.get(), p.k, p.k, 0, p.m, prepared.get());
+  Buffer prepared = allocate(p.kernel->prepared_row_bytes(k) * p.m);
+  p.kernel->prepare(ActivationType::kBf16, x.get(), k, k, 0, p.m, prepared.get());
   const void* operand = prepared.get();
   Buffer panel;
   if (p.kernel->panel_bytes != nullptr) {
-    panel = allocate(p.kernel->panel_bytes(p.m, p.k));
-    p.kernel->make_panel(prepared.get(), p.k, nullptr, p.m, panel.get());
+    panel = allocate(p.kernel->panel_bytes(p.m, k));
+    p.kernel->make_panel(prepared.get(), k, nullptr, p.m, panel.get());
     operand = panel.get();
   }
-  Buffer y = allocate(static_cast<size_t>(p.m * p.n) * 4);
-  const int64_t row_bytes = p.k * weight_bytes(p.format);
+  Buffer y = allocate(static_cast<size_t>(p.m * n) * 4);
   // The threads take the time themselves: from the first one's begin to the last one's end.
   std::barrier sync(num_threads);
   std::vector<std::chrono::steady_clock::time_point> ends(num_threads);
@@ -97,20 +136,14 @@ double seconds(const Problem& p, const uint8_t* weights, const float* scale, int
       CPU_SET(t, &set);
       sched_setaffinity(0, sizeof(set), &set);
       kernel_thread_init(p.isa);
-      const int64_t begin = p.n * t / num_threads, end = p.n * (t + 1) / num_threads;
+      const int64_t begin = n * t / num_threads, end = n * (t + 1) / num_threads;
       for (int repeat = 0; repeat <= kRepeats; ++repeat) {
         sync.arrive_and_wait();
         const auto start = std::chrono::steady_clock::now();
         for (int64_t i = 0; i < p.matrices; ++i) {
-          WeightView w{weights + i * p.n * row_bytes,
-                       scale,
-                       p.n,
-                       p.k,
-                       row_bytes,
-                       (p.k + 127) / 128,
-                       p.format};
+          const WeightView w = p.shape.view(weights, i);
           p.kernel->matmul(w, begin, end, operand, nullptr, p.m,
-                           static_cast<float*>(y.get()) + begin, p.n);
+                           static_cast<float*>(y.get()) + begin, n);
         }
         ends[t] = std::chrono::steady_clock::now();
         sync.arrive_and_wait();
@@ -139,14 +172,13 @@ int main(int argc, char** argv) {
   const int64_t bytes = (argc > 1 ? std::atoll(argv[1]) : 512) << 20;
   const int64_t n = argc > 2 ? std::atoll(argv[2]) : 2048;
   const int64_t k = argc > 3 ? std::atoll(argv[3]) : 7168;
-  const char* only = argc > 4 ? argv[4] : nullptr;
+  const char* only = argc > 4 && argv[4][0] != 0 ? argv[4] : nullptr;
+  const char* only_format = argc > 5 ? argv[5] : nullptr;
   if (bytes <= 0 || n <= 0 || k <= 0) {
-    std::fprintf(stderr, "usage: kernel_bench [gemv_megabytes] [n] [k] [isa]\n");
+    std::fprintf(stderr, "usage: kernel_bench [gemv_megabytes] [n] [k] [isa] [format]\n");
     return EXIT_FAILURE;
   }
   Buffer weights = allocate(std::max(bytes, n * k * 4));
-  fill(static_cast<uint8_t*>(weights.get()), std::max(bytes, n * k * 4));
-  std::vector<float> scale(((n + 127) / 128) * ((k + 127) / 128), 0.01f);
   std::printf("%s\n", isa_reason());
   for (int i = 0; i < kNumIsas; ++i) {
     const Isa isa = static_cast<Isa>(i);
@@ -155,6 +187,9 @@ int main(int argc, char** argv) {
     for (int family = 0; family < kNumFamilies; ++family) {
       for (int f = kNumFormats - 1; f >= 0; --f) {
         const WeightFormat format = static_cast<WeightFormat>(f);
+        const char* name = format_info(format).name;
+        if (only_format != nullptr && std::strcmp(only_format, name) != 0) continue;
+        if (!columns_suit(format, k)) continue;
         const MatmulKernel& kernel = kernel_table(isa).matmul[family][f];
         if (kernel.isa != isa) continue;
         bool listed = false;
@@ -162,17 +197,17 @@ int main(int argc, char** argv) {
           listed |= kernel.name == kernel_table(isa).matmul[before][f].name;
         }
         if (listed) continue;
-        const int64_t matrix_bytes = n * k * weight_bytes(format);
-        const int64_t matrices = std::max<int64_t>(1, bytes / matrix_bytes);
-        const uint8_t* data = static_cast<const uint8_t*>(weights.get());
+        const Shape shape{format, n, k};
+        const int64_t matrices = std::max<int64_t>(1, bytes / shape.stride());
+        uint8_t* data = static_cast<uint8_t*>(weights.get());
+        shape.fill(data, matrices);
         for (int threads : {1, 2}) {
-          std::printf("%-34s %s k=%lld n=%lld threads=%d cold:", kernel.name, kFormatNames[f],
+          std::printf("%-34s %s k=%lld n=%lld threads=%d cold:", kernel.name, name,
                       static_cast<long long>(k), static_cast<long long>(n), threads);
           for (int64_t m : {1, 2, 4, 8}) {
             const double limit = ceiling(threads);
-            const double time =
-                seconds({&kernel, isa, format, matrices, n, k, m}, data, scale.data(), threads);
-            const double rate = static_cast<double>(matrix_bytes * matrices) / time;
+            const double time = seconds({&kernel, isa, shape, matrices, m}, data, threads);
+            const double rate = static_cast<double>(shape.bytes() * matrices) / time;
             std::printf("  m=%lld %.2f of %.1f GB/s", static_cast<long long>(m), rate / limit,
                         limit * 1e-9);
             std::fflush(stdout);
@@ -181,7 +216,7 @@ int main(int argc, char** argv) {
         }
         std::printf("%-34s GFLOP/s, 1 thread:", kernel.name);
         for (int64_t m : {8, 64, 256}) {
-          const double time = seconds({&kernel, isa, format, 1, n, k, m}, data, scale.data(), 1);
+          const double time = seconds({&kernel, isa, shape, 1, m}, data, 1);
           std::printf("  m=%lld %.0f", static_cast<long long>(m),
                       2e-9 * static_cast<double>(m * n * k) / time);
           std::fflush(stdout);
