@@ -87,6 +87,15 @@ class EngineConfig:
         "keep the KV pages of prompts and share them with later prompts that begin alike; texts "
         "are the same without it",
     )
+    state_cache_gb: float | None = checked(
+        None,
+        "float",
+        "memory in GiB in which the prefix cache keeps recurrent states, of models that have them "
+        "(Qwen3-Next, Qwen3.5); 0: their prompts are always computed whole; default: 1",
+        low=0.0,
+        high=65536.0,
+        optional=True,
+    )
     prefill_chunk_tokens: int = checked(
         512, "int", "prompt tokens computed in one step at most", low=16, high=16384
     )

@@ -74,10 +74,11 @@ class HybridStep:
     Args:
         graphdef, state: the split model (`nnx.split`), whose call is that of `models.Decoder`.
         ops: the operations for each kind of step.
-        caches: page arrays of every layer, handed over for good.
+        caches: page or state arrays of every layer, handed over for good.
         num_slots: sequences that can be running.
         device: that everything is on; default: the CPU.
         policy: in how many microbatches (decode/dual_batch.py) a decode is computed; None: one.
+        has_states: whether any layer has state arrays.
 
     on_compile: may be set; called with True before a step whose program has to be compiled first,
     and with False after it.
@@ -97,6 +98,7 @@ class HybridStep:
         vocab_size: int,
         device: Device | None = None,
         policy: BatchPolicy | None = None,
+        has_states: bool = False,
     ) -> None:
         self._policy = policy
         self._leaves, treedef = jax.tree.flatten(state)
@@ -104,6 +106,7 @@ class HybridStep:
         self._counts: TokenCounts | None = None
         self._tables = BlockTables(num_slots, pages_per_sequence)
         self._page_size = page_size
+        self._has_states = has_states
         self._num_slots = num_slots
         self._chunk_tokens = chunk_tokens
         self._vocab_size = vocab_size
@@ -209,6 +212,16 @@ class HybridStep:
         self._counts = self._clear_slot(self._counts, np.int32(slot))
         self.count(slot, seen)
 
+    def _pack(self, rows: Sequence[StepRow], num_tokens: int, num_rows: int) -> StepInputs:
+        return pack_step(
+            rows,
+            self._tables,
+            num_tokens,
+            num_rows,
+            self._page_size,
+            has_states=self._has_states,
+        )
+
     def _need_counts(self) -> TokenCounts:
         counts = self._counts
         if counts is None:
@@ -251,7 +264,7 @@ class HybridStep:
             num_tokens, num_rows = prefill_size(
                 total, len(rows), chunk=self._chunk_tokens, max_rows=self._num_slots
             )
-        step = pack_step(rows, self._tables, num_tokens, num_rows, self._page_size)
+        step = self._pack(rows, num_tokens, num_rows)
         settings = pack_rows([row.settings for row in rows], num_rows)
         counts = biases = None
         if any(row.biases is not None for row in rows):
@@ -302,7 +315,7 @@ class HybridStep:
         for start in range(0, len(token_ids), size):
             chunk = token_ids[start : start + size]
             row = StepRow(chunk, start, pages, slot, settings=_NOTHING_DRAWN)
-            step = pack_step([row], self._tables, size, 1, self._page_size)
+            step = self._pack([row], size, 1)
             chunk_logits, self._caches = self._logits(self._leaves, self._caches, step)
             out.append(np.asarray(chunk_logits)[: len(chunk)])
         return np.concatenate(out)

@@ -28,9 +28,10 @@ from jaxmoe.engine.completion import Completion
 from jaxmoe.engine.stats import Stats
 from jaxmoe.engine.streamed_prompt import StreamedPrompt, Streamer
 from jaxmoe.ffi.registry import NATIVE_ERRORS
-from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.kv_cache.layout import CacheLayout, StateLayout
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
+from jaxmoe.kv_cache.states import StateCache
 from jaxmoe.request import NOT_FINITE, Delta, Request, RequestOutput
 from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
@@ -70,6 +71,8 @@ class Engine:
         streamer, route: what computes long prompts with their experts streamed, and which prompts
             it is to compute.
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
+        states: slots of recurrent state, for models that have it; their prompts share pages only
+            where some slots are for kept states (kv_cache/states.py).
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Engine:
         prefix_cache: bool = True,
         streamer: Streamer | None = None,
         route: PrefillRoute | None = None,
+        states: StateLayout | None = None,
         counters: Callable[[], Mapping[str, int]] = dict,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -97,12 +101,17 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.defaults = defaults or GenerationDefaults()
         self.pages = PageAllocator(layout.num_pages, layout.page_size)
+        kept = None
+        if states is not None:
+            prefix_cache = prefix_cache and states.num_kept > 0
+            kept = StateCache(states.num_running, states.num_kept) if prefix_cache else None
         self.prefix = PrefixCache(self.pages) if prefix_cache else None
         self.scheduler = Scheduler(
             self.pages,
             max_num_seqs=max_num_seqs,
             prefill_chunk_tokens=prefill_chunk_tokens,
             prefix=self.prefix,
+            states=kept,
             prompt_logprobs_tokens=LOGITS_CHUNK_TOKENS,
             streams=None if route is None else route.streams,
         )
@@ -472,6 +481,8 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
                 biases,
                 mask=mask,
                 targets=targets,
+                state_from=seq.state_from,
+                saves=[(position - row.start - 1, slot) for position, slot in row.saves],
             )
         )
     return rows

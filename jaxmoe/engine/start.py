@@ -23,12 +23,13 @@ from jaxmoe.engine.placement import choose_device, device_ops, settle_device, to
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device
 from jaxmoe.kv_cache import store
-from jaxmoe.kv_cache.layout import CacheLayout, plan_cache
+from jaxmoe.kv_cache.layout import CacheLayout, StateLayout, plan_cache, plan_states
 from jaxmoe.models import registry
-from jaxmoe.models.decoder import cache_spec
+from jaxmoe.models.decoder import cache_spec, state_spec
 from jaxmoe.text.chat_template import ChatTemplate
 from jaxmoe.text.tokenizer import Tokenizer
 from jaxmoe.weights import memory
+from jaxmoe.weights.format_summary import format_summary
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model
 from jaxmoe.weights.random_init import random_model
@@ -80,8 +81,8 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
     model_config = directory.model_config
     spec = cache_spec(model_config, config.compute_dtype)
-    layout = cache_layout(config, model_config)
-    _require_cache_memory(layout)
+    layout, states = cache_layout(config, model_config), state_layout(config, model_config)
+    _require_cache_memory(layout, states)
     programs = compile_cache.enable(config.cache_path)
     device, notes = choose_device(config, model_config)
     runtime = CpuRuntime(num_threads=_num_threads(config, device), isa=config.isa)
@@ -91,7 +92,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         device, more = settle_device(config, device, loaded.specs)
         notes += more
         if device.platform == "cpu":
-            _require_cache_memory(layout)  # again: now the weights have taken theirs
+            _require_cache_memory(layout, states)  # again: now the weights have taken theirs
         else:
             on_stage("copying weights to the GPU", 0.0)
             loaded = to_device(loaded, device)
@@ -99,13 +100,21 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             loaded.graphdef,
             loaded.state,
             device_ops(device, runtime, loaded),
-            store.allocate(spec, layout.num_pages, layout.page_size, device),
+            store.allocate(
+                spec,
+                layout.num_pages,
+                layout.page_size,
+                state_spec(model_config),
+                states.num_slots if states is not None else 0,
+                device=device,
+            ),
             page_size=layout.page_size,
             pages_per_sequence=layout.pages_per_sequence,
             num_slots=config.max_num_seqs,
             chunk_tokens=config.prefill_chunk_tokens,
             vocab_size=model_config.vocab_size,
             device=device,
+            has_states=states is not None,
         )
         long_prompts, more = start_streaming(
             config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
@@ -129,12 +138,13 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         defaults=directory.defaults,
         seed=config.seed,
         prefix_cache=config.prefix_cache,
+        states=states,
         counters=runtime.stats,
         streamer=long_prompts.stream if long_prompts else None,
         route=long_prompts.route if long_prompts else None,
     )
     placed = describe_placement(device, long_prompts)
-    report = describe(config, directory, layout, loaded, runtime, programs, placed, notes)
+    report = describe(config, directory, layout, states, loaded, runtime, programs, placed, notes)
     _log.info("%s", report)
     return Started(
         engine,
@@ -170,12 +180,24 @@ def cache_layout(config: EngineConfig, model_config: ModelConfig) -> CacheLayout
     )
 
 
-def _require_cache_memory(layout: CacheLayout) -> None:
-    memory.require(
-        layout.total_bytes,
-        f"a KV cache of {layout.total_tokens} tokens",
-        "lower kv_cache_gb or max_model_len",
+def state_layout(config: EngineConfig, model_config: ModelConfig) -> StateLayout | None:
+    """The slots of recurrent state with these options; None for a model without."""
+    return plan_states(
+        slot_bytes=store.slot_bytes(state_spec(model_config)),
+        max_num_seqs=config.max_num_seqs,
+        prefix_cache=config.prefix_cache,
+        state_cache_gb=config.state_cache_gb,
     )
+
+
+def _require_cache_memory(layout: CacheLayout, states: StateLayout | None) -> None:
+    nbytes, what = layout.total_bytes, f"a KV cache of {layout.total_tokens} tokens"
+    advice = "lower kv_cache_gb or max_model_len"
+    if states is not None:
+        nbytes += states.total_bytes
+        what += f" and {states.num_slots} recurrent states"
+        advice += ", or max_num_seqs or state_cache_gb"
+    memory.require(nbytes, what, advice)
 
 
 def _load(
@@ -210,6 +232,7 @@ def describe(
     config: EngineConfig,
     directory: Directory,
     layout: CacheLayout,
+    states: StateLayout | None,
     loaded: LoadedModel,
     runtime: CpuRuntime,
     programs: str,
@@ -224,15 +247,20 @@ def describe(
         slower.append("float32 activations and cache: for audits, about half as fast")
     if config.backing == "mmap" and config.load_format != "dummy":
         slower.append("experts mapped from the files: one NUMA node, first use reads the disk")
+    if states is not None and config.prefix_cache and states.num_kept == 0:
+        slower.append(
+            "prefix cache off: state_cache_gb holds no recurrent state of "
+            f"{states.slot_bytes / 2**20:.1f} MiB, so every prompt is computed whole"
+        )
     if config.isa is not None:
         slower.append(f"instruction set forced to {config.isa}")
     if not programs:
         slower.append("compiled programs are not kept (cache_dir): every start compiles")
+    layouts = () if loaded.host_store is None else loaded.host_store.layouts
     lines = [
         f"model: {model.architecture} at {directory.path}, {model.num_layers} layers, "
         f"{experts.num_experts} experts of which {experts.experts_per_token} a token, "
-        f"{model.quant.format if model.quant.format != 'none' else model.weight_dtype} weights, "
-        f"{config.compute_dtype} activations",
+        f"{format_summary(loaded.specs, layouts)}, {config.compute_dtype} activations",
         *loaded.report.describe().splitlines(),
         *runtime.describe().splitlines(),
         *placement,
@@ -241,9 +269,20 @@ def describe(
         f"{layout.max_model_len} tokens (the model's limit is {model.max_position})",
         "decode: merged; overlapping two halves of a batch is off, for without a GPU attention and "
         "experts need the same cores",
+        *_describe_states(states),
         f"sampling defaults: temperature {params.temperature}, top_p {params.top_p}, top_k "
         f"{params.top_k}; end of text: {', '.join(map(str, directory.eos_token_ids)) or 'none'}",
         f"compiled programs: {programs or 'not kept'}",
         *(f"note: {note}" for note in slower),
     ]
     return "\n".join(lines)
+
+
+def _describe_states(states: StateLayout | None) -> list[str]:
+    if states is None:
+        return []
+    return [
+        f"recurrent states: {states.slot_bytes / 2**20:.1f} MiB each, {states.num_running} for "
+        f"running sequences and {states.num_kept} for the prefix cache, "
+        f"{states.total_bytes / 2**20:.1f} MiB"
+    ]

@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config.model_config import ClampedSwiglu
+from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.ffi import attention
 from jaxmoe.ffi import experts as experts_op
+from jaxmoe.ffi import gated_delta as gated_delta_op
 from jaxmoe.ffi import linear as linear_op
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.experts import StoreId
 from jaxmoe.ffi.linear import Family
-from jaxmoe.ffi.ops import StepInputs, Weight
+from jaxmoe.ffi.ops import GatedDeltaWeights, StepInputs, Weight
 
 
 class NativeOps:
@@ -152,6 +153,20 @@ class NativeOps:
             sinks=sinks,
         )
         return out, cache
+
+    def gated_delta(
+        self,
+        qkv: jax.Array,
+        decay_input: jax.Array,
+        rate_input: jax.Array,
+        weights: GatedDeltaWeights,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        config: GatedDeltaConfig,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return gated_delta_op.gated_delta(
+            self._runtime, qkv, decay_input, rate_input, weights, cache, step, config
+        )
 
     def _need_store(self) -> StoreId:
         if self._store is None:

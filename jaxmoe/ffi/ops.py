@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config.model_config import ClampedSwiglu
+from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.quant.formats import WeightFormat, format_of
 
 
@@ -55,12 +55,30 @@ class Weight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
+class GatedDeltaWeights:
+    """The small weights of linear attention, float32: conv `[W, C]`, oldest token first, a_log and
+    dt_bias `[HV]`.
+    """
+
+    conv: jax.Array
+    a_log: jax.Array
+    dt_bias: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
 class StepInputs:
     """What a step needs to know about its T packed tokens. All int32; padding as said above.
 
     token_ids, positions, token_rows, kv_slots: `[T]`. `token_rows` indexes `block_tables`;
     `kv_slots` is the flat cache slot (page * page_size + offset) the token's key and value are
     written to. block_tables: `[R, MP]` page ids of each row, -1 where unused.
+
+    For models with recurrent state, else None. A row's tokens then lie side by side, at positions
+    one after the other. state_from, state_to: `[R]` slots of the state arrays that a row's state is
+    read from and written to: its own, or at first that of a kept state; -1 where unused.
+    state_saves: `[T]` slots that the state after a token is kept in too, -1 for nowhere. A token at
+    position 0 starts from zeros, whatever its slot holds.
     """
 
     token_ids: jax.Array
@@ -68,6 +86,9 @@ class StepInputs:
     token_rows: jax.Array
     kv_slots: jax.Array
     block_tables: jax.Array
+    state_from: jax.Array | None = None
+    state_to: jax.Array | None = None
+    state_saves: jax.Array | None = None
 
 
 class Ops(Protocol):
@@ -190,5 +211,31 @@ class Ops(Protocol):
         `q [T, N, nope + rope]`; `k_new [T, 1, C + rope]`, latent and rotated key, is written to the
         cache. `w_uk [N, C, nope]`, `w_uv [N, v, C]`. Returns f32 `[T, N, v]` and the cache. Only
         where `expands_latents`.
+        """
+        ...
+
+    def gated_delta(
+        self,
+        qkv: jax.Array,
+        decay_input: jax.Array,
+        rate_input: jax.Array,
+        weights: GatedDeltaWeights,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        config: GatedDeltaConfig,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Causal convolution and gated delta rule of T packed tokens over their rows' states.
+
+        `qkv [T, C]` float32: a token's query, key `[HK * K]` and value `[HV * V]` before the
+        convolution. `decay_input`, `rate_input`: float32 `[T, HV]`. `cache`: float32 conv_state
+        `[S, W - 1, C]`, the last inputs of the convolution, oldest first, and delta_state
+        `[S, HV, K, V]`. For a token, with the state M of each value head and q, k, v after
+        convolution and silu, q and k of length 1 and q divided by sqrt(K):
+
+            M = exp(-exp(a_log) softplus(decay_input + dt_bias)) M
+            M = M + k ⊗ sigmoid(rate_input) (v - kᵀ M)        out = qᵀ M
+
+        Token by token, so a result is the same however a text is cut into steps. Returns f32
+        `[T, HV, V]`, zeros for padding, and the updated cache.
         """
         ...

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.config.model_config import ClampedSwiglu
-from jaxmoe.ffi.ops import StepInputs, Weight
+from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
+from jaxmoe.ffi.ops import GatedDeltaWeights, StepInputs, Weight
+from jaxmoe.ffi.reference_delta import gated_delta
 from jaxmoe.quant.formats import FORMATS, WeightFormat
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -192,6 +193,18 @@ class ReferenceOps:
             sinks=sinks,
         )
         return out, cache
+
+    def gated_delta(
+        self,
+        qkv: jax.Array,
+        decay_input: jax.Array,
+        rate_input: jax.Array,
+        weights: GatedDeltaWeights,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        config: GatedDeltaConfig,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return gated_delta(qkv, decay_input, rate_input, weights, cache, step, config)
 
 
 def kv_write(pages: jax.Array, new: jax.Array, kv_slots: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.attention.gated_delta import GatedDeltaAttention
 from jaxmoe.attention.gqa import GqaAttention
 from jaxmoe.attention.mla import MlaAttention
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
@@ -25,7 +26,7 @@ from jaxmoe.layers.norm import RMSNorm
 from jaxmoe.moe.moe_block import MoeBlock, Others, Submitted
 from jaxmoe.weights.param_spec import Formats
 
-Cache = tuple[jax.Array, ...]  # the page arrays of one layer
+Cache = tuple[jax.Array, ...]  # the page arrays, or the state arrays, of one layer
 
 
 class PageArraySpec(NamedTuple):
@@ -39,14 +40,36 @@ class PageArraySpec(NamedTuple):
 def cache_spec(
     config: ModelConfig, compute_dtype: jax.typing.DTypeLike
 ) -> list[tuple[PageArraySpec, ...]]:
-    """For every layer, the page arrays that `Decoder` expects as its cache."""
+    """For every layer, the page arrays that `Decoder` expects as its cache: none where it has
+    state arrays instead.
+    """
     dtype = jnp.dtype(compute_dtype)
     attention = config.attention
     if isinstance(attention, MlaConfig):
         layer = (PageArraySpec(1, attention.kv_lora_rank + attention.rope_head_dim, dtype),)
     else:
         layer = (PageArraySpec(attention.num_kv_heads, attention.head_dim, dtype),) * 2
-    return [layer] * config.num_layers
+    return [() if i in config.linear_layers else layer for i in range(config.num_layers)]
+
+
+class StateArraySpec(NamedTuple):
+    """One state array of a layer: `[num_slots, *shape]` of `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+
+def state_spec(config: ModelConfig) -> list[tuple[StateArraySpec, ...]]:
+    """For every layer, the state arrays that `Decoder` expects as its cache: none where it has
+    page arrays.
+    """
+    linear = config.linear_attention
+    if linear is None:
+        return [()] * config.num_layers
+    conv = StateArraySpec((linear.conv_width - 1, linear.conv_channels), jnp.dtype(jnp.float32))
+    heads, key, value = linear.num_value_heads, linear.key_head_dim, linear.value_head_dim
+    delta = StateArraySpec((heads, key, value), jnp.dtype(jnp.float32))
+    return [(conv, delta) if i in config.linear_layers else () for i in range(config.num_layers)]
 
 
 class DecoderLayer(nnx.Module):
@@ -54,8 +77,12 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer_idx: int, formats: Formats):
         hidden, path = config.hidden_size, f"layers.{layer_idx}"
-        self.attention_norm = RMSNorm(hidden, config.norm_eps)
-        if isinstance(config.attention, MlaConfig):
+        self.attention_norm = RMSNorm(hidden, config.norm_eps, config.norm_offset)
+        if config.linear_attention is not None and layer_idx in config.linear_layers:
+            self.attention = GatedDeltaAttention(
+                config.linear_attention, hidden, config.norm_eps, formats, f"{path}.attention"
+            )
+        elif isinstance(config.attention, MlaConfig):
             self.attention = MlaAttention(
                 config.attention, config.rope, hidden, formats, f"{path}.attention"
             )
@@ -68,8 +95,9 @@ class DecoderLayer(nnx.Module):
                 formats,
                 f"{path}.attention",
                 config.windows[layer_idx] if config.windows else None,
+                config.norm_offset,
             )
-        self.mlp_norm = RMSNorm(hidden, config.norm_eps)
+        self.mlp_norm = RMSNorm(hidden, config.norm_eps, config.norm_offset)
         if config.mlp_types[layer_idx] == "moe":
             moe_layer_idx = config.moe_layers.index(layer_idx)
             self.mlp = MoeBlock(config.moe, moe_layer_idx, hidden, formats, f"{path}.mlp")
@@ -102,7 +130,7 @@ class Decoder(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, formats("embedding"))
         self.layers = nnx.List([DecoderLayer(config, i, formats) for i in range(config.num_layers)])
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.lm_head = (
             None
             if config.tie_embeddings
@@ -164,7 +192,7 @@ class Decoder(nnx.Module):
 
         Args:
             step: the T packed tokens.
-            caches: the page arrays of every layer, see `cache_spec`.
+            caches: the page or state arrays of every layer, see `cache_spec` and `state_spec`.
             ops: the operations of the platform.
             logit_indices: `[R]` int32 positions in the step whose logits are wanted; padding may
                 hold anything.

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxmoe.config.model_config import MoeConfig
 from jaxmoe.ffi.ops import Ops
+from jaxmoe.layers.linear import Linear
 from jaxmoe.layers.mlp import Mlp
 from jaxmoe.moe.router import Router
 from jaxmoe.weights.param_spec import Formats, ParamSpec, new_param
@@ -49,8 +50,8 @@ class ExpertBias(nnx.Module):
 
 
 class MoeBlock(nnx.Module):
-    """Leaves: router and, where the model has them, shared: all shared experts as one MLP, and
-    expert_bias. The routed experts' weights are the ops object's.
+    """Leaves: router and, where the model has them, shared: all shared experts as one MLP,
+    shared_gate `[1, D]`, and expert_bias. The routed experts' weights are the ops object's.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class MoeBlock(nnx.Module):
         self.router = Router(config.router, hidden, formats(f"{path}.router.logits"))
         width = config.shared_intermediate
         self.shared = Mlp(hidden, width, formats, f"{path}.shared") if width else None
+        gate_format = formats(f"{path}.shared_gate") if config.shared_gate else None
+        self.shared_gate = None if gate_format is None else Linear(hidden, 1, gate_format)
         sizes = config.router.num_experts, config.expert_intermediate, hidden
         self.expert_bias = ExpertBias(*sizes) if config.expert_bias else None
 
@@ -142,5 +145,9 @@ class MoeBlock(nnx.Module):
         if self.expert_bias is not None:
             rest.append(self.expert_bias.of_down(expert_ids, combine_weights, ops))
         if self.shared is not None:
-            rest.append(self.shared(x, ops))
+            shared = self.shared(x, ops)
+            if self.shared_gate is not None:
+                gate = self.shared_gate(x, ops, jnp.float32)  # [T, 1]
+                shared = shared * ops.map_rows(jax.nn.sigmoid, gate)
+            rest.append(shared)
         return rest

@@ -25,10 +25,21 @@ from jaxmoe.quant.formats import FORMATS, SCALE_BLOCK, WeightFormat
 # stored. The path "layers.3.mlp.experts" stands for the routed experts of a layer.
 Formats = Callable[[str], WeightFormat]
 
-# matrix [N, K], head_map [G, N, K]: linear maps, outputs first; scale_inv: the float32 block scales
-# of one of those; embedding [V, D]; norm: RMS-norm weights; bias: of a linear map; router_bias: the
-# router's score correction.
-ParamKind = Literal["matrix", "head_map", "scale_inv", "embedding", "norm", "bias", "router_bias"]
+# matrix [N, K], head_map [G, N, K]: linear maps, outputs first, as their format lays them out
+# (quant/formats.py); scale_inv: the scales of one of those; embedding [V, D]; norm: RMS-norm
+# weights, or norm_offset: what they are beyond 1; bias: of a linear map; router_bias: the router's
+# score correction; conv [W, C]: a convolution over W tokens, channel by channel.
+ParamKind = Literal[
+    "matrix",
+    "head_map",
+    "scale_inv",
+    "embedding",
+    "norm",
+    "norm_offset",
+    "bias",
+    "router_bias",
+    "conv",
+]
 
 DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
     word: info.data_dtype for word, info in FORMATS.items()

@@ -1,7 +1,7 @@
 // How close the routed-experts op comes to the machine: bytes of distinct experts per second as a
 // fraction of the read ceiling measured beside it, and what a call costs that has nothing to do.
 //   experts_bench [threads=all] [intermediate=768] [hidden=2048] [experts=128] [per token=8]
-//                 [tokens=1] [fp8|bf16]
+//                 [tokens=1] [format=fp8_block]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bench/read_bandwidth.h"
+#include "kernels/formats.h"
 #include "moe/experts.h"
 #include "runtime/cpu_runtime.h"
 #include "runtime/host_store.h"
@@ -44,17 +45,23 @@ int main(int argc, char** argv) {
   auto number = [&](int i, int otherwise) { return argc > i ? std::atoi(argv[i]) : otherwise; };
   const int threads = number(1, 0), f = number(2, 768), d = number(3, 2048);
   const int num_experts = number(4, 128), per_token = number(5, 8), tokens = number(6, 1);
-  const bool fp8 = argc <= 7 || std::string(argv[7]) == "fp8";
+  const std::string format_name = argc > 7 ? argv[7] : "fp8_block";
+  int code = 0;
+  while (code < kNumFormats && format_name != kFormatInfo[code].name) ++code;
+  if (code == kNumFormats) {
+    std::fprintf(stderr, "no format is called %s\n", format_name.c_str());
+    return EXIT_FAILURE;
+  }
+  const WeightFormat format = static_cast<WeightFormat>(code);
+  const FormatInfo& info = format_info(format);
 
   RuntimeOptions options;
   options.num_threads = threads;
   std::shared_ptr<CpuRuntime> runtime;
   require(CpuRuntime::create(options, &runtime));
   std::shared_ptr<HostStore> store;
-  require(
-      HostStore::create(runtime->topology(),
-                        {{num_experts, f, d, fp8 ? WeightFormat::kFp8Block : WeightFormat::kBf16}},
-                        Backing::kArena, &store));
+  require(HostStore::create(runtime->topology(), {{num_experts, f, d, format}}, Backing::kArena,
+                            &store));
   std::mt19937 random(1);
   for (int e = 0; e < num_experts; ++e) {
     for (int m = 0; m < kNumMatrices; ++m) {
@@ -63,18 +70,29 @@ int main(int argc, char** argv) {
         auto [begin, end] = node_rows(store->rows(0, which), node, store->num_nodes());
         uint8_t* data = store->segment(0, e, which, node);
         const int64_t bytes = (end - begin) * store->row_bytes(0, which);
-        // FP8: no NaN, nothing large. BF16: magnitudes near 1/64, as products of subnormals are
+        // FP8: no NaN, nothing large. Floats: magnitudes near 1/64, as products of subnormals are
         // slow.
         for (int64_t i = 0; i < bytes; ++i) {
           const uint8_t random_byte = static_cast<uint8_t>(random());
-          data[i] = fp8 ? random_byte & 0xBF : i % 2 ? (random_byte & 0x80) | 0x3C : random_byte;
+          const bool top = info.bits > 8 && i % (info.bits / 8) == info.bits / 8 - 1;
+          data[i] = info.bits == 4   ? random_byte
+                    : info.bits == 8 ? random_byte & 0xBF
+                    : top            ? (random_byte & 0x80) | 0x3C
+                                     : random_byte;
         }
       }
       require(store->mark_loaded(0, e, which));
-      if (fp8) {
+      if (info.scaled()) {
         auto [rows, cols] = store->scale_shape(0, which);
-        std::vector<float> scale(static_cast<size_t>(rows * cols), 0.01f);
-        require(store->set_scale(0, e, which, scale.data(), rows, cols));
+        const size_t count = static_cast<size_t>(rows * cols);
+        const std::vector<float> factors(count, 0.01f);
+        const std::vector<uint16_t> halves(count, float_to_bf16(0.01f));
+        const std::vector<uint8_t> powers(count, 120);
+        const void* scale =
+            info.scale_type == ScaleType::kF32    ? static_cast<const void*>(factors.data())
+            : info.scale_type == ScaleType::kBf16 ? static_cast<const void*>(halves.data())
+                                                  : powers.data();
+        require(store->set_scale(0, e, which, info.scale_type, scale, rows, cols));
       }
     }
   }
@@ -133,7 +151,7 @@ int main(int argc, char** argv) {
       "%s %s %dx%d, %d of %d experts, %d tokens, %d threads: %.1f us a call, %.2f GB/s = %.2f of "
       "the "
       "ceiling %.2f GB/s (best against best %.2f); empty call %.2f us\n",
-      isa_name(runtime->isa()), fp8 ? "fp8" : "bf16", f, d, per_token, num_experts, tokens,
+      isa_name(runtime->isa()), info.name, f, d, per_token, num_experts, tokens,
       runtime->num_threads(), median(call_us), median(rates), median(rates) / median(ceilings),
       median(ceilings),
       *std::max_element(rates.begin(), rates.end()) /

@@ -135,6 +135,7 @@ py::dict handlers() {
   add("jaxmoe_experts_wait", JaxmoeExpertsWait);
   add("jaxmoe_kv_write", JaxmoeKvWrite);
   add("jaxmoe_paged_attention", JaxmoePagedAttention);
+  add("jaxmoe_gated_delta", JaxmoeGatedDelta);
   add("jaxmoe_slot_acquire", JaxmoeSlotAcquire);
   add("jaxmoe_slot_release", JaxmoeSlotRelease);
   return result;

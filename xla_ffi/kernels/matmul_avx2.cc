@@ -31,6 +31,7 @@ struct Avx2Base {
   static constexpr int one_stream_rows(int) { return 2; }
   static constexpr int kMaxFewOneStream = 2;
   static constexpr float kScaleFold = 1.0f;
+  static constexpr bool kShareActivations = false;
 
   static __m256 zero() { return _mm256_setzero_ps(); }
   static __m256 load(const float* p) { return _mm256_loadu_ps(p); }

@@ -46,16 +46,19 @@ size_t spread_row_bytes(int64_t k) {
 struct Unscaled {
   static constexpr bool kRowScaled = false;    // one FP32 factor for the sum of a row
   static constexpr bool kGroupScaled = false;  // one for the sum of every kGroupCols columns
+  static constexpr bool kFlushes = false;      // sums of a part of a row are added to the row's
 };
 struct RowScaled {
   static constexpr bool kRowScaled = true;
   static constexpr bool kGroupScaled = false;
+  static constexpr bool kFlushes = true;
 };
 // kScaleRows rows and kGroupCols columns share a scale of kScaleBytes.
 template <int64_t kRows, int kCols, int kBytes>
 struct GroupScaled {
   static constexpr bool kRowScaled = false;
   static constexpr bool kGroupScaled = true;
+  static constexpr bool kFlushes = true;
   static constexpr int64_t kScaleRows = kRows;
   static constexpr int kGroupCols = kCols;
   static constexpr int kScaleBytes = kBytes;

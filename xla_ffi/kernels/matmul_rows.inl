@@ -14,6 +14,7 @@
 //   one_stream_rows(m), kMaxFewOneStream    the same where memory is read as one stream
 //   Unscaled, RowScaled or GroupScaled (matmul_common.inl) as a base
 //   kScaleFold                factor the decoder left out of the weights
+//   kShareActivations         whether the few-row form decodes all its rows before it multiplies
 //   kFlushVecs, Scale         vectors of a block whose sums one flush() scales, by a Scale that
 //   load_scale(scales, i)     reads: of flush i of a block, whose scales begin at `scales`
 //   column(i)                 column within a block of 128 that prepared position i holds
@@ -38,13 +39,17 @@ struct Blocks : Decoder, BlockScaled {
     return load_f32(scales) * Decoder::kScaleFold;
   }
 };
+// Sums of a block are added, as if scaled by one: shorter chains than one along the whole row.
 template <class Decoder>
-struct Channels : Decoder, RowScaled {};
+struct Channels : Decoder, RowScaled {
+  static constexpr int kFlushVecs = kBlock / Decoder::kElems;
+  static float load_scale(const uint8_t*, int) { return 1.0f; }
+};
 
 // Vectors of a block whose sums are scaled at once; all of them where none are.
 template <class Ops>
 constexpr int flush_vecs() {
-  if constexpr (Ops::kGroupScaled) return Ops::kFlushVecs;
+  if constexpr (Ops::kFlushes) return Ops::kFlushVecs;
   return kBlock / Ops::kElems;
 }
 
@@ -68,11 +73,18 @@ struct RowGroup {
   // One stream: at least 16 KiB, 0.5 us at 30 GB/s; a whole number of groups.
   static constexpr int64_t kStreamAheadBytes = 16 << 10;
 
+  // Scales lie beside each row, not beside 128 of them: a second stream, of an eighth of the bytes.
+  static constexpr bool kScalesOfRows = [] {
+    if constexpr (Ops::kGroupScaled) return Ops::kScaleRows == 1;
+    return false;
+  }();
+
   const uint8_t* row[kRows];
   const uint8_t* scale[kRows];
   int64_t row_bytes;
   int64_t next_group_bytes;
   int64_t stream_ahead_bytes;
+  int64_t scale_ahead_bytes;
   int64_t full_blocks;
   int64_t tail_bytes;
   alignas(64) uint8_t tail[kRows][kBlockBytes];
@@ -82,7 +94,11 @@ struct RowGroup {
     row_bytes = w.k * Ops::kWeightBits / 8;
     next_group_bytes = kRows * w.row_stride_bytes - row_bytes;
     const int64_t group_bytes = kRows * w.row_stride_bytes;
-    stream_ahead_bytes = ceil_div(kStreamAheadBytes, group_bytes) * group_bytes;
+    const int64_t groups_ahead = ceil_div(kStreamAheadBytes, group_bytes);
+    stream_ahead_bytes = groups_ahead * group_bytes;
+    if constexpr (kScalesOfRows) {
+      scale_ahead_bytes = groups_ahead * kRows * w.scale_stride * Ops::kScaleBytes;
+    }
     full_blocks = w.k / kBlock;
     tail_bytes = (w.k % kBlock) * Ops::kWeightBits / 8;
     for (int r = 0; r < kRows; ++r) {
@@ -111,7 +127,11 @@ struct RowGroup {
   }
 
   const uint8_t* block_scales(int r, int64_t b) const {
-    return b < full_blocks ? scale[r] + b * Ops::kBlockScaleBytes : tail_scale[r];
+    if constexpr (Ops::kGroupScaled) {
+      return b < full_blocks ? scale[r] + b * Ops::kBlockScaleBytes : tail_scale[r];
+    } else {
+      return scale[r];
+    }
   }
 
   // The output that a sum of the row gives.
@@ -123,6 +143,13 @@ struct RowGroup {
   // Asks for bytes that will be wanted later than block b. A prefetch of an address outside the
   // matrix does nothing.
   void prefetch(int64_t b) const {
+    if constexpr (kScalesOfRows) {
+      const uint8_t* at = scale[0] + scale_ahead_bytes + b * kRows * Ops::kBlockScaleBytes;
+      // Once a line.
+      if ((reinterpret_cast<uintptr_t>(at) & 63) < kRows * Ops::kBlockScaleBytes) {
+        __builtin_prefetch(at, 0, 2);
+      }
+    }
     if constexpr (Ops::kOneStream && kRows == 1) {
       // Hardware prefetchers follow a single row by themselves, but stop at the end of a page: the
       // first lines of the next are asked for a page ahead.
@@ -177,7 +204,7 @@ inline __attribute__((always_inline)) void mac_vectors(const uint8_t* const (&w)
   static_assert(kVecs % Ops::kGroupVecs == 0);
   constexpr int kGroupElems = Ops::kGroupVecs * Ops::kElems;
   // Sharing pays where loads would outnumber products (narrow groups of decoded vectors).
-  constexpr int kShared = Ops::kGroupVecs <= 2 ? Ops::kRows : 1;
+  constexpr int kShared = Ops::kGroupVecs <= 2 || Ops::kShareActivations ? Ops::kRows : 1;
 #pragma GCC unroll 4
   for (int g = first / Ops::kGroupVecs; g < (first + kVecs) / Ops::kGroupVecs; ++g) {
 #pragma GCC unroll 8
@@ -224,7 +251,7 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
       for (int r = 0; r < kRows; ++r) block[r] = group.block(r, b);
       const typename Ops::Elem* xb[M];
       for (int i = 0; i < M; ++i) xb[i] = x[i] + b * kBlock;
-      if constexpr (Ops::kGroupScaled) {
+      if constexpr (Ops::kFlushes) {
 #pragma GCC unroll 4
         for (int f = 0; f < kVecs / Ops::kFlushVecs; ++f) {
           Acc part[kRows][M];
@@ -267,7 +294,7 @@ inline void mac_decoded(const typename Ops::Elem* decoded, int64_t num_blocks,
   }
   for (int64_t begin = 0; begin < num_blocks * kBlock; begin += kFlushElems, ++scale) {
     typename Ops::Acc part[kRows][M];
-    if constexpr (Ops::kGroupScaled) {
+    if constexpr (Ops::kFlushes) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -284,12 +311,12 @@ inline void mac_decoded(const typename Ops::Elem* decoded, int64_t num_blocks,
         const typename Ops::Weights wv = Ops::load(decoded + r * kRowElems + begin + v);
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) {
-          auto& acc = Ops::kGroupScaled ? part[r][i] : sum[r][i];
+          auto& acc = Ops::kFlushes ? part[r][i] : sum[r][i];
           acc = Ops::mac(acc, wv, xv[i]);
         }
       }
     }
-    if constexpr (Ops::kGroupScaled) {
+    if constexpr (Ops::kFlushes) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -328,7 +355,7 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
       for (int64_t b = 0; b < count; ++b) {
         group.prefetch(first + b);
         for (int r = 0; r < kRows; ++r) {
-          if constexpr (Ops::kGroupScaled) {
+          if constexpr (Ops::kFlushes) {
             for (int f = 0; f < kFlushes; ++f) {
               scale[b * kFlushes + f][r] = Ops::load_scale(group.block_scales(r, first + b), f);
             }

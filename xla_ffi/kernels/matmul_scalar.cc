@@ -52,6 +52,7 @@ struct ScalarBase {
   static constexpr int one_stream_rows(int) { return 2; }
   static constexpr int kMaxFewOneStream = 2;
   static constexpr float kScaleFold = 1.0f;
+  static constexpr bool kShareActivations = false;
 
   static constexpr int column(int i) { return i; }
   static Lanes zero() { return {}; }
@@ -101,8 +102,8 @@ struct Fp4Codes : ScalarBase {
   }
 };
 
-template <class Codes, class Scaling>
-struct Scalar : Codes, Scaling {
+template <class Codes>
+struct Scalar : Codes {
   static void decode(const uint8_t* src, Lanes (&out)[1], ScalarBase::Flag&) {
     float value[ScalarBase::kElems];
     for (int i = 0; i < ScalarBase::kElems; ++i) value[i] = Codes::value(src, i);
@@ -111,7 +112,7 @@ struct Scalar : Codes, Scaling {
 };
 
 template <class Codes, class Scaling>
-struct ScalarGroups : Scalar<Codes, Scaling> {
+struct ScalarGroups : Scalar<Codes>, Scaling {
   static constexpr int kFlushVecs = Scaling::kGroupCols / ScalarBase::kElems;
   static float load_scale(const uint8_t* scales, int i) {
     return load_group_scale<Scaling>(scales + i * Scaling::kScaleBytes);
@@ -128,12 +129,12 @@ void fill_scalar(KernelTable& table, const Traits& traits) {
       family[static_cast<int>(format)] = kernel;
     };
     set(WeightFormat::kF32,
-        rows_kernel<Scalar<F32Codes, Unscaled>>(traits, "matmul_f32_f32_scalar", Isa::kScalar));
+        rows_kernel<Plain<Scalar<F32Codes>>>(traits, "matmul_f32_f32_scalar", Isa::kScalar));
     set(WeightFormat::kBf16,
-        rows_kernel<Scalar<Bf16Codes, Unscaled>>(traits, "matmul_bf16_f32_scalar", Isa::kScalar));
+        rows_kernel<Plain<Scalar<Bf16Codes>>>(traits, "matmul_bf16_f32_scalar", Isa::kScalar));
     set(WeightFormat::kFp8Block, rows_kernel<ScalarGroups<Fp8Codes, BlockScaled>>(
                                      traits, "matmul_fp8block_f32_scalar", Isa::kScalar));
-    set(WeightFormat::kFp8Channel, rows_kernel<Scalar<Fp8Codes, RowScaled>>(
+    set(WeightFormat::kFp8Channel, rows_kernel<Channels<Scalar<Fp8Codes>>>(
                                        traits, "matmul_fp8channel_f32_scalar", Isa::kScalar));
     set(WeightFormat::kInt4G32, rows_kernel<ScalarGroups<Int4Codes, Int4G32Scaled>>(
                                     traits, "matmul_int4g32_f32_scalar", Isa::kScalar));

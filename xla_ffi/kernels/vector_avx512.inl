@@ -22,6 +22,7 @@ struct Avx512Base {
   static constexpr int one_stream_rows(int m) { return m == 1 ? 4 : 2; }
   static constexpr int kMaxFewOneStream = 4;
   static constexpr float kScaleFold = 1.0f;
+  static constexpr bool kShareActivations = false;
 
   static __m512 zero() { return _mm512_setzero_ps(); }
   static __m512 load(const float* p) { return _mm512_loadu_ps(p); }
