@@ -45,13 +45,24 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
             if isinstance(self._items[-1], PrefillProgress):
                 self._items.pop()
         elif isinstance(item, Delta) and len(self._items) >= _MERGE_FROM:
-            merged = _merge(self._items[-1], item)
-            if merged is not None:
-                self._items.pop()
-                item = merged
+            item = self._merged(item)
         self._items.append(item)
         self.done = self.done or (isinstance(item, Delta) and item.output is not None)
         self._wake()
+
+    def _merged(self, delta: Delta) -> Delta:
+        """The delta joined with the last one of its completion that still waits, which is taken
+        out. Completions move past each other that way, which is nobody's order.
+        """
+        for at in range(len(self._items) - 1, -1, -1):
+            last = self._items[at]
+            if isinstance(last, Delta) and last.index == delta.index:
+                merged = _merge(last, delta)
+                if merged is None:
+                    return delta
+                del self._items[at]
+                return merged
+        return delta
 
     def _with_prompt_logprobs(self, delta: Delta) -> Delta:
         """The output has them too; between processes they come with the first delta only."""
@@ -101,12 +112,10 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
         self._close()
 
 
-def _merge(last: Delta | PrefillProgress, new: Delta) -> Delta | None:
+def _merge(last: Delta, new: Delta) -> Delta | None:
     """Two deltas as one, where nothing but tokens and text is added."""
     if (
-        not isinstance(last, Delta)
-        or last.index != new.index
-        or last.finish_reason is not None
+        last.finish_reason is not None
         or new.prompt_logprobs is not None
         or len(last.token_ids) >= _MERGED_TOKENS
     ):

@@ -24,6 +24,8 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+import psutil
+
 from jaxmoe.common.errors import CapacityError, EngineDeadError, JaxMoeError, RequestError
 from jaxmoe.common.fields import rules, shown
 from jaxmoe.config.engine_config import EngineConfig
@@ -262,6 +264,8 @@ class ProcessEngine:
             await child.dump_stacks(self._supervision.dump_s)
         elif not self._closing:
             self._status = EngineStatus("restarting", "clearing away the engine process")
+            # Its end can take a while (a core dump, gigabytes to give back); nobody waits for that.
+            self._fail_all(f"the engine died: {await child.last_words()}")
         never_ready = self._info is None
         fatal = child.fatal
         code = await child.kill()
@@ -285,6 +289,7 @@ class ProcessEngine:
                 steps=pulse.steps,
                 compiling=pulse.compiling,
                 longest_step_s=pulse.longest_step_s,
+                cpu_s=child.cpu_s() if pulse.compiling else 0.0,
             ):
                 return (
                     f"{len(self._mailboxes)} requests wait and no step was done for "
@@ -383,6 +388,14 @@ class _Child(asyncio.Protocol):
     def stats(self) -> dict[str, float]:
         return {} if self._gone else self.pulse.stats(self._stat_names)
 
+    def cpu_s(self) -> float:
+        """What its process has used of the CPU; 0 once it is gone."""
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return times.user + times.system
+
     async def wait_end(self, timeout_s: float) -> bool:
         """Whether the child's end of the socket closed in that time."""
         try:
@@ -391,6 +404,19 @@ class _Child(asyncio.Protocol):
         except TimeoutError:
             return False
         return True
+
+    async def last_words(self) -> str:
+        """Why it ended, as far as that can be told within 0.3 s: its process may be still at it,
+        writing its memory to a file or giving it back.
+        """
+        if self.fatal is None and self.broken is None:
+            for _ in range(30):
+                code = self.process.poll()
+                if code is not None:
+                    return _exit_words(code)
+                await asyncio.sleep(0.01)
+            return "its process ends"
+        return self.broken or (self.fatal.message if self.fatal else "")
 
     async def dump_stacks(self, timeout_s: float) -> None:
         self._signal(signal.SIGUSR1)

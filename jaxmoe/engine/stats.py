@@ -43,6 +43,7 @@ class Stats:
                 "last_decode_step_weight_bytes",
                 "last_decode_step_kv_bytes",
                 "longest_step_seconds",
+                "longest_step_with_compiling_seconds",
             ),
             0.0,
         )
@@ -67,6 +68,7 @@ class Stats:
         t[f'step_seconds_total{{kind="{kind}"}}'] += seconds
         t[f'step_tokens_total{{kind="{kind}"}}'] += plan.num_tokens
         self._longest_s = max(self._longest_s, seconds)
+        t["longest_step_with_compiling_seconds"] = self._longest_s
         if not compiled:
             t["longest_step_seconds"] = max(t["longest_step_seconds"], seconds)
         weights = counters.get("experts_weight_bytes", 0) + counters.get("linear_weight_bytes", 0)

@@ -43,10 +43,12 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One request to a handler. received_s: monotonic."""
+    """One request to a handler. key: the name of its API key, if one is asked for. received_s:
+    monotonic.
+    """
 
     request_id: str
-    key: str
+    key: str | None
     body: Body
     received_s: float
 

@@ -373,10 +373,10 @@ def test_connections_have_a_number():
 
 def test_a_client_that_does_not_read_is_cut_and_holds_little():
     async def test():
-        more = {"engine": {"num_pages": 1000, "max_num_seqs": 8}}
-        async with serving(lambda p: b"x" * 350, write_timeout_s=0.5, **more) as f:
+        more = {"engine": {"num_pages": 3000, "max_num_seqs": 8}, "max_model_len": 1200}
+        async with serving(lambda p: b"x" * 1150, write_timeout_s=0.5, **more) as f:
             ask = {**ASK, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 2}
-            body = json.dumps({**ask, "return_token_ids": True, "max_tokens": 350}).encode()
+            body = json.dumps({**ask, "return_token_ids": True, "max_tokens": 1150}).encode()
             sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.setblocking(False)

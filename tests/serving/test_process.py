@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.front import parse_events
-from support.serve_process import serve
+from support.serve_process import children, serve
 
 from jaxmoe.cli import serve as command
 
@@ -51,18 +51,6 @@ class Stream(threading.Thread):
     @property
     def events(self):
         return [value for _, value in parse_events(self.text)]
-
-
-def children(pid):
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def get(server, path):

@@ -101,6 +101,17 @@ class ServeProcess:
         return code
 
 
+def children(pid: int) -> list[int]:
+    """Living processes that `pid` started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
 @contextlib.contextmanager
 def serve(*flags: str, **environment: str):
     """A server that is ready; killed at the end if it is still there."""
@@ -109,6 +120,9 @@ def serve(*flags: str, **environment: str):
         yield server.start()
     finally:
         if server.process.poll() is None:
+            # Its engine too: a stopped one would not notice, and keep the pipes open.
+            for pid in children(server.process.pid):
+                os.kill(pid, signal.SIGKILL)
             server.process.kill()
             server.process.wait(10)
         for stream in (server.process.stdout, server.process.stderr):
