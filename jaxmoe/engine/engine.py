@@ -83,6 +83,7 @@ class Engine:
         counters: Callable[[], Mapping[str, int]] = dict,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """on_plan may be set: told what a step will compute, before it does."""
         self.layout = layout
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -112,6 +113,7 @@ class Engine:
         self._completions: dict[str, list[Completion]] = {}
         self._progress: list[PrefillProgress] = []
         self._dead: str | None = None
+        self.on_plan: Callable[[StepPlan], None] = lambda plan: None
 
     @property
     def has_work(self) -> bool:
@@ -186,6 +188,7 @@ class Engine:
         plan = self.scheduler.plan()
         if plan is None:
             return []
+        self.on_plan(plan)
         now = self._clock()
         for row in plan.rows:
             if row.seq.is_new:
@@ -264,6 +267,10 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Figures as of the last step (stats.py); always the same names in the same order."""
         return self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+
+    def set_read_ceiling(self, bytes_per_s: float) -> None:
+        """What the machine could read; for figures."""
+        self._stats.read_ceiling = bytes_per_s
 
     @property
     def longest_step_s(self) -> float:

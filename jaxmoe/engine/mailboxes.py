@@ -16,11 +16,12 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from jaxmoe.common.errors import JaxMoeError, RequestError
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import EngineStatus, PrefillProgress
+from jaxmoe.engine.deltas import merge
 from jaxmoe.engine.messages import Event, Failed
 from jaxmoe.request import Delta, TokenLogprob
 
 # A reader this far behind gets tokens in larger pieces, so that what waits for it stays small.
-_MERGE_FROM, _MERGED_TOKENS = 32, 64
+_MERGE_FROM = 32
 
 
 class Mailbox(AsyncIterator[Delta | PrefillProgress]):
@@ -57,7 +58,7 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
         for at in range(len(self._items) - 1, -1, -1):
             last = self._items[at]
             if isinstance(last, Delta) and last.index == delta.index:
-                merged = _merge(last, delta)
+                merged = merge(last, delta)
                 if merged is None:
                     return delta
                 del self._items[at]
@@ -110,26 +111,6 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
 
     def __del__(self) -> None:
         self._close()
-
-
-def _merge(last: Delta, new: Delta) -> Delta | None:
-    """Two deltas as one, where nothing but tokens and text is added."""
-    if (
-        last.finish_reason is not None
-        or new.prompt_logprobs is not None
-        or len(last.token_ids) >= _MERGED_TOKENS
-    ):
-        return None
-    logprobs = None
-    if last.logprobs is not None and new.logprobs is not None:
-        logprobs = last.logprobs + new.logprobs
-    return dataclasses.replace(
-        new,
-        text=last.text + new.text,
-        token_ids=last.token_ids + new.token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=last.prompt_logprobs,
-    )
 
 
 class Mailboxes:

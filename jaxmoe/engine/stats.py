@@ -39,6 +39,7 @@ class Stats:
                 *(f'step_tokens_total{{kind="{kind}"}}' for kind in _KINDS),
                 "weight_bytes_read_total",
                 "kv_bytes_read_total",
+                "decode_bytes_read_total",
                 "last_decode_step_seconds",
                 "last_decode_step_weight_bytes",
                 "last_decode_step_kv_bytes",
@@ -51,6 +52,7 @@ class Stats:
         self._tpot = _Histogram("time_per_output_token_seconds", TPOT_BUCKETS_S)
         self._read_before = (0.0, 0.0)
         self._longest_s = 0.0
+        self.read_ceiling = 0.0  # bytes per second (read_ceiling.py); 0: not measured
 
     @property
     def longest_step_s(self) -> float:
@@ -77,6 +79,7 @@ class Stats:
             t["last_decode_step_seconds"] = seconds
             t["last_decode_step_weight_bytes"] = read[0] - self._read_before[0]
             t["last_decode_step_kv_bytes"] = read[1] - self._read_before[1]
+            t["decode_bytes_read_total"] += sum(read) - sum(self._read_before)
         t["weight_bytes_read_total"], t["kv_bytes_read_total"] = self._read_before = read
 
     def note_first_token(self, ttft_s: float) -> None:
@@ -100,6 +103,9 @@ class Stats:
     ) -> dict[str, float]:
         """Everything by name, always in the same order."""
         waiting = scheduler.waiting
+        ceiling, t = self.read_ceiling, self._totals
+        seconds = t["last_decode_step_seconds"]
+        read = t["last_decode_step_weight_bytes"] + t["last_decode_step_kv_bytes"]
         return {
             "requests_running": float(len(scheduler.running)),
             "requests_waiting": float(len(waiting)),
@@ -111,6 +117,9 @@ class Stats:
             "prefix_cache_query_tokens_total": float(prefix.queried_tokens if prefix else 0),
             "prefix_cache_hit_tokens_total": float(prefix.hit_tokens if prefix else 0),
             "prefix_cache_evictions_total": float(prefix.num_evictions if prefix else 0),
+            "read_ceiling_bytes_per_second": ceiling,
+            # Of the last decode step. Models that fit into the caches come out above 1.
+            "dram_fraction_of_ceiling": read / seconds / ceiling if ceiling and seconds else 0.0,
             **self._totals,
             **self._ttft.snapshot(),
             **self._tpot.snapshot(),

@@ -134,7 +134,8 @@ class ServerConfig:
         60.0,
         "float",
         "seconds without a step, while requests wait, after which an engine process is ended and "
-        "started again; never less than ten times the longest step so far; compiling has half an hour, as long as it uses the CPU",
+        "started again; never less than ten times the longest step so far; compiling "
+        "has half an hour, as long as it uses the CPU",
         low=0.5,
         high=86400.0,
     )

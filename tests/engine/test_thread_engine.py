@@ -42,9 +42,9 @@ class Gate:
 
 
 @contextlib.asynccontextmanager
-async def serving(bounds=None, script=lambda prompt: LONG, **more):
+async def serving(bounds=None, script=lambda prompt: LONG, hold_s=0.0, **more):
     engine, step = fake_step.make_engine(script, **more)
-    front = ThreadEngine.on_engine(engine, model="fake", bounds=bounds)
+    front = ThreadEngine.on_engine(engine, model="fake", bounds=bounds, hold_s=hold_s)
     await front.wait_ready()
     front.engine, front.step, front.gate = engine, step, Gate(step)
     yield front

@@ -30,7 +30,12 @@ def measure(count: int) -> list[Goal]:
             late == 0,
         ),
         Goal("pages or places leaked", "0", str(left), left == 0),
-        Goal("ends met by cancelling", "a third", f"{aborted} completions aborted, {count} cancels", aborted * 3 >= count),
+        Goal(
+            "ends met by cancelling",
+            "a third",
+            f"{aborted} completions aborted, {count} cancels",
+            aborted * 3 >= count,
+        ),
     ]
 
 

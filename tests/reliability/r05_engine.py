@@ -86,7 +86,9 @@ async def _one(server: Server, how: int | None, rng: random.Random, found: _Foun
             chat("word " * rng.randrange(1, 60), max_tokens=1500, ignore_eos=True, stream=i % 3 > 0)
             for i in range(rng.randrange(1, 7))
         ]
-        tasks = [asyncio.create_task(exchange(server.port, encode(CHAT, b), _PATIENCE_S)) for b in bodies]
+        tasks = [
+            asyncio.create_task(exchange(server.port, encode(CHAT, b), _PATIENCE_S)) for b in bodies
+        ]
         await asyncio.sleep(0.05 + rng.random() * 1.0)
         pid = server.engine_pid
         assert pid is not None

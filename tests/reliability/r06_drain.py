@@ -64,7 +64,9 @@ async def _drain(server, rng):
             stream=rng.random() < 0.7,
         )
 
-    tasks = [asyncio.create_task(ask(server.port, CHAT, body())) for _ in range(rng.randrange(2, 9))]
+    tasks = [
+        asyncio.create_task(ask(server.port, CHAT, body())) for _ in range(rng.randrange(2, 9))
+    ]
     await asyncio.sleep(rng.random() * 1.5)
     start = time.monotonic()
     server.process.terminate()

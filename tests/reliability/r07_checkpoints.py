@@ -69,9 +69,7 @@ def _faults(folder: Path) -> Path:
     library = folder / "faults.so"
     source = Path(__file__).with_name("faults.c")
     compiler = os.environ.get("CC", "cc")
-    subprocess.run(
-        [compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True
-    )
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     return library
 
 

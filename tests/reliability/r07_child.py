@@ -1,6 +1,6 @@
 """Loads damaged checkpoints, one after the other, and says how each load ended: a JSON line each.
 
-    r07_child FOLDER clean|damage BEGIN END FAULTS.so
+r07_child FOLDER clean|damage BEGIN END FAULTS.so
 """
 
 from __future__ import annotations
@@ -235,7 +235,9 @@ def main(argv: list[str]) -> None:
             getattr(damage, kind)(rng)
         how, words = end_of_load(folder, runtime, sound)
         damage.restore()
-        print(json.dumps({"seed": seed, "kind": kind, "end": how, "words": words[:300]}), flush=True)
+        print(
+            json.dumps({"seed": seed, "kind": kind, "end": how, "words": words[:300]}), flush=True
+        )
     runtime.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"peak_mib": peak}), flush=True)

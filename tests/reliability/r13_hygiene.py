@@ -11,12 +11,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from support.serve_process import children
-
 from reliability.client import CHAT, ask, chat
 from reliability.figures import Check, Goal
 from reliability.r01_fuzz import BODIES
 from reliability.server import Server, running
+from support.serve_process import children
 
 KEY = "a-key-of-the-reliability-check"
 PUBLIC = {"/health", "/"}
@@ -47,8 +46,7 @@ def measure(_: int) -> list[Goal]:
         with running(JAXMOE_API_KEY=KEY, PYTHONPATH=path) as server:
             unguarded, served = asyncio.run(_ask_everything(server))
             maps = "".join(
-                Path(f"/proc/{pid}/maps").read_text()
-                for pid in (server.pid, *children(server.pid))
+                Path(f"/proc/{pid}/maps").read_text() for pid in (server.pid, *children(server.pid))
             )
             server.process.terminate()
             server.process.wait(30)
@@ -65,7 +63,9 @@ def measure(_: int) -> list[Goal]:
             ", ".join(sorted(unguarded)) or "none",
             unguarded == PUBLIC,
         ),
-        Goal("routes served with one", "all", f"{served} of {len(routes())}", served == len(routes())),
+        Goal(
+            "routes served with one", "all", f"{served} of {len(routes())}", served == len(routes())
+        ),
         Goal("outgoing connections", "0", str(len(connects)), not connects),
         Goal("objects unpickled", "0", str(len(pickles)), not pickles),
         Goal("torch loaded", "no", "yes" if torch else "no", not torch),

@@ -8,12 +8,11 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from support.serve_process import ServeProcess, children, serve
-
 from reliability.client import get, metrics
+from support.serve_process import ServeProcess, children, serve
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -65,8 +64,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*flags: str, **environment: str) -> Iterator[Server]:
-    with serve(*flags, **environment) as process:
+def running(*flags: str, within: Sequence[str] = (), **environment: str) -> Iterator[Server]:
+    with serve(*flags, within=within, **environment) as process:
         yield Server(process)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -46,12 +47,14 @@ def demo_with_tools(folder: Path) -> Path:
 
 
 class ServeProcess:
-    """url: what it printed. out, err: its lines so far."""
+    """url: what it printed. out, err: its lines so far. within: a command that starts the one
+    behind it in a smaller world.
+    """
 
-    def __init__(self, *flags: str, **environment: str) -> None:
+    def __init__(self, *flags: str, within: Sequence[str] = (), **environment: str) -> None:
         argv = [sys.executable, "-m", "jaxmoe.cli.serve", "--port=0", f"--cache_dir={CACHE}"]
         self.process = subprocess.Popen(
-            [*argv, *flags],
+            [*within, *argv, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -113,9 +116,9 @@ def children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def serve(*flags: str, **environment: str):
+def serve(*flags: str, within: Sequence[str] = (), **environment: str):
     """A server that is ready; killed at the end if it is still there."""
-    server = ServeProcess(*flags, **environment)
+    server = ServeProcess(*flags, within=within, **environment)
     try:
         yield server.start()
     finally:

@@ -1,0 +1,186 @@
+"""What serving costs: tokens a second and the time to the first token through HTTP, beside the same
+engine driven directly.
+
+    .venv/bin/python tools/bench_serving.py --json=serving.json
+    .venv/bin/python tools/bench_serving.py --turns          also turn two of a chat with a 4K first turn
+
+A jaxmoe_serve process and an engine in this process take turns, a round each, so that other work on
+the machine meets both; medians of rounds are compared. The client counts events and no more, for it
+shares the cores with the server. --realtime runs everything at a real-time priority (SCHED_FIFO, as
+root), which a machine with other work needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
+
+from reliability.client import CHAT, encode  # noqa: E402
+from reliability.figures import machine  # noqa: E402
+from reliability.server import Server, running  # noqa: E402
+
+from jaxmoe import LLM, SamplingParams  # noqa: E402
+
+CLIENTS = (1, 8)
+WORDS = "And it came to pass in those days that the king said unto the people"
+# The demo's own limit is 2048; the position embedding itself goes on.
+_LONG_TURN = 4000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=384)
+    parser.add_argument(
+        "--first_tokens", type=int, default=40, help="requests timed to their first"
+    )
+    parser.add_argument("--realtime", action="store_true")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.realtime:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+    flags = ("--quiet",)
+    with (
+        LLM(show_progress=False, prefix_cache=False) as llm,
+        running(*flags, "--noprefix_cache") as s,
+    ):
+        found = measure(llm, s, given)
+    for line in describe(found):
+        print(line)
+    if given.json is not None:
+        given.json.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
+    return 0
+
+
+def measure(llm: LLM, server: Server, given: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"rounds": given.rounds, "tokens": given.tokens}
+    for clients in CLIENTS:
+        direct(llm, clients, given.tokens)
+        asyncio.run(through_http(server, clients, given.tokens))
+    for clients in CLIENTS:
+        speeds: dict[str, list[float]] = {"direct": [], "http": []}
+        for _ in range(given.rounds):
+            speeds["direct"].append(direct(llm, clients, given.tokens))
+            speeds["http"].append(asyncio.run(through_http(server, clients, given.tokens)))
+        found[f"{clients}_clients"] = {
+            "direct_tok_per_s": statistics.median(speeds["direct"]),
+            "http_tok_per_s": statistics.median(speeds["http"]),
+            # Of neighbouring rounds: what the machine does to both at once drops out.
+            "ratio": statistics.median(
+                h / d for h, d in zip(speeds["http"], speeds["direct"], strict=True)
+            ),
+        }
+    firsts: dict[str, list[float]] = {"direct": [], "http": []}
+    for _ in range(given.first_tokens):
+        firsts["direct"].append(direct_first_s(llm))
+        firsts["http"].append(asyncio.run(http_first_s(server)))
+    found["first_token"] = {
+        "direct_ms": 1e3 * statistics.median(firsts["direct"]),
+        "http_ms": 1e3 * statistics.median(firsts["http"]),
+        "added_ms": 1e3
+        * statistics.median(h - d for h, d in zip(firsts["http"], firsts["direct"], strict=True)),
+    }
+    return found
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for clients in CLIENTS:
+        f = found[f"{clients}_clients"]
+        lines.append(
+            f"{clients} clients: {f['http_tok_per_s']:.0f} tok/s through HTTP, "
+            f"{f['direct_tok_per_s']:.0f} directly: {100 * f['ratio']:.0f} % (wanted 90 %)"
+        )
+    f = found["first_token"]
+    lines.append(
+        f"first token: {f['http_ms']:.1f} ms through HTTP, {f['direct_ms']:.1f} ms directly: "
+        f"{f['added_ms']:+.1f} ms at p50 (wanted 5 ms)"
+    )
+    return lines
+
+
+def messages(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{number} {WORDS}"}]
+
+
+def direct(llm: LLM, clients: int, tokens: int) -> float:
+    """Tokens a second of so many requests at once."""
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    start = time.perf_counter()
+    for number in range(clients):
+        llm.engine.add_request(llm.chat_prompt(messages(number)), params)
+    while llm.engine.has_work:
+        llm.engine.step()
+    return clients * tokens / (time.perf_counter() - start)
+
+
+def direct_first_s(llm: LLM) -> float:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    start = time.perf_counter()
+    llm.engine.add_request(llm.chat_prompt(messages(1)), params)
+    while not llm.engine.step():
+        pass
+    seconds = time.perf_counter() - start
+    while llm.engine.has_work:
+        llm.engine.step()
+    return seconds
+
+
+async def through_http(server: Server, clients: int, tokens: int) -> float:
+    start = time.perf_counter()
+    counts = await asyncio.gather(*(stream(server.port, i, tokens) for i in range(clients)))
+    seconds = time.perf_counter() - start
+    assert all(f'"completion_tokens":{tokens},'.encode() in tail for tail in counts)
+    return clients * tokens / seconds
+
+
+async def stream(port: int, number: int, tokens: int) -> bytes:
+    """Reads a stream to its end; the last bytes of it, with the usage."""
+    body = {
+        "messages": messages(number),
+        "temperature": 0,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(encode(CHAT, body))
+    tail = b""
+    while piece := await reader.read(1 << 16):
+        tail = (tail + piece)[-600:]
+    writer.close()
+    return tail
+
+
+async def http_first_s(server: Server) -> float:
+    """From the request to the first text."""
+    body = {"messages": messages(1), "temperature": 0, "max_tokens": 2, "ignore_eos": True}
+    data = encode(CHAT, {**body, "stream": True})
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    start = time.perf_counter()
+    writer.write(data)
+    got = b""
+    while b'"content":"' not in got.replace(b'"content":""', b""):
+        got += await reader.read(1 << 16)
+    seconds = time.perf_counter() - start
+    while await reader.read(1 << 16):
+        pass
+    writer.close()
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
