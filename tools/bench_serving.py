@@ -2,10 +2,9 @@
 engine driven directly.
 
     .venv/bin/python tools/bench_serving.py --json=serving.json
-    .venv/bin/python tools/bench_serving.py --turns          also turn two of a chat with a 4K first turn
 
-A jaxmoe_serve process and an engine in this process take turns, a round each, so that other work on
-the machine meets both; medians of rounds are compared. The client counts events and no more, for it
+A jaxmoe_serve process and an engine in this process take turns, a round each, so that other work
+on the machine meets both; medians of rounds are compared. The client counts events and no more, for it
 shares the cores with the server. --realtime runs everything at a real-time priority (SCHED_FIFO, as
 root), which a machine with other work needs.
 """
@@ -33,8 +32,6 @@ from jaxmoe import LLM, SamplingParams  # noqa: E402
 
 CLIENTS = (1, 8)
 WORDS = "And it came to pass in those days that the king said unto the people"
-# The demo's own limit is 2048; the position embedding itself goes on.
-_LONG_TURN = 4000
 
 
 def main() -> int:

@@ -81,7 +81,8 @@ def _serve(engine_config: EngineConfig, config: ServerConfig, *, quiet: bool) ->
         reasoning=config.reasoning_format,
         tools=config.tool_format,
     )
-    texts = Texts(directory.tokenizer, template, formats)
+    guarded = None if template is None else template.guarded()
+    texts = Texts(directory.tokenizer, guarded, formats)
     model = "jaxmoe-demo" if engine_config.model is None else Path(path).resolve().name
 
     async def run() -> int:

@@ -176,9 +176,7 @@ class ThreadEngine:
             if self._status.state == "dead":  # closed meanwhile
                 return
             self._info = ready.info
-            self._driver = Driver(
-                ready.engine, self._emit, on_stats=note, hold_s=self._hold_s
-            )
+            self._driver = Driver(ready.engine, self._emit, on_stats=note, hold_s=self._hold_s)
             self._status = EngineStatus("ready", percent=100.0)
         self._driver.run()
 

@@ -72,6 +72,7 @@ class Server:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
         await self._http.start()
+        self.state.warm_up()
         watch = asyncio.create_task(self._watch(on_status))
         try:
             on_listening(self.url)

@@ -194,9 +194,7 @@ def _marked(
     return marks.section_begin, f"{calls} {lark.mark(marks.section_end)}"
 
 
-def _hermes(
-    lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool
-) -> tuple[str, str]:
+def _hermes(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> tuple[str, str]:
     begin, end = "<tool_call>", lark.mark("</tool_call>")
     names = []
     for i, function in enumerate(functions):

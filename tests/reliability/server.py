@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from reliability.client import get, metrics
-from support.serve_process import ServeProcess, children, serve
+from support.serve_process import ServeProcess, children, engine_pid, serve
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -28,11 +28,7 @@ class Server:
 
     @property
     def engine_pid(self) -> int | None:
-        for pid in children(self.pid):
-            with contextlib.suppress(OSError):
-                if b"engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return pid
-        return None
+        return engine_pid(self.pid)
 
     @property
     def alive(self) -> bool:

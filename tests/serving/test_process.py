@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.front import parse_events
-from support.serve_process import children, serve
+from support.serve_process import children, engine_pid, serve
 
 from jaxmoe.cli import serve as command
 
@@ -74,7 +74,7 @@ def test_an_engine_that_dies_and_a_drain(tmp_path):
         for words in ("http://127.0.0.1:", "jaxmoe-demo", "memory planned", "ISA ", "KV cache"):
             assert words in report, report
         answer = httpx.post(server.url + CHAT, json=ASK, timeout=60).json()
-        (engine,) = children(server.process.pid)
+        engine = engine_pid(server.process.pid)
         maps = Path(f"/proc/{server.process.pid}/maps").read_text()
         assert "jaxlib" not in maps  # the front does without
 

@@ -115,6 +115,15 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def engine_pid(pid: int) -> int | None:
+    """The engine process of a server, if there is one now."""
+    for child in children(pid):
+        with contextlib.suppress(OSError):
+            if b"engine_process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    return None
+
+
 @contextlib.contextmanager
 def serve(*flags: str, within: Sequence[str] = (), **environment: str):
     """A server that is ready; killed at the end if it is still there."""
