@@ -92,7 +92,7 @@ def _run_prompts(
     sampling: Mapping[str, Any],
     prompts: Sequence[str],
 ) -> int:
-    chat, quiet = values["chat"].value, values["quiet"].value
+    chat, quiet = bool(values["chat"].value), values["quiet"].value
     _check_lengths(config, sampling, prompts, chat=chat)
     with command.load(values, config) as llm:
         params = SamplingParams.of(sampling, llm.default_params)

@@ -11,14 +11,16 @@ import collections
 import dataclasses
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from jaxmoe.common.errors import JaxMoeError, RequestError
 from jaxmoe.engine.admission import QueueBounds
-from jaxmoe.engine.async_engine import EngineStatus, PrefillProgress
+from jaxmoe.engine.async_engine import EngineInfo, EngineStatus, PrefillProgress
+from jaxmoe.engine.checks import check_request
 from jaxmoe.engine.deltas import merge
-from jaxmoe.engine.messages import Event, Failed
+from jaxmoe.engine.messages import AddRequest, Event, Failed
 from jaxmoe.request import Delta, TokenLogprob
+from jaxmoe.sampling_params import SamplingParams
 
 # A reader this far behind gets tokens in larger pieces, so that what waits for it stays small.
 _MERGE_FROM = 32
@@ -143,6 +145,23 @@ class Mailboxes:
         self._bounds.check(*self.queued, prompt_tokens)
         mailbox = Mailbox(request_id, prompt_tokens, self._leave)
         self._open[request_id] = mailbox
+        return mailbox
+
+    def ask(
+        self,
+        info: EngineInfo,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str | None,
+        send: Callable[[AddRequest], None],
+    ) -> Mailbox:
+        """Checks a request by what is known of the engine, opens its mailbox and sends it off.
+        Raises as `open`, and RequestError for what cannot be served.
+        """
+        check_request(info, prompt_token_ids, params)
+        mailbox = self.open(request_id, len(prompt_token_ids))
+        send(AddRequest(request_id, tuple(prompt_token_ids), params, cache_salt))
         return mailbox
 
     def deliver(self, events: Iterable[Event]) -> None:

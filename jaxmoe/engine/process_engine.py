@@ -32,12 +32,10 @@ from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import EngineInfo, EngineStatus, PrefillProgress
 from jaxmoe.engine.channel import FrameReader, frame
-from jaxmoe.engine.checks import check_request
 from jaxmoe.engine.codec import MAX_ID_CHARS, ChannelError
 from jaxmoe.engine.mailboxes import Mailboxes
 from jaxmoe.engine.messages import (
     AbortRequest,
-    AddRequest,
     Configure,
     Event,
     Failed,
@@ -144,12 +142,11 @@ class ProcessEngine:
         child = self._child
         if child is None or self._status.state != "ready":
             raise self._unavailable()
-        check_request(self.info, prompt_token_ids, params)
         for name, text in (("request_id", request_id), ("cache_salt", cache_salt)):
             _check_text(name, text)
-        mailbox = self._mailboxes.open(request_id, len(prompt_token_ids))
-        child.send(AddRequest(request_id, tuple(prompt_token_ids), params, cache_salt))
-        return mailbox
+        return self._mailboxes.ask(
+            self.info, request_id, prompt_token_ids, params, cache_salt, child.send
+        )
 
     async def abort(self, request_id: str) -> None:
         self._abort(request_id)

@@ -16,11 +16,10 @@ from jaxmoe.common.errors import CapacityError, EngineDeadError, JaxMoeError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import EngineInfo, EngineStatus, PrefillProgress
-from jaxmoe.engine.checks import check_request
 from jaxmoe.engine.driver import HOLD_S, Driver
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.mailboxes import Mailboxes
-from jaxmoe.engine.messages import AbortRequest, AddRequest, Event, Stop
+from jaxmoe.engine.messages import AbortRequest, Event, Stop
 from jaxmoe.engine.ready import OnStage, Ready
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
@@ -114,11 +113,10 @@ class ThreadEngine:
         driver = self._driver
         if driver is None or self._status.state != "ready":
             raise self._unavailable()
-        check_request(self.info, prompt_token_ids, params)
         self._loop = asyncio.get_running_loop()
-        mailbox = self._mailboxes.open(request_id, len(prompt_token_ids))
-        driver.post(AddRequest(request_id, tuple(prompt_token_ids), params, cache_salt))
-        return mailbox
+        return self._mailboxes.ask(
+            self.info, request_id, prompt_token_ids, params, cache_salt, driver.post
+        )
 
     async def abort(self, request_id: str) -> None:
         self._post_abort(request_id)

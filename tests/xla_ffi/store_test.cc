@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <thread>
 
@@ -295,6 +296,30 @@ JAXMOE_TEST(a_shared_store_is_found_again_whole_or_in_part) {
     const float one[] = {1.0f};
     JAXMOE_CHECK(!second->set_scale(0, 0, Matrix::kUp, one, 1, 1).ok());
   }
+  close(fd);
+}
+
+JAXMOE_TEST(many_attach_to_a_full_store_at_once) {
+  TempDir dir;
+  int fd = open(dir.write("weights", random_bytes(40000, 5)).c_str(), O_RDONLY);
+  TempShared shared("many");
+  std::shared_ptr<HostStore> first;
+  JAXMOE_CHECK(open_shared(shared.name, 1, kLayers, &first).ok());
+  load_all(first.get(), fd);
+  JAXMOE_CHECK(first->seal().ok());
+  // Locks belong to open files, so threads meet them as processes do.
+  std::vector<std::thread> threads;
+  std::atomic<int> failed{0};
+  for (int t = 0; t < 6; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 30; ++i) {
+        std::shared_ptr<HostStore> store;
+        if (!open_shared(shared.name, 1, kLayers, &store).ok() || store->is_writable()) ++failed;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  JAXMOE_CHECK(failed == 0, "%d could not attach", failed.load());
   close(fd);
 }
 
