@@ -44,7 +44,7 @@ def measure(_: int) -> list[Goal]:
         (Path(folder) / "sitecustomize.py").write_text(HOOK.format(file=str(log)))
         path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         with running(JAXMOE_API_KEY=KEY, PYTHONPATH=path) as server:
-            unguarded, served = asyncio.run(_ask_everything(server))
+            unguarded, refused = asyncio.run(_ask_everything(server))
             maps = "".join(
                 Path(f"/proc/{pid}/maps").read_text() for pid in (server.pid, *children(server.pid))
             )
@@ -64,7 +64,10 @@ def measure(_: int) -> list[Goal]:
             unguarded == PUBLIC,
         ),
         Goal(
-            "routes served with one", "all", f"{served} of {len(routes())}", served == len(routes())
+            "routes served with one",
+            "all",
+            "; ".join(refused) or f"all {len(routes())}",
+            not refused,
         ),
         Goal("outgoing connections", "0", str(len(connects)), not connects),
         Goal("objects unpickled", "0", str(len(pickles)), not pickles),
@@ -73,9 +76,9 @@ def measure(_: int) -> list[Goal]:
     ]
 
 
-async def _ask_everything(server: Server) -> tuple[set[str], int]:
-    """Paths that are not 401 without a key, and how many routes answer 200 with one."""
-    unguarded, served = set(), 0
+async def _ask_everything(server: Server) -> tuple[set[str], list[str]]:
+    """Paths that are not 401 without a key, and what does not answer 200 with one."""
+    unguarded, refused = set(), []
     for method, path in routes():
         body = BODIES[path] if method == "POST" else None
         if (await ask(server.port, path, body)).status != 401:
@@ -85,8 +88,10 @@ async def _ask_everything(server: Server) -> tuple[set[str], int]:
             unguarded.add(path)
         if path == CHAT:
             body = chat("Who are you?", max_tokens=4, stream=True)
-        served += (await ask(server.port, path, body, authorization=f"Bearer {KEY}")).status == 200
-    return unguarded, served
+        answer = await ask(server.port, path, body, authorization=f"Bearer {KEY}")
+        if answer.status != 200:
+            refused.append(f"{path}: {answer.status} {answer.body[:120]!r}")
+    return unguarded, refused
 
 
 CHECK = Check("secrets and hygiene", {"short": 1, "ci": 1, "release": 1}, "", measure)
