@@ -27,7 +27,7 @@ from jaxmoe.scheduler.scheduler import StepPlan
 PREPARERS = 2  # threads for grammars: one hard one does not hold up the next
 # How long tokens may wait for those of the next step. A frame of a display is 16 ms. Steps of
 # models worth serving are longer, and go out one by one; the demo model's take 1 to 3 ms.
-HOLD_S = 0.01
+HOLD_S = 0.015
 STATS_S = 0.1  # making them takes about as long as a hundredth of a small model's step
 
 

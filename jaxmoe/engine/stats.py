@@ -37,6 +37,7 @@ class Stats:
                 *(f'steps_total{{kind="{kind}"}}' for kind in _KINDS),
                 *(f'step_seconds_total{{kind="{kind}"}}' for kind in _KINDS),
                 *(f'step_tokens_total{{kind="{kind}"}}' for kind in _KINDS),
+                "compiled_steps_total",
                 "weight_bytes_read_total",
                 "kv_bytes_read_total",
                 "decode_bytes_read_total",
@@ -71,6 +72,7 @@ class Stats:
         t[f'step_tokens_total{{kind="{kind}"}}'] += plan.num_tokens
         self._longest_s = max(self._longest_s, seconds)
         t["longest_step_with_compiling_seconds"] = self._longest_s
+        t["compiled_steps_total"] += compiled
         if not compiled:
             t["longest_step_seconds"] = max(t["longest_step_seconds"], seconds)
         weights = counters.get("experts_weight_bytes", 0) + counters.get("linear_weight_bytes", 0)

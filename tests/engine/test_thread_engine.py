@@ -216,6 +216,49 @@ def test_a_slow_reader_gets_larger_pieces():
     run(test())
 
 
+def test_a_slow_reader_of_several_completions_gets_larger_pieces():
+    async def test():
+        text = b"0123456789" * 20
+        async with serving(script=lambda p: text, max_model_len=300, num_pages=400) as front:
+            stream = front.generate("a", [7], SamplingParams(temperature=0, n=4))
+            await anext(stream)
+            await settle(front)
+            await asyncio.sleep(0.05)
+            assert len(stream._items) < 60  # of 800 tokens
+            items = [item async for item in stream]
+            for i in range(4):
+                got = "".join(d.text for d in items if isinstance(d, Delta) and d.index == i)
+                assert text.decode().endswith(got) and len(got) > 190
+            last = items[-1]
+            assert [c.text for c in last.output.outputs] == [text.decode()] * 4
+
+    run(test())
+
+
+def test_short_steps_share_a_message_and_long_ones_do_not():
+    async def test():
+        async with serving(script=lambda p: LONG, hold_s=10.0) as front:
+            text, last, items = await collect(front.generate("a", [7], GREEDY))
+            assert text == LONG.decode() and last.output.text == text
+            # The first token at once, the rest when the last one came.
+            deltas = [i for i in items if isinstance(i, Delta)]
+            assert [len(d.token_ids) for d in deltas] == [1, len(LONG)]
+            # A chunk of another prompt does not hold them back either.
+            front.gate.open.clear()
+            stream = front.generate("b", [7], GREEDY)
+            front.gate.allowed.release(3)
+            assert (await anext(stream)).computed_tokens == 1
+            assert (await anext(stream)).text == "0"
+            other = front.generate("c", [8], GREEDY)
+            front.gate.allowed.release(1)
+            assert (await anext(stream)).text.startswith("1")
+            front.gate.open.set()
+            await collect(stream)
+            await collect(other)
+
+    run(test())
+
+
 def test_a_hard_grammar_holds_up_nobody_else():
     async def test():
         async with serving() as front:

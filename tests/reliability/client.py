@@ -97,6 +97,53 @@ async def exchange(port: int, data: bytes, timeout_s: float = 60.0) -> Answer:
     return answer
 
 
+class Pool:
+    """Kept connections, as clients have them; streams take theirs along to the end."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, path: str, body: Any, timeout_s: float = 60.0) -> Answer:
+        """Raises TimeoutError, and OSError where the server closes without an answer."""
+        data = encode(path, body, close=False)
+        start = time.monotonic()
+        async with asyncio.timeout(timeout_s):
+            while self._idle:
+                reader, writer = self._idle.pop()
+                if not reader.at_eof() and not writer.is_closing():
+                    break
+                writer.close()
+            else:
+                reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+            writer.write(data)
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            answer = Answer(int(head[9:12]))
+            if b"content-length: " in head:
+                size = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                answer.body = await reader.readexactly(size)
+                self._idle.append((reader, writer))
+            else:
+                raw = bytearray()
+                while not raw.endswith(b"\r\n0\r\n\r\n"):
+                    piece = await reader.read(1 << 16)
+                    if not piece:
+                        break
+                    raw += piece
+                    if not answer.first_s and _TEXT.search(raw):
+                        answer.first_s = time.monotonic() - start
+                answer.body = _dechunked(bytes(raw))
+                writer.close()
+        answer.whole_s = time.monotonic() - start
+        answer.first_s = answer.first_s or answer.whole_s
+        return answer
+
+    def close(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+        self._idle.clear()
+
+
 def _dechunked(body: bytes) -> bytes:
     out, at = [], 0
     while at < len(body):

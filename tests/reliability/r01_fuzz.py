@@ -23,7 +23,13 @@ from reliability.server import Server, running
 
 HANG_S = 10.0
 _CONNECTIONS = 32
-_FLAGS = ("--max_model_len=64", "--header_timeout_s=2", "--body_timeout_s=3", "--quiet")
+_FLAGS = (
+    "--max_model_len=64",
+    "--header_timeout_s=2",
+    "--body_timeout_s=3",
+    "--quiet",
+    "--tool_format=hermes",
+)
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: {
         "model": "jaxmoe-demo",

@@ -42,7 +42,7 @@ def measure(count: int) -> list[Goal]:
 async def _cancels(server: Server, count: int) -> tuple[list[float], int, int]:
     """Seconds until all was free, how many came too late, and what was never free."""
     rng, waits, late, left = random.Random(3), [], 0, 0
-    compiled_s = 0.0
+    compiled = 0.0
     poll = encode("/metrics")
     for number in range(count):
         body = chat(
@@ -70,14 +70,15 @@ async def _cancels(server: Server, count: int) -> tuple[list[float], int, int]:
             now = parse_metrics((await exchange(server.port, poll)).body.decode())
             if server.is_idle(now):
                 break
-            if time.monotonic() - start > 10:
+            if time.monotonic() - start > 60:
                 left += 1
                 break
         seconds = time.monotonic() - start
         waits.append(seconds)
-        longest_s = now["longest_step_with_compiling_seconds"]
-        limit_s = longest_s if longest_s > compiled_s else now["longest_step_seconds"]
-        compiled_s = max(compiled_s, longest_s)
+        limit_s = now["longest_step_seconds"]
+        if now["compiled_steps_total"] > compiled:
+            limit_s = now["longest_step_with_compiling_seconds"]
+        compiled = now["compiled_steps_total"]
         late += seconds > limit_s + GRACE_S
     return waits, late, left
 

@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 
-from reliability.client import CHAT, Answer, ask, chat
+from reliability.client import CHAT, Answer, Pool, ask, chat
 from reliability.figures import Check, Goal, percentile
 from reliability.server import Server, running
 
@@ -77,17 +77,18 @@ async def _overload(
     server: Server, rate: float, seconds: int
 ) -> tuple[list[float], list[float], int, int]:
     rng = random.Random(4)
-    tasks, most = [], 0
+    tasks, most, pool = [], 0, Pool(server.port)
     start = time.monotonic()
     due = start
     while due < start + seconds:
         await asyncio.sleep(max(due - time.monotonic(), 0))
         body = _body(10**6 + len(tasks), stream=bool(len(tasks) % 4))
-        tasks.append(asyncio.create_task(ask(server.port, CHAT, body)))
+        tasks.append(asyncio.create_task(pool.ask(CHAT, body)))
         due += rng.expovariate(rate)
         if len(tasks) % 50 == 0:
             most = max(most, server.rss_bytes())
     answers = await asyncio.gather(*tasks, return_exceptions=True)
+    pool.close()
     accepted, refused, other = [], [], 0
     for a in answers:
         if not isinstance(a, Answer):

@@ -29,6 +29,21 @@ def test_requests_of_a_key_have_a_number():
     run(test())
 
 
+def test_without_keys_all_are_nobodys_and_only_the_whole_is_bounded():
+    async def test():
+        async with serving(max_requests_per_key=1, max_requests=3) as f:
+            f.gate.close()
+            held = [asyncio.create_task(f.post(CHAT, ASK)) for _ in range(3)]
+            while f.state.admission.requests < 3:
+                await asyncio.sleep(0.01)
+            r = await f.post(CHAT, ASK)
+            assert r.status_code == 429 and r.json()["error"]["code"] == "queue_full"
+            f.gate.open()
+            assert [(await t).status_code for t in held] == [200] * 3
+
+    run(test())
+
+
 def test_requests_have_a_number_before_they_are_tokenized(monkeypatch):
     async def test():
         async with serving(max_requests=2) as f:
