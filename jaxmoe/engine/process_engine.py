@@ -70,7 +70,7 @@ class Supervision:
     pauses_s: tuple[float, ...] = (0.0, 2.0, 10.0)
     check_s: float = 0.5
     dump_s: float = 1.0
-    stop_s: float = 0.8
+    stop_s: float = 0.6
 
 
 class ProcessEngine:

@@ -139,7 +139,10 @@ class ChatTemplate:
                 f"{path / 'tokenizer_config.json'}: chat_template is {shown(source)}, wanted text"
             )
         special = {k: t for k, v in config.items() if k.endswith("_token") and (t := token_text(v))}
-        return cls(source, special)
+        try:
+            return cls(source, special)
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from None
 
     def render(
         self,

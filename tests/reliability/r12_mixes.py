@@ -120,6 +120,8 @@ async def _restart(server: Server, asked: list[dict[str, Any]]) -> None:
     os.kill(pid, signal.SIGKILL)
     await asyncio.gather(*tasks, return_exceptions=True)
     async with asyncio.timeout(120):
+        while server.engine_pid in (pid, None):
+            await asyncio.sleep(0.05)
         while await asyncio.to_thread(server.status, "/ready") != 200:
             await asyncio.sleep(0.05)
 

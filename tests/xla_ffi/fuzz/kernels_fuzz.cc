@@ -1,5 +1,6 @@
 // Every matrix kernel this CPU has on any shape, row range and FP8 codes, against the scalar one.
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "fuzz_input.h"

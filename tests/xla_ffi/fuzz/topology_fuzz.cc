@@ -30,7 +30,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   put("/sys/fs/cgroup/cpu.max");
   put("/proc/self/cgroup");
   Topology topology = discover_topology({0, 1}, root);
-  jaxmoe_fuzz::require(!topology.nodes.empty() && topology.num_cpus() == 2, "both CPUs are there");
+  jaxmoe_fuzz::require(!topology.nodes.empty() && topology.num_cpus() >= 1, "there is a CPU");
   jaxmoe_fuzz::require(topology.default_threads() >= 1, "there is a thread");
   return 0;
 }
