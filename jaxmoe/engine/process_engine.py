@@ -262,7 +262,9 @@ class ProcessEngine:
         elif not self._closing:
             self._status = EngineStatus("restarting", "clearing away the engine process")
             # Its end can take a while (a core dump, gigabytes to give back); nobody waits for that.
-            self._fail_all(f"the engine died: {await child.last_words()}")
+            words = await child.last_words()
+            self._status = dataclasses.replace(self._status, error=words)
+            self._fail_all(f"the engine died: {words}")
         never_ready = self._info is None
         fatal = child.fatal
         code = await child.kill()

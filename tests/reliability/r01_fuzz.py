@@ -129,8 +129,8 @@ def _schemathesis(server: Server, count: int) -> int:
     if not count or importlib.util.find_spec("schemathesis") is None:
         return 0
     before = _http_requests(server)
-    # It sends about 30 requests per example asked for, over all operations and phases.
-    examples = str(max(count // 30, 1))
+    # It sends about 100 requests per example asked for, over all operations and phases.
+    examples = str(max(count // 100, 1))
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [
