@@ -16,7 +16,7 @@ from reliability.server import Server, running
 
 _FLAGS = ("--quiet", "--max_num_seqs=4", "--page_size=4", "--prefill_chunk_tokens=32")
 # A cache of few pages: mixes preempt each other and evict from the prefix cache.
-_CACHE = "--kv_cache_gb=0.0003"
+_CACHE = "--kv_cache_gb=0.00025"
 TEXT = (
     "In the beginning God created the heaven and the earth. And the earth was without form, and "
     "void; and darkness was upon the face of the deep."

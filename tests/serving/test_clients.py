@@ -312,6 +312,7 @@ def test_litellm(demo_server, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_langchain(demo_server):
     langchain = pytest.importorskip("langchain_openai", reason="pip install .[serve_test]")
+    messages = pytest.importorskip("langchain_core.messages")
     model = langchain.ChatOpenAI(
         model=MODEL, base_url=demo_server.url + "/v1", api_key="-", temperature=0, max_tokens=8
     )
@@ -332,7 +333,7 @@ def test_langchain(demo_server):
     told = model.bind(logprobs=True, top_logprobs=2).invoke("Who are you?")
     entries = told.response_metadata["logprobs"]["content"]
     assert "".join(e["token"] for e in entries) == answer.content
-    (several,) = model.bind(n=2).generate([[("user", "Who are you?")]]).generations
+    (several,) = model.generate([[messages.HumanMessage("Who are you?")]], n=2).generations
     assert [g.message.content for g in several] == [answer.content] * 2
 
 
