@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 from jaxmoe.cli import flags
 from jaxmoe.serving.fields import docs_table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from reliability.figures import markdown  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by tools/update_docs.py -->\n", "<!-- end -->\n"
@@ -25,12 +29,23 @@ others are called as they are here. What is "refused" may have the value that as
 """
 
 
+# What tools/reliability --json wrote last.
+FIGURES = ROOT / "tests/reliability/figures.json"
+
+
 def readme() -> str:
-    text = (ROOT / "README.md").read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    assert found, f"README.md has no place between {BEGIN!r} and {END!r}"
-    return before + BEGIN + flags.docs_table((flags.SERVER,)) + "\n" + END + after
+    """README.md with its tables filled in, in their order: flags, reliability figures."""
+    out = (ROOT / "README.md").read_text()
+    tables = [flags.docs_table((flags.SERVER,)), markdown(json.loads(FIGURES.read_text()))]
+    at = 0
+    for table in tables:
+        at = out.find(BEGIN, at) + len(BEGIN)
+        end = out.find(END, at)
+        assert at >= len(BEGIN) and end >= 0, f"README.md lacks a place of {BEGIN!r} and {END!r}"
+        out = out[:at] + table + "\n" + out[end:]
+        at += len(table)
+    assert BEGIN not in out[at:], "README.md has a place that no table is for"
+    return out
 
 
 def main() -> int:

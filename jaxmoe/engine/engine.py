@@ -94,6 +94,7 @@ class Engine:
         counters: Callable[[], Mapping[str, int]] = dict,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """on_plan may be set: told what a step will compute, before it does."""
         self.layout = layout
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -131,6 +132,7 @@ class Engine:
         self._completions: dict[str, list[Completion]] = {}
         self._progress: list[PrefillProgress] = []
         self._dead: str | None = None
+        self.on_plan: Callable[[StepPlan], None] = lambda plan: None
 
     @property
     def has_work(self) -> bool:
@@ -207,6 +209,7 @@ class Engine:
         plan = self.scheduler.plan()
         if plan is None:
             return []
+        self.on_plan(plan)
         if plan.kind == "stream":
             return self._stream_layer(plan)
         now = self._clock()
@@ -342,6 +345,10 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Figures as of the last step (stats.py); always the same names in the same order."""
         return self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+
+    def set_read_ceiling(self, bytes_per_s: float) -> None:
+        """What the machine could read; for figures."""
+        self._stats.read_ceiling = bytes_per_s
 
     @property
     def longest_step_s(self) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.hybrid_step import HybridStep
-from jaxmoe.engine import compile_cache
+from jaxmoe.engine import compile_cache, read_ceiling
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.engine import Engine
@@ -58,6 +58,10 @@ class Started:
     def info(self) -> EngineInfo:
         info = self.engine.info(model_path(self.config).resolve().name, self.report)
         return dataclasses.replace(info, store_name=self.loaded.report.shared_name)
+
+    def measure_read_ceiling(self) -> None:
+        """For servers: what the DRAM delivers, in their metrics."""
+        self.engine.set_read_ceiling(read_ceiling.measure(self.runtime))
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""

@@ -37,12 +37,15 @@ class Stats:
                 *(f'steps_total{{kind="{kind}"}}' for kind in _KINDS),
                 *(f'step_seconds_total{{kind="{kind}"}}' for kind in _KINDS),
                 *(f'step_tokens_total{{kind="{kind}"}}' for kind in _KINDS),
+                "compiled_steps_total",
                 "weight_bytes_read_total",
                 "kv_bytes_read_total",
+                "decode_bytes_read_total",
                 "last_decode_step_seconds",
                 "last_decode_step_weight_bytes",
                 "last_decode_step_kv_bytes",
                 "longest_step_seconds",
+                "longest_step_with_compiling_seconds",
             ),
             0.0,
         )
@@ -50,6 +53,7 @@ class Stats:
         self._tpot = _Histogram("time_per_output_token_seconds", TPOT_BUCKETS_S)
         self._read_before = (0.0, 0.0)
         self._longest_s = 0.0
+        self.read_ceiling = 0.0  # bytes per second (read_ceiling.py); 0: not measured
 
     @property
     def longest_step_s(self) -> float:
@@ -67,6 +71,8 @@ class Stats:
         t[f'step_seconds_total{{kind="{kind}"}}'] += seconds
         t[f'step_tokens_total{{kind="{kind}"}}'] += plan.num_tokens
         self._longest_s = max(self._longest_s, seconds)
+        t["longest_step_with_compiling_seconds"] = self._longest_s
+        t["compiled_steps_total"] += compiled
         if not compiled:
             t["longest_step_seconds"] = max(t["longest_step_seconds"], seconds)
         weights = counters.get("experts_weight_bytes", 0) + counters.get("linear_weight_bytes", 0)
@@ -75,6 +81,7 @@ class Stats:
             t["last_decode_step_seconds"] = seconds
             t["last_decode_step_weight_bytes"] = read[0] - self._read_before[0]
             t["last_decode_step_kv_bytes"] = read[1] - self._read_before[1]
+            t["decode_bytes_read_total"] += sum(read) - sum(self._read_before)
         t["weight_bytes_read_total"], t["kv_bytes_read_total"] = self._read_before = read
 
     def note_layer(self, seconds: float) -> None:
@@ -103,6 +110,9 @@ class Stats:
     ) -> dict[str, float]:
         """Everything by name, always in the same order."""
         waiting = scheduler.waiting
+        ceiling, t = self.read_ceiling, self._totals
+        seconds = t["last_decode_step_seconds"]
+        read = t["last_decode_step_weight_bytes"] + t["last_decode_step_kv_bytes"]
         return {
             "requests_running": float(len(scheduler.running)),
             "requests_waiting": float(len(waiting)),
@@ -114,6 +124,9 @@ class Stats:
             "prefix_cache_query_tokens_total": float(prefix.queried_tokens if prefix else 0),
             "prefix_cache_hit_tokens_total": float(prefix.hit_tokens if prefix else 0),
             "prefix_cache_evictions_total": float(prefix.num_evictions if prefix else 0),
+            "read_ceiling_bytes_per_second": ceiling,
+            # Of the last decode step. Models that fit into the caches come out above 1.
+            "dram_fraction_of_ceiling": read / seconds / ceiling if ceiling and seconds else 0.0,
             **self._totals,
             **self._ttft.snapshot(),
             **self._tpot.snapshot(),

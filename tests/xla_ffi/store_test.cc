@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <thread>
 
@@ -418,6 +419,30 @@ JAXMOE_TEST(scales_and_columns_that_no_format_has_are_errors) {
     JAXMOE_CHECK(contains(status.message(), "has rows of 144 weights: wanted a multiple of"), "%s",
                  status.message().c_str());
   }
+}
+
+JAXMOE_TEST(many_attach_to_a_full_store_at_once) {
+  TempDir dir;
+  int fd = open(dir.write("weights", random_bytes(40000, 5)).c_str(), O_RDONLY);
+  TempShared shared("many");
+  std::shared_ptr<HostStore> first;
+  JAXMOE_CHECK(open_shared(shared.name, 1, kLayers, &first).ok());
+  load_all(first.get(), fd);
+  JAXMOE_CHECK(first->seal().ok());
+  // Locks belong to open files, so threads meet them as processes do.
+  std::vector<std::thread> threads;
+  std::atomic<int> failed{0};
+  for (int t = 0; t < 6; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 30; ++i) {
+        std::shared_ptr<HostStore> store;
+        if (!open_shared(shared.name, 1, kLayers, &store).ok() || store->is_writable()) ++failed;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  JAXMOE_CHECK(failed == 0, "%d could not attach", failed.load());
+  close(fd);
 }
 
 JAXMOE_TEST(a_shared_store_of_other_weights_is_refused) {
