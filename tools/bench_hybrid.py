@@ -3,8 +3,8 @@
 Weights are random, at the dimensions of --config cut to --moe_layers. For every batch size a number
 of sequences decode together; per MoE layer it prints the step's time, the time the CPU spent in
 experts, the time it waited for the next layer's call (attention, router, shared experts and the
-hand-over, on the GPU), and the bytes of distinct experts over the experts' time as a fraction of the
-read ceiling measured in the same run.
+hand-over, on the GPU), and the bytes of distinct experts over the experts' time as a fraction of
+the read ceiling measured in the same run.
 
     tools/bench_hybrid.py --config=configs/bench/deepseek_v3.json --batch 1 2 4 8
 """
@@ -104,8 +104,8 @@ def main() -> None:
         print(
             f"batch {batch}: {run['us_per_layer']:.0f} us a layer (experts "
             f"{run['experts_us_per_layer']:.0f}, waiting for the GPU "
-            f"{run['idle_us_per_layer']:.0f}); experts read at {run['experts_gb_per_s']:.1f} GB/s = "
-            f"{run['experts_fraction_of_ceiling']:.2f} of the ceiling",
+            f"{run['idle_us_per_layer']:.0f}); experts read at "
+            f"{run['experts_gb_per_s']:.1f} GB/s = {run['experts_fraction_of_ceiling']:.2f} of the ceiling",
             flush=True,
         )
     if args.json:
