@@ -105,7 +105,8 @@ def main() -> None:
             f"batch {batch}: {run['us_per_layer']:.0f} us a layer (experts "
             f"{run['experts_us_per_layer']:.0f}, waiting for the GPU "
             f"{run['idle_us_per_layer']:.0f}); experts read at "
-            f"{run['experts_gb_per_s']:.1f} GB/s = {run['experts_fraction_of_ceiling']:.2f} of the ceiling",
+            f"{run['experts_gb_per_s']:.1f} GB/s = "
+            f"{run['experts_fraction_of_ceiling']:.2f} of the ceiling",
             flush=True,
         )
     if args.json:
