@@ -46,13 +46,37 @@ def test_partial_blocks_and_whole_groups():
 @pytest.mark.parametrize(
     "data, data_dims, scale, scale_dims, match",
     [
-        ("float8_e4m3fn", (200, 384), None, None, "without scales; wanted fp8_block: float32 .2, 3"),
-        ("float8_e4m3fn", (200, 384), "float32", (3, 2), r"\[3, 2\]; .*fp8_channel: float32 .200, 1"),
+        (
+            "float8_e4m3fn",
+            (200, 384),
+            None,
+            None,
+            "without scales; wanted fp8_block: float32 .2, 3",
+        ),
+        (
+            "float8_e4m3fn",
+            (200, 384),
+            "float32",
+            (3, 2),
+            r"\[3, 2\]; .*fp8_channel: float32 .200, 1",
+        ),
         ("float8_e4m3fn", (200, 384), "bfloat16", (2, 3), "with bfloat16"),
         ("bfloat16", (8, 32), "float32", (1, 1), "wanted bf16: no scales"),
-        ("uint8", (8, 32), "uint8", (8, 1), r"int4_g32: bfloat16 \[8, 2\]; or mxfp4: uint8 \[8, 2\]"),
+        (
+            "uint8",
+            (8, 32),
+            "uint8",
+            (8, 1),
+            r"int4_g32: bfloat16 \[8, 2\]; or mxfp4: uint8 \[8, 2\]",
+        ),
         ("uint8", (2, 8, 32), "uint8", (8, 2), r"mxfp4: uint8 \[2, 8, 2\]"),
-        ("float16", (8, 32), None, None, "wanted a type of bfloat16, float32, float8_e4m3fn, uint8"),
+        (
+            "float16",
+            (8, 32),
+            None,
+            None,
+            "wanted a type of bfloat16, float32, float8_e4m3fn, uint8",
+        ),
     ],
 )
 def test_what_no_format_has_is_an_error(data, data_dims, scale, scale_dims, match):

@@ -17,6 +17,9 @@ from jaxmoe.ffi.ops import Weight
 from jaxmoe.quant import formats
 
 FORMATS = tuple(formats.FORMATS)
+# Those whose shapes are free of groups; the others share all code but the kernels, which the C++
+# tests take through every shape.
+UNGROUPED = ("bf16", "f32", "fp8_block")
 MATRICES = ("gate", "up", "down")
 
 

@@ -32,6 +32,8 @@ struct Avx2Base {
   static constexpr int kMaxFewOneStream = 2;
   static constexpr float kScaleFold = 1.0f;
   static constexpr bool kShareActivations = false;
+  static constexpr int kScaleChunk = 0;
+  static constexpr int kWidenedBytes = 0;
 
   static __m256 zero() { return _mm256_setzero_ps(); }
   static __m256 load(const float* p) { return _mm256_loadu_ps(p); }

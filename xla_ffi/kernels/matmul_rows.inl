@@ -17,6 +17,8 @@
 //   kShareActivations         whether the few-row form decodes all its rows before it multiplies
 //   kFlushVecs, Scale         vectors of a block whose sums one flush() scales, by a Scale that
 //   load_scale(scales, i)     reads: of flush i of a block, whose scales begin at `scales`
+//   kScaleChunk               blocks whose scales the few-row form widens ahead, 0: as they are
+//   widen_scales, load_widened, kWidenedBytes   if so; the latter of a block
 //   column(i)                 column within a block of 128 that prepared position i holds
 //   zero, load, load_acc, store_acc, store_weights, decode, mac, flush, reduce
 //   Flag, any_nan             decode() marks codes that it does not decode to NaN itself
@@ -229,6 +231,37 @@ inline __attribute__((always_inline)) void mac_vectors(const uint8_t* const (&w)
   }
 }
 
+// Scales of the coming blocks in a form that costs less to load.
+template <class Ops>
+struct WidenedScales {
+  static constexpr int kChunk = Ops::kScaleChunk;
+  alignas(64) uint8_t bytes[Ops::kRows][kChunk == 0 ? 1 : kChunk * Ops::kWidenedBytes];
+
+  void update(const RowGroup<Ops>& group, int64_t b, int64_t num_blocks) {
+    if constexpr (kChunk != 0) {
+      if (b % kChunk != 0) return;
+      // The last block's scales may be fewer.
+      const int64_t count = min_of(kChunk, num_blocks - b);
+      const bool tail = b + count > group.full_blocks;
+      for (int r = 0; r < Ops::kRows; ++r) {
+        Ops::widen_scales(group.scale[r] + b * Ops::kBlockScaleBytes,
+                          (count - tail) * Ops::kBlockScaleBytes, bytes[r]);
+        if (!tail) continue;
+        Ops::widen_scales(group.tail_scale[r], Ops::kBlockScaleBytes,
+                          bytes[r] + (count - 1) * Ops::kWidenedBytes);
+      }
+    }
+  }
+
+  typename Ops::Scale load(const RowGroup<Ops>& group, int r, int64_t b, int flush) const {
+    if constexpr (kChunk != 0) {
+      return Ops::load_widened(bytes[r] + b % kChunk * Ops::kWidenedBytes, flush);
+    } else {
+      return Ops::load_scale(group.block_scales(r, b), flush);
+    }
+  }
+};
+
 // Few rows: one pass over the weights, sums in registers.
 template <class Ops, int M>
 void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
@@ -245,8 +278,10 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
     }
     typename Ops::Flag flag = {};
     const int64_t num_blocks = group.num_blocks();
+    WidenedScales<Ops> widened;
     for (int64_t b = 0; b < num_blocks; ++b) {
       group.prefetch(b);
+      widened.update(group, b, num_blocks);
       const uint8_t* block[kRows];
       for (int r = 0; r < kRows; ++r) block[r] = group.block(r, b);
       const typename Ops::Elem* xb[M];
@@ -260,7 +295,7 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
           }
           mac_vectors<Ops, M, Ops::kFlushVecs>(block, xb, f * Ops::kFlushVecs, part, flag);
           for (int r = 0; r < kRows; ++r) {
-            const typename Ops::Scale scale = Ops::load_scale(group.block_scales(r, b), f);
+            const typename Ops::Scale scale = widened.load(group, r, b, f);
             for (int i = 0; i < M; ++i) sum[r][i] = Ops::flush(sum[r][i], part[r][i], scale);
           }
         }

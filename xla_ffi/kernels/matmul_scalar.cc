@@ -53,6 +53,8 @@ struct ScalarBase {
   static constexpr int kMaxFewOneStream = 2;
   static constexpr float kScaleFold = 1.0f;
   static constexpr bool kShareActivations = false;
+  static constexpr int kScaleChunk = 0;
+  static constexpr int kWidenedBytes = 0;
 
   static constexpr int column(int i) { return i; }
   static Lanes zero() { return {}; }

@@ -23,6 +23,8 @@ struct Avx512Base {
   static constexpr int kMaxFewOneStream = 4;
   static constexpr float kScaleFold = 1.0f;
   static constexpr bool kShareActivations = false;
+  static constexpr int kScaleChunk = 0;
+  static constexpr int kWidenedBytes = 0;
 
   static __m512 zero() { return _mm512_setzero_ps(); }
   static __m512 load(const float* p) { return _mm512_loadu_ps(p); }
