@@ -75,9 +75,13 @@ def make_engine(
     max_model_len: int = 40,
     max_num_seqs: int = 4,
     tokenizer: bool = True,
+    streamer=None,
     **more,
 ) -> tuple[Engine, FakeStep]:
-    """An engine over a FakeStep with pages of 4 tokens; texts are their bytes; its clock counts."""
+    """An engine over a FakeStep with pages of 4 tokens; texts are their bytes; its clock counts.
+
+    streamer: makes what computes streamed prompts, given the step.
+    """
     layout = CacheLayout(4, num_pages, max_model_len, 1)
     step = FakeStep(script, 4)
     times = iter(range(10**6))
@@ -90,6 +94,7 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         prefill_chunk_tokens=16,
         clock=lambda: float(next(times)),
+        streamer=streamer and streamer(step),
         **more,
     )
     return engine, step

@@ -1,0 +1,170 @@
+"""Prompts that are streamed a layer a step: order, company, cancelling, failing; and for real."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from support import fake_step, tiny_models
+
+from jaxmoe import LLM
+from jaxmoe.common.errors import ConfigError
+from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.scheduler.prefill_route import PrefillRoute
+
+GREEDY = SamplingParams(temperature=0)
+LAYERS = 3
+LONG = b"a long prompt that is streamed"
+
+
+class FakeStream:
+    """Writes the row's tokens to the step's memory with its last layer."""
+
+    max_tokens = 1000
+
+    def __init__(self, step: fake_step.FakeStep):
+        self.step, self.row, self.done, self.log = step, None, 0, []
+        self.fail_at = -1
+
+    def begin(self, row):
+        assert self.row is None
+        self.row, self.done = row, 0
+        self.log.append(("begin", row.start, len(row.token_ids)))
+
+    def advance(self):
+        self.done += 1
+        self.log.append(("layer", self.done))
+        if self.done == self.fail_at:
+            self.row = None
+            raise ValueError("copy 7 failed")
+        if self.done < LAYERS:
+            return self.done / LAYERS
+        row, size = self.row, self.step.page_size
+        for i, token in enumerate(row.token_ids, row.start):
+            self.step.memory[row.pages[i // size], i % size] = token
+        self.row = None
+        return 1.0
+
+    def stop(self):
+        self.log.append(("stop",))
+        self.row = None
+
+
+def make(max_tokens=1000, forced=None, **more):
+    route = PrefillRoute(1.0, 1e-3, 0.18, max_tokens, forced)  # from 6 tokens on
+    streams = []
+
+    def streamer(step):
+        streams.append(FakeStream(step))
+        return streams[0]
+
+    engine, step = fake_step.make_engine(
+        lambda prompt: b"ok" + prompt[:1], streamer=streamer, route=route, **more
+    )
+    return engine, step, streams[0]
+
+
+def drain(engine):
+    outputs = {}
+    while engine.has_work:
+        for delta in engine.step():
+            if delta.output is not None:
+                outputs[delta.request_id] = delta.output.outputs[0]
+    engine.pages.check()
+    assert engine.pages.num_free == engine.layout.num_pages
+    return outputs
+
+
+def test_a_long_prompt_takes_a_step_a_layer_and_its_last_token_is_drawn():
+    engine, step, stream = make()
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    progress = []
+    for _ in range(LAYERS):
+        assert engine.step() == []
+        progress += [p.computed_tokens for p in engine.take_progress()]
+    assert stream.log == [("begin", 0, len(LONG) - 1), *(("layer", i + 1) for i in range(LAYERS))]
+    assert progress[-1] == len(LONG) - 1 and progress == sorted(progress)
+    assert drain(engine)["long"].text == "oka"
+    assert step.calls[0] == ("prefill", 1)
+    stats = engine.stats()
+    assert stats['steps_total{kind="stream"}'] == 1
+    assert stats['step_tokens_total{kind="stream"}'] == len(LONG) - 1
+
+
+def test_short_prompts_and_decodes_go_on_between_layers():
+    engine, step, stream = make()
+    engine.add_request(list(b"x"), SamplingParams(temperature=0, min_tokens=3), request_id="first")
+    engine.step()
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    engine.add_request(list(b"y"), GREEDY, request_id="short")
+    kinds = []
+    while engine.has_work:
+        before, layers = len(step.calls), len(stream.log)
+        engine.step()
+        kinds += [k for k, _ in step.calls[before:]] or ["stream"] * (len(stream.log) > layers)
+    first, last = kinds.index("stream"), len(kinds) - 1 - kinds[::-1].index("stream")
+    between = kinds[first:last]
+    assert "decode" in between and "prefill" in between, kinds
+
+
+def test_a_prompt_longer_than_a_pass_takes_several():
+    engine, _, stream = make(max_tokens=12, forced="slp")
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    assert drain(engine)["long"].text == "oka"
+    begun = [entry for entry in stream.log if entry[0] == "begin"]
+    assert begun == [("begin", 0, 12), ("begin", 12, 12), ("begin", 24, len(LONG) - 25)]
+
+
+def test_a_cancelled_prompt_is_stopped():
+    engine, _, stream = make()
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    engine.step()
+    engine.abort("long")
+    engine.add_request(list(b"x"), GREEDY, request_id="next")
+    assert drain(engine)["next"].text == "okx"
+    assert stream.log[-1] == ("stop",)
+
+
+def test_a_failed_load_is_that_requests_failure_alone(caplog):
+    engine, _, stream = make()
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    engine.add_request(list(b"x"), GREEDY, request_id="short")
+    stream.fail_at = 2
+    outputs = drain(engine)
+    assert outputs["long"].finish_reason == "error"
+    assert "copy 7 failed" in outputs["long"].stop_reason
+    assert "copy 7 failed" in caplog.text
+    assert outputs["short"].text == "okx"
+    stream.fail_at = -1
+    engine.add_request(list(LONG), GREEDY, request_id="again")
+    assert drain(engine)["again"].text == "oka"
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])
+def test_texts_of_streamed_prompts_are_those_of_chunks(case, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    tiny_models.write_checkpoint(tmp_path, case)
+    prompts = [np.random.default_rng(n).integers(1, 60, n).tolist() for n in (1, 2, 70)]
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, repetition_penalty=1.2)
+    texts = {}
+    for prefill in ("chunked", "slp"):
+        with LLM(
+            str(tmp_path),
+            device="cpu",
+            prefill=prefill,
+            compute_dtype="float32",
+            max_num_seqs=2,
+            max_model_len=96,
+            num_threads=1,
+            show_progress=False,
+        ) as llm:
+            texts[prefill] = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+        assert caplog.text.count("prompt tokens by slp") == (0 if prefill == "chunked" else 2)
+    assert texts["slp"] == texts["chunked"]
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    tiny_models.write_checkpoint(tmp_path, "qwen3_moe")
+    with pytest.raises(ConfigError, match="JAX sees no NVIDIA GPU"):
+        LLM(str(tmp_path), device="gpu", show_progress=False)
