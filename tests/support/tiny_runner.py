@@ -212,7 +212,11 @@ def device_runner(
         ops = DeviceOps(experts, kind, one_sequence=one_sequence, interpret=True)
         return model(step, caches, ops, jnp.arange(step.token_ids.shape[0]))
 
-    return TinyRunner(config, compute_dtype, step_fn, weights, num_rows=1 if one_sequence else 3)
+    rows = 1 if one_sequence else 3
+    quickly = {"xla_backend_optimization_level": 0}
+    return TinyRunner(
+        config, compute_dtype, step_fn, weights, num_rows=rows, compiler_options=quickly
+    )
 
 
 def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> TinyRunner:
