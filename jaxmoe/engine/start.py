@@ -148,7 +148,9 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         route=long_prompts.route if long_prompts else None,
     )
     placed = describe_placement(device, long_prompts)
-    report = describe(config, directory, layout, states, loaded, runtime, programs, placed, notes)
+    report = describe(
+        config, directory, layout, states, loaded, runtime, programs, placed, notes, device
+    )
     _log.info("%s", report)
     return Started(
         engine,
@@ -232,6 +234,14 @@ def _load(
         )
 
 
+def _describe_decode(device: Device | None) -> str:
+    if device is None or device.platform == "cpu":
+        why = "without a GPU attention and experts need the same cores"
+    else:
+        why = "what it costs on this machine is not calibrated yet"
+    return f"decode: merged; overlapping two halves of a batch is off: {why}"
+
+
 def describe(
     config: EngineConfig,
     directory: Directory,
@@ -242,6 +252,7 @@ def describe(
     programs: str,
     placement: Sequence[str] = (),
     notes: Sequence[str] = (),
+    device: Device | None = None,
 ) -> str:
     """The start-up report: what runs, where it lies, and what is slower than it could be."""
     model, params = directory.model_config, directory.defaults.params
@@ -271,8 +282,7 @@ def describe(
         f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "
         f"{layout.total_bytes / 2**20:.1f} MiB; up to {config.max_num_seqs} sequences of "
         f"{layout.max_model_len} tokens (the model's limit is {model.max_position})",
-        "decode: merged; overlapping two halves of a batch is off, for without a GPU attention and "
-        "experts need the same cores",
+        _describe_decode(device),
         *_describe_states(states),
         f"sampling defaults: temperature {params.temperature}, top_p {params.top_p}, top_k "
         f"{params.top_k}; end of text: {', '.join(map(str, directory.eos_token_ids)) or 'none'}",

@@ -136,6 +136,7 @@ def test_the_start_up_report_says_what_runs_where(directory, caplog):
         "experts",
         "ISA scalar",
         "KV cache: 512 tokens in 64 pages",
+        "decode: merged",
         "end of text",
         "note: instruction set forced to scalar",
         str(PROGRAMS),
