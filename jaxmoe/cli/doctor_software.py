@@ -231,9 +231,10 @@ def nvidia_smi() -> str:
 
 def bandwidth() -> Check:
     from jaxmoe.ffi.cpu_runtime import CpuRuntime
+    from jaxmoe.ffi.measure import read_bandwidth
 
     with CpuRuntime() as runtime:
-        rates = sorted(runtime.read_bandwidth(1 << 30, 5))
+        rates = sorted(read_bandwidth(runtime, 1 << 30, 5))
     return Check(
         "bandwidth",
         OK,

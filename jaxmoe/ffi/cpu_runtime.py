@@ -79,14 +79,6 @@ class CpuRuntime:
         """Totals since creation: calls, distinct experts, weight and cache bytes read."""
         return self._native.stats()
 
-    def read_bandwidth(self, total_bytes: int = 1 << 30, repeats: int = 5) -> list[float]:
-        """Bytes per second that as many threads, on the same CPUs, read from DRAM; one a repeat.
-
-        The ceiling that bandwidth figures are stated against: measure it in the same minute.
-        `total_bytes` must be far larger than the last-level cache.
-        """
-        return self._native.read_bandwidth(total_bytes, repeats)
-
     def close(self) -> None:
         """Ends the threads. Programs that still name this runtime get an error. Idempotent."""
         self._native.close()

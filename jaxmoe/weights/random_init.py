@@ -30,6 +30,22 @@ from jaxmoe.weights.tensor_table import MATRICES, expert_layouts
 _log = logging.getLogger(__name__)
 
 
+def fill_expert_matrix(
+    values: RandomValues, store: HostStore, layer: int, expert: int, which: Matrix
+) -> int:
+    """Random weights, with their scales, for one matrix of an arena; returns the weights' bytes."""
+    name, layout = f"{layer}.{expert}.{which}", store.layouts[layer]
+    fan_in = layout.shape(which)[1]
+    num_bytes = 0
+    for first_row, rows in store.writable_rows(layer, expert, which):
+        values.fill_weights(rows, name, fan_in, first_row * fan_in)
+        num_bytes += rows.nbytes
+    scale_shape = layout.scale_shape(which)
+    if scale_shape is not None:
+        store.set_scale(layer, expert, which, values.scale_inv(scale_shape, name, fan_in))
+    return num_bytes
+
+
 def random_model(
     config: ModelConfig,
     models: ModelRegistry,
@@ -73,14 +89,7 @@ def random_model(
         bar.add(buffer.nbytes)
 
     def make_matrix(store: HostStore, layer: int, expert: int, which: Matrix) -> None:
-        name, layout = f"{layer}.{expert}.{which}", layouts[layer]
-        fan_in = layout.shape(which)[1]
-        for first_row, rows in store.writable_rows(layer, expert, which):
-            values.fill_weights(rows, name, fan_in, first_row * fan_in)
-            bar.add(rows.nbytes)
-        scale_shape = layout.scale_shape(which)
-        if scale_shape is not None:
-            store.set_scale(layer, expert, which, values.scale_inv(scale_shape, name, fan_in))
+        bar.add(fill_expert_matrix(values, store, layer, expert, which))
 
     tasks = [partial(make_leaf, path) for path in description.specs]
     if store is not None:

@@ -213,6 +213,13 @@ Status AttentionJob::plan(CpuRuntime& runtime, std::vector<Group>* groups, Scrat
       static_cast<uint64_t>(kv_positions * call_.num_kv_heads * elements *
                             (call_.cache_type == ActivationType::kF32 ? 4 : 2)),
       std::memory_order_relaxed);
+  int64_t seen = 0;  // positions, summed over tokens
+  for (int64_t t = 0; t < call_.num_tokens; ++t) {
+    if (call_.token_rows[t] != -1) seen += call_.positions[t] + int64_t{1} - first_position(t);
+  }
+  stats.attention_flops.fetch_add(
+      static_cast<uint64_t>(2 * seen * call_.num_heads * (call_.head_dim + call_.v_dim)),
+      std::memory_order_relaxed);
   return {};
 }
 

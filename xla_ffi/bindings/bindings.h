@@ -4,9 +4,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 
 #include "kernels/kernels.h"
+#include "runtime/cpu_runtime.h"
+#include "runtime/host_store.h"
 #include "runtime/status.h"
 #include "runtime/topology.h"
 
@@ -26,6 +29,9 @@ inline void throw_os_error(const Status& status) {
 WeightFormat format_from_name(const std::string& name);
 // Of an open runtime object; throws when it is closed.
 const Topology& topology_of(pybind11::handle runtime);
+std::shared_ptr<CpuRuntime> cpu_of(pybind11::handle runtime);
+std::shared_ptr<HostStore> store_of(pybind11::handle store);
+void bind_bench(pybind11::module_& module);
 void bind_host_store(pybind11::module_& module);
 
 }  // namespace jaxmoe

@@ -204,6 +204,10 @@ WeightFormat format_from_name(const std::string& name) {
                         "\"; wanted \"bf16\", \"f32\" or \"fp8_block\"");
 }
 
+std::shared_ptr<HostStore> store_of(py::handle store) {
+  return store.cast<const StoreBinding&>().get();
+}
+
 void bind_host_store(py::module_& module) {
   py::class_<StoreBinding>(module, "HostStore")
       .def(py::init<py::handle, const std::vector<LayerTuple>&, const std::string&,

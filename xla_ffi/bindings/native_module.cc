@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "bench/read_bandwidth.h"
 #include "bindings/bindings.h"
 #include "handlers/checks.h"
 #include "handlers/handlers.h"
@@ -90,6 +89,9 @@ py::dict stats(const RuntimeBinding& binding) {
   result["linear_weight_bytes"] = stats.linear_weight_bytes.load();
   result["attention_calls"] = stats.attention_calls.load();
   result["attention_kv_bytes"] = stats.attention_kv_bytes.load();
+  result["experts_flops"] = stats.experts_flops.load();
+  result["linear_flops"] = stats.linear_flops.load();
+  result["attention_flops"] = stats.attention_flops.load();
   return result;
 }
 
@@ -108,18 +110,6 @@ py::dict handlers() {
   return result;
 }
 
-// On the CPUs that the runtime's participants use, so the ceiling is that of the same threads.
-std::vector<double> measure_read_bandwidth(const RuntimeBinding& binding, int64_t total_bytes,
-                                           int repeats) {
-  std::shared_ptr<CpuRuntime> cpu = binding.get().cpu;
-  std::vector<int> cpus;
-  for (const Placement& placement : place_threads(cpu->topology(), cpu->num_threads())) {
-    cpus.push_back(placement.cpu);
-  }
-  py::gil_scoped_release release;
-  return read_bandwidth(cpus, total_bytes, repeats);
-}
-
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < kNumIsas; ++i) {
@@ -131,7 +121,11 @@ std::vector<std::string> supported_isas() {
 }  // namespace
 
 const Topology& topology_of(py::handle runtime) {
-  return runtime.cast<RuntimeBinding&>().get().cpu->topology();
+  return cpu_of(runtime)->topology();
+}
+
+std::shared_ptr<CpuRuntime> cpu_of(py::handle runtime) {
+  return runtime.cast<RuntimeBinding&>().get().cpu;
 }
 
 }  // namespace jaxmoe
@@ -155,10 +149,9 @@ PYBIND11_MODULE(_native, module) {
       .def("kernel_name", &jaxmoe::kernel_name, py::arg("family"), py::arg("weight_format"),
            py::arg("bf16_activations"))
       .def("stats", &jaxmoe::stats)
-      .def("read_bandwidth", &jaxmoe::measure_read_bandwidth, py::arg("total_bytes"),
-           py::arg("repeats"))
       .def("close", &RuntimeBinding::close);
   jaxmoe::bind_host_store(module);
+  jaxmoe::bind_bench(module);
   module.def("handlers", &jaxmoe::handlers);
   module.def("supported_isas", &jaxmoe::supported_isas);
 }

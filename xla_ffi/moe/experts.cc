@@ -49,6 +49,8 @@ Status ExpertsJob::plan(CpuRuntime& runtime, const HostStore& store, const Exper
   RuntimeStats& stats = runtime.stats();
   stats.experts_calls.fetch_add(1, std::memory_order_relaxed);
   stats.experts_distinct.fetch_add(static_cast<uint64_t>(num_groups_), std::memory_order_relaxed);
+  stats.experts_flops.fetch_add(static_cast<uint64_t>(6 * num_pairs_ * hidden_ * intermediate_),
+                                std::memory_order_relaxed);
   int64_t bytes = 0;
   for (int m = 0; m < kNumMatrices; ++m) {
     const Matrix which = static_cast<Matrix>(m);

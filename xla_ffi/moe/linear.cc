@@ -188,6 +188,9 @@ Status linear(CpuRuntime& runtime, const LinearCall& call) {
     stats.linear_weight_bytes.fetch_add(
         static_cast<uint64_t>(call.groups * call.weight.n * call.weight.row_stride_bytes),
         std::memory_order_relaxed);
+    stats.linear_flops.fetch_add(
+        static_cast<uint64_t>(2 * call.groups * call.weight.n * call.weight.k * call.m),
+        std::memory_order_relaxed);
   }
   pool.release(slot);
   return status;

@@ -31,6 +31,10 @@ struct RuntimeStats {
   std::atomic<uint64_t> linear_weight_bytes{0};
   std::atomic<uint64_t> attention_calls{0};
   std::atomic<uint64_t> attention_kv_bytes{0};
+  // Arithmetic that was asked for; a multiply-add counts as two.
+  std::atomic<uint64_t> experts_flops{0};
+  std::atomic<uint64_t> linear_flops{0};
+  std::atomic<uint64_t> attention_flops{0};
 };
 
 class CpuRuntime {
