@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,15 @@ def parse_dims(text: str) -> list[Dims]:
             )
         found.append(dims)
     return found
+
+
+def parse_formats(text: str) -> list[WeightFormat]:
+    """Names of weight formats, with commas between."""
+    known = get_args(WeightFormat)
+    for part in text.split(","):
+        if part not in known:
+            raise ConfigError(f"--formats: got {part!r}, wanted one of {', '.join(known)}")
+    return cast(list[WeightFormat], text.split(","))
 
 
 def random_store(
@@ -173,9 +182,7 @@ def layers(
     rng = np.random.default_rng(0)
     for dims, weight_format in itertools.product(all_dims, formats):
         # A call must not find what an earlier one left in the caches: four times what one reads.
-        num_experts = max(
-            experts_for(dims, weight_format, cold_bytes, 3), 4 * dims.per_token
-        )
+        num_experts = max(experts_for(dims, weight_format, cold_bytes, 3), 4 * dims.per_token)
         with closing(random_store(runtime, dims, weight_format, num_experts)) as store:
             for count in tokens:
                 family: Family = "vector" if count <= MOST_VECTOR_ROWS else "matrix"
@@ -190,9 +197,7 @@ def layers(
                     f"experts {weight_format} {dims.name} tokens={count}",
                     {
                         "op": "experts",
-                        "kernel": runtime.kernel_name(
-                            family, weight_format, bf16_activations=True
-                        ),
+                        "kernel": runtime.kernel_name(family, weight_format, bf16_activations=True),
                         "format": weight_format,
                         "dims": dims.name,
                         "hidden": dims.hidden,

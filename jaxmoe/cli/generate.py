@@ -127,6 +127,8 @@ def _run_prompts(
                 f"{count / max(seconds, 1e-9):.1f} tok/s, first token after {ttft_s:.2f} s",
                 file=sys.stderr,
             )
+        if llm.engine.profile is not None:
+            print(llm.engine.profile.describe(), file=sys.stderr)
     return 0
 
 

@@ -25,6 +25,7 @@ from jaxmoe.decode.hybrid_step import LOGITS_CHUNK_TOKENS, Kind, RowResult
 from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.engine.checks import check_params, check_prompt, resolve_max_tokens
 from jaxmoe.engine.completion import Completion
+from jaxmoe.engine.profile import StepProfile
 from jaxmoe.engine.stats import Stats
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.kv_cache.pages import PageAllocator
@@ -64,6 +65,7 @@ class Engine:
         defaults: what requests that say nothing get.
         seed: where the seeds of requests that bring none start.
         counters: of the native runtime (`CpuRuntime.stats`), for figures.
+        profile: counts where the time of steps goes (profile.py).
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
     """
 
@@ -81,6 +83,7 @@ class Engine:
         seed: int = 0,
         prefix_cache: bool = True,
         counters: Callable[[], Mapping[str, int]] = dict,
+        profile: StepProfile | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.layout = layout
@@ -106,6 +109,7 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._counters = counters
+        self.profile = profile
         self._stats = Stats()
         self._seeds = (seed + 0x9E3779B97F4A7C15 * i for i in itertools.count())
         self._ids = (f"req-{i}" for i in itertools.count())
@@ -183,9 +187,18 @@ class Engine:
     def step(self) -> list[Delta]:
         """Computes one step; what it added to each completion it completed a token of."""
         self._check_alive()
+        if self.profile is None:
+            return self._step()[1]
+        self.profile.begin()
+        plan, deltas = self._step()
+        if plan is not None:
+            self.profile.end(plan.kind, tokens=plan.num_tokens, compiled=self._runner.last_compiled)
+        return deltas
+
+    def _step(self) -> tuple[StepPlan | None, list[Delta]]:
         plan = self.scheduler.plan()
         if plan is None:
-            return []
+            return None, []
         now = self._clock()
         for row in plan.rows:
             if row.seq.is_new:
@@ -209,7 +222,7 @@ class Engine:
         self._stats.note_step(
             plan, now - started, self._counters(), compiled=self._runner.last_compiled
         )
-        return [
+        return plan, [
             self._take(row, result, now)
             for row, result in zip(plan.rows, results, strict=True)
             if row.samples
@@ -263,7 +276,8 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Figures as of the last step (stats.py); always the same names in the same order."""
-        return self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+        figures = self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+        return figures if self.profile is None else figures | self.profile.snapshot()
 
     @property
     def longest_step_s(self) -> float:

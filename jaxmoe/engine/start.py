@@ -18,6 +18,7 @@ from jaxmoe.engine import compile_cache
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.engine import Engine
+from jaxmoe.engine.profile import StepProfile
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.kv_cache import store
@@ -57,6 +58,8 @@ class Started:
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
+        if self.engine.profile is not None:
+            self.engine.profile.close()
         if self.engine.grammars is not None:
             self.engine.grammars.close()
         self.step.close()
@@ -79,8 +82,10 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     _require_cache_memory(layout)
     programs = compile_cache.enable(config.cache_path)
     runtime = CpuRuntime(num_threads=config.num_threads, isa=config.isa)
-    loaded = None
+    loaded = profile = None
     try:
+        if config.profile is not None:
+            profile = StepProfile(runtime, config.trace_path)
         loaded = _load(config, directory, runtime, on_stage)
         _require_cache_memory(layout)  # again: now the weights have taken theirs
         step = HybridStep(
@@ -114,6 +119,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         seed=config.seed,
         prefix_cache=config.prefix_cache,
         counters=runtime.stats,
+        profile=profile,
     )
     report = describe(config, directory, layout, loaded, runtime, programs)
     _log.info("%s", report)
@@ -194,6 +200,8 @@ def describe(
         slower.append("float32 activations and cache: for audits, about half as fast")
     if config.backing == "mmap" and config.load_format != "dummy":
         slower.append("experts mapped from the files: one NUMA node, first use reads the disk")
+    if config.profile is not None:
+        slower.append("the time of steps is counted (profile), which costs some of it")
     if config.isa is not None:
         slower.append(f"instruction set forced to {config.isa}")
     if not programs:

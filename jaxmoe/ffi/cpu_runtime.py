@@ -9,9 +9,13 @@ from __future__ import annotations
 import types
 from typing import Literal, Self
 
+import numpy as np
+
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
 from jaxmoe.ffi.registry import register_targets
+
+_TRACE_LEVELS = ("off", "seconds", "events")
 
 
 class CpuRuntime:
@@ -76,8 +80,20 @@ class CpuRuntime:
         return self._native.kernel_name(code, weight_format, bf16_activations)
 
     def stats(self) -> dict[str, int]:
-        """Totals since creation: calls, distinct experts, weight and cache bytes read."""
+        """Totals since creation: calls, distinct experts, weight and cache bytes read, arithmetic,
+        and nanoseconds by part where they are counted (`set_trace_level`).
+        """
         return self._native.stats()
+
+    def set_trace_level(self, level: Literal["off", "seconds", "events"]) -> None:
+        """What operations note of themselves: nothing, their time, or every unit of every thread."""
+        self._native.set_trace_level(_TRACE_LEVELS.index(level))
+
+    def take_trace(self) -> list[tuple[str, np.ndarray, int]]:
+        """What was noted since the last call: a track a thread, its events int64 `[n, 5]` (begin,
+        end, kind, part, detail; see xla_ffi/runtime/trace.h), and how many did not fit.
+        """
+        return self._native.take_trace()
 
     def close(self) -> None:
         """Ends the threads. Programs that still name this runtime get an error. Idempotent."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,15 @@ class StepInputs:
     block_tables: jax.Array
 
 
+# Moments of a compiled step that figures of where its time goes are told by.
+Point = Literal["begin", "logits", "end"]
+
+
 class Ops(Protocol):
+    def mark(self, x: jax.Array, point: Point) -> jax.Array:
+        """`x` itself; says, when it is ready, that the program has come to this point."""
+        ...
+
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         """`f` of every row of the arrays `[T, ...]` in `x`, stacked: for all but single operations.
 

@@ -6,45 +6,23 @@
 namespace jaxmoe::attention_isa {
 namespace {
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
-using V = __m512;
-constexpr int64_t kWidth = 16;
-constexpr int kScoreKeys = 4;  // 4 x 4 sums, 8 operands: 24 of 32 registers
-
-inline V load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-inline V set1(float x) { return _mm512_set1_ps(x); }
-inline V add(V a, V b) { return _mm512_add_ps(a, b); }
-inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
-inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-inline V div(V a, V b) { return _mm512_div_ps(a, b); }
-inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline V max(V a, V b) { return _mm512_max_ps(a, b); }
-inline float hsum(V v) { return _mm512_reduce_add_ps(v); }
-inline float hmax(V v) { return _mm512_reduce_max_ps(v); }
-inline V widen(const uint16_t* p) {
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-inline V pow2(V shifted) {
-  const __m512i n =
-      _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x4B400000 - 127));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(n, 23));
-}
-inline V zero_below(V x, float bound, V y) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_NLT_UQ), y);
-}
-
+#include "attention/vector_avx512.inl"
+//
 #include "attention/attention_core.inl"
+
+constexpr int kTileVectors = 4;  // 4 x 4 sums and 5 operands of 32 registers
+inline int64_t block_q_ld(int64_t dim) { return dim; }
+inline int64_t block_v_ld(int64_t dim) { return padded_dim(dim); }
+
+#include "attention/attention_block_f32.inl"
+//
+#include "attention/attention_block.inl"
 
 }  // namespace
 
 AttentionKernels avx512_kernels() {
-  return {"attention_avx512", padded_dim, attend_chunk, merge, finish};
+  return {"attention_avx512", padded_dim, attend_chunk, merge,     finish,
+          attend_block,       false,      block_q_ld,   block_v_ld};
 }
 
 }  // namespace jaxmoe::attention_isa

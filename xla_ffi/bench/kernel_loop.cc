@@ -95,6 +95,7 @@ Status measure_kernel(CpuRuntime& runtime, const HostStore& store, int layer, Fa
   const int num_threads = static_cast<int>(places.size());
   std::barrier sync(num_threads);
   std::vector<Clock::time_point> ends(places.size());
+  Clock::time_point start;  // before anyone begins
   auto body = [&](int idx) {
     const Placement place = places[static_cast<size_t>(idx)];
     cpu_set_t set;
@@ -117,7 +118,8 @@ Status measure_kernel(CpuRuntime& runtime, const HostStore& store, int layer, Fa
     // One round more than asked for: the first wakes pages and caches of the operands.
     for (int repeat = 0; repeat <= repeats; ++repeat) {
       sync.arrive_and_wait();
-      const Clock::time_point start = Clock::now();
+      if (idx == 0) start = Clock::now();
+      sync.arrive_and_wait();
       for (int e = 0; e < num_experts; ++e) {
         for (Matrix which : {Matrix::kGate, Matrix::kUp}) {
           const WeightView w = store.view(layer, e, which, place.node);

@@ -42,6 +42,7 @@ std::vector<double> peak_flops(const PeakLoop& loop, const std::vector<int>& cpu
   std::vector<double> rates;
   std::barrier sync(num_threads);
   std::vector<Clock::time_point> ends(cpus.size());
+  Clock::time_point start;
   int64_t rounds = 0;
   auto body = [&](int idx) {
     cpu_set_t set;
@@ -54,9 +55,9 @@ std::vector<double> peak_flops(const PeakLoop& loop, const std::vector<int>& cpu
     if (idx == 0) {
       int64_t tried = 1 << 10;
       for (;;) {
-        const Clock::time_point start = Clock::now();
+        const Clock::time_point tried_at = Clock::now();
         loop.run(tried, &sink);
-        const double taken = std::chrono::duration<double>(Clock::now() - start).count();
+        const double taken = std::chrono::duration<double>(Clock::now() - tried_at).count();
         if (taken > kSeconds / 8) {
           rounds = static_cast<int64_t>(static_cast<double>(tried) * kSeconds / taken) + 1;
           break;
@@ -65,8 +66,10 @@ std::vector<double> peak_flops(const PeakLoop& loop, const std::vector<int>& cpu
       }
     }
     for (int repeat = 0; repeat < repeats; ++repeat) {
+      // The clock is read before anyone begins: a thread that lost its CPU must not shorten the time.
       sync.arrive_and_wait();
-      const Clock::time_point start = Clock::now();
+      if (idx == 0) start = Clock::now();
+      sync.arrive_and_wait();
       const double flops = loop.run(rounds, &sink);
       ends[idx] = Clock::now();
       sync.arrive_and_wait();

@@ -1,5 +1,6 @@
 // The extension module: CpuRuntime, HostStore and the FFI handlers, with Python's exceptions for
 // their errors.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -92,6 +93,45 @@ py::dict stats(const RuntimeBinding& binding) {
   result["experts_flops"] = stats.experts_flops.load();
   result["linear_flops"] = stats.linear_flops.load();
   result["attention_flops"] = stats.attention_flops.load();
+  const char* const names[] = {"experts", "linear", "attention"};
+  PartTimes& times = binding.get().cpu->tracer().times();
+  for (int part = 0; part < 3; ++part) {
+    result[(std::string(names[part]) + "_ns").c_str()] = times.operation_ns[part].load();
+    result[(std::string(names[part]) + "_busy_ns").c_str()] = times.busy_ns[part].load();
+  }
+  result["program_ns"] = times.program_ns.load();
+  result["sampling_ns"] = times.sampling_ns.load();
+  return result;
+}
+
+void set_trace_level(const RuntimeBinding& binding, int level) {
+  if (level < 0 || level > 2) {
+    throw py::value_error("level is " + std::to_string(level) + "; wanted 0, 1 or 2");
+  }
+  binding.get().cpu->tracer().set_level(static_cast<TraceLevel>(level));
+}
+
+// [(track, int64 [n, 5] of begin, end, kind, part, detail, dropped)]
+py::list take_trace(const RuntimeBinding& binding) {
+  std::vector<Tracer::Taken> taken;
+  {
+    py::gil_scoped_release release;
+    taken = binding.get().cpu->tracer().take();
+  }
+  py::list result;
+  for (const Tracer::Taken& track : taken) {
+    py::array_t<int64_t> events({static_cast<py::ssize_t>(track.events.size()), py::ssize_t{5}});
+    auto at = events.mutable_unchecked<2>();
+    for (py::ssize_t i = 0; i < at.shape(0); ++i) {
+      const TraceEvent& event = track.events[static_cast<size_t>(i)];
+      at(i, 0) = event.begin_ns;
+      at(i, 1) = event.end_ns;
+      at(i, 2) = static_cast<int64_t>(event.kind);
+      at(i, 3) = static_cast<int64_t>(event.part);
+      at(i, 4) = event.detail;
+    }
+    result.append(py::make_tuple(track.track, events, track.dropped));
+  }
   return result;
 }
 
@@ -107,6 +147,7 @@ py::dict handlers() {
   add("jaxmoe_experts_wait", JaxmoeExpertsWait);
   add("jaxmoe_kv_write", JaxmoeKvWrite);
   add("jaxmoe_paged_attention", JaxmoePagedAttention);
+  add("jaxmoe_mark", JaxmoeMark);
   return result;
 }
 
@@ -120,9 +161,7 @@ std::vector<std::string> supported_isas() {
 
 }  // namespace
 
-const Topology& topology_of(py::handle runtime) {
-  return cpu_of(runtime)->topology();
-}
+const Topology& topology_of(py::handle runtime) { return cpu_of(runtime)->topology(); }
 
 std::shared_ptr<CpuRuntime> cpu_of(py::handle runtime) {
   return runtime.cast<RuntimeBinding&>().get().cpu;
@@ -149,6 +188,8 @@ PYBIND11_MODULE(_native, module) {
       .def("kernel_name", &jaxmoe::kernel_name, py::arg("family"), py::arg("weight_format"),
            py::arg("bf16_activations"))
       .def("stats", &jaxmoe::stats)
+      .def("set_trace_level", &jaxmoe::set_trace_level, py::arg("level"))
+      .def("take_trace", &jaxmoe::take_trace)
       .def("close", &RuntimeBinding::close);
   jaxmoe::bind_host_store(module);
   jaxmoe::bind_bench(module);

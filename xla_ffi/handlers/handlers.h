@@ -15,6 +15,7 @@ XLA_FFI_Error* JaxmoeExpertsSubmit(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeExpertsWait(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeKvWrite(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoePagedAttention(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeMark(XLA_FFI_CallFrame* frame);
 }
 
 }  // namespace jaxmoe

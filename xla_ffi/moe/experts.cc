@@ -23,6 +23,7 @@ constexpr int64_t kManyTokensStep = 16;
 Status ExpertsJob::plan(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call,
                         Scratch* scratch, JobShape* shape) {
   call_ = call;
+  tracer_ = &runtime.tracer();
   num_nodes_ = store.num_nodes();
   hidden_ = store.layer(call.layer).hidden;
   intermediate_ = store.layer(call.layer).intermediate;
@@ -236,7 +237,7 @@ void ExpertsJob::prepare_unit(uint32_t unit) {
 }
 
 void ExpertsJob::wait_prepared() {
-  wait_for_peer([this] { return prepare_left_.load(std::memory_order_acquire) == 0; });
+  tracer_->wait(part(), [this] { return prepare_left_.load(std::memory_order_acquire) == 0; });
 }
 
 void ExpertsJob::panel_unit(uint32_t unit) {
@@ -259,7 +260,8 @@ void ExpertsJob::stage1_unit(int node, uint32_t unit, int participant) {
   const void* x;
   const int32_t* rows;
   if (kernel_->panel_bytes != nullptr) {
-    wait_for_peer([&group] { return group.panel_ready.load(std::memory_order_acquire) != 0; });
+    tracer_->wait(part(),
+                  [&group] { return group.panel_ready.load(std::memory_order_acquire) != 0; });
     x = base_ + group.panel1;
     rows = nullptr;
   } else {
@@ -321,7 +323,8 @@ void ExpertsJob::stage2_unit(int node, uint32_t unit, int participant) {
   for (int64_t g = 0; g < num_groups_; ++g) {
     Group& group = at<Group>(groups_)[g];
     const int64_t m = group.end - group.begin;
-    wait_for_peer([&group] { return group.stage2_ready.load(std::memory_order_acquire) != 0; });
+    tracer_->wait(part(),
+                  [&group] { return group.stage2_ready.load(std::memory_order_acquire) != 0; });
     const void* x = kernel_->panel_bytes != nullptr
                         ? base_ + group.panel2
                         : base_ + h_prepared_ + h_row_bytes_ * static_cast<size_t>(group.begin);
@@ -336,6 +339,7 @@ void ExpertsJob::stage2_unit(int node, uint32_t unit, int participant) {
 
 Status experts(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call) {
   if (call.num_tokens == 0) return {};
+  const OperationScope scope(runtime.tracer(), Part::kExperts, call.layer);
   ExpertsJob job;
   JobShape shape;
   Pool& pool = runtime.pool();

@@ -41,6 +41,7 @@ struct ExpertsCall {
 
 class ExpertsJob final : public Job {
  public:
+  ExpertsJob() : Job(Part::kExperts) {}
   // Checks the ids, groups the tokens and lays out `scratch`. The call's arrays, the store and the
   // scratch must live until the job is done.
   Status plan(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call,
@@ -86,6 +87,7 @@ class ExpertsJob final : public Job {
   }
 
   ExpertsCall call_;
+  Tracer* tracer_ = nullptr;
   const MatmulKernel* kernel_ = nullptr;
   char* base_ = nullptr;
   int num_nodes_ = 1;

@@ -46,6 +46,7 @@ class CpuRuntime {
   Isa isa() const { return isa_; }
   const Topology& topology() const { return topology_; }
   Pool& pool() { return *pool_; }
+  Tracer& tracer() { return pool_->tracer(); }
   RuntimeStats& stats() { return stats_; }
   std::string describe() const;
 
