@@ -15,14 +15,14 @@ namespace {
 inline int64_t block_q_ld(int64_t dim) { return (dim + 31) / 32 * 32; }
 inline int64_t block_v_ld(int64_t dim) { return (dim + 31) / 32 * 32; }
 
-// c[i, n] (+)= a[i, k] * b[k, n] over pairs of k: 4 rows and N vectors of 16 columns. a: [*, a_ld]
+// c[i, n] (+)= a[i, k] * b[k, n] over pairs of k: Q rows and N vectors of 16 columns. a: [*, a_ld]
 // elements; b: [k / 2][b_ld][2].
-template <int N>
+template <int Q, int N>
 inline void product_tile(const uint16_t* a, int64_t a_ld, const uint16_t* b, int64_t b_ld,
                          int64_t k_dim, float* c, int64_t c_ld, bool add_to) {
-  __m512 sum[kTileQueries][N];
-#pragma GCC unroll 4
-  for (int i = 0; i < kTileQueries; ++i) {
+  __m512 sum[Q][N];
+#pragma GCC unroll 6
+  for (int i = 0; i < Q; ++i) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       sum[i][n] = add_to ? load(c + i * c_ld + n * kWidth) : _mm512_setzero_ps();
@@ -34,8 +34,8 @@ inline void product_tile(const uint16_t* a, int64_t a_ld, const uint16_t* b, int
     for (int n = 0; n < N; ++n) {
       right[n] = reinterpret_cast<__m512bh>(_mm512_load_si512(b + (k / 2 * b_ld + n * kWidth) * 2));
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kTileQueries; ++i) {
+#pragma GCC unroll 6
+    for (int i = 0; i < Q; ++i) {
       int32_t pair;
       __builtin_memcpy(&pair, a + i * a_ld + k, sizeof(pair));
       const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
@@ -43,23 +43,26 @@ inline void product_tile(const uint16_t* a, int64_t a_ld, const uint16_t* b, int
       for (int n = 0; n < N; ++n) sum[i][n] = _mm512_dpbf16_ps(sum[i][n], left, right[n]);
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kTileQueries; ++i) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Q; ++i) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) store(c + i * c_ld + n * kWidth, sum[i][n]);
   }
 }
 
+// 6 x 4 sums, 4 operands and one row's pair: 29 of 32 registers. m is even.
 inline void product(const uint16_t* a, int64_t a_ld, const uint16_t* b, int64_t b_ld, int64_t m,
                     int64_t k, float* c, bool add_to) {
-  for (int64_t i = 0; i < m; i += kTileQueries) {
-    int64_t n = 0;
-    for (; n + 4 * kWidth <= b_ld; n += 4 * kWidth) {
-      product_tile<4>(a + i * a_ld, a_ld, b + 2 * n, b_ld, k, c + i * b_ld + n, b_ld, add_to);
+  for (int64_t n = 0; n < b_ld;) {
+    const bool wide = n + 4 * kWidth <= b_ld;
+    for (int64_t i = 0; i < m;) {
+      const int64_t rows = i + 6 <= m ? 6 : 2;
+      auto* tile = rows == 6 ? (wide ? product_tile<6, 4> : product_tile<6, 2>)
+                             : (wide ? product_tile<2, 4> : product_tile<2, 2>);
+      tile(a + i * a_ld, a_ld, b + 2 * n, b_ld, k, c + i * b_ld + n, b_ld, add_to);
+      i += rows;
     }
-    for (; n < b_ld; n += 2 * kWidth) {
-      product_tile<2>(a + i * a_ld, a_ld, b + 2 * n, b_ld, k, c + i * b_ld + n, b_ld, add_to);
-    }
+    n += wide ? 4 * kWidth : 2 * kWidth;
   }
 }
 

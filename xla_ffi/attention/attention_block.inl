@@ -7,7 +7,7 @@
 //   value_block(p, m, values, v_ld, acc)      acc[i, :] += sum over s of p[i, s] * values[s, :]
 //   pack_keys(call, begin, count, keys)       as [q_ld / kPair][kBlockKeys][kPair]
 //   pack_values(call, begin, from, to, values)    as [kBlockKeys / kPair][v_ld][kPair]
-//   round_weights(scores, p)                  one row's weights as Elem
+//   store_weights(V x[kBlockKeys / kWidth], p)    one row's weights as Elem
 //
 // What a query computes depends on its own vector and the positions it sees alone. Blocks lie on a
 // grid of absolute positions; every query multiplies whole blocks, where positions it does not see
@@ -26,13 +26,38 @@ inline bool sees(const BlockCall& call, int64_t i, int64_t begin, int64_t block,
 // The scores of a row, scaled, become weights; what is not seen gets none. Returns the factor for
 // what was summed before.
 inline float block_softmax(float* scores, float scale, int64_t from, int64_t to, float* running_max,
-                           float* running_sum) {
-  for (int64_t s = 0; s < kBlockKeys; s += kWidth) {
-    store(scores + s, mul(load(scores + s), set1(scale)));
+                           float* running_sum, Elem* weights) {
+  constexpr int kVectors = kBlockKeys / kWidth;
+  V x[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) x[i] = mul(load(scores + i * kWidth), set1(scale));
+  if (from > 0 || to < kBlockKeys) {
+    for (int i = 0; i < kVectors; ++i) store(scores + i * kWidth, x[i]);
+    for (int64_t s = 0; s < from; ++s) scores[s] = kMinusInfinity;
+    for (int64_t s = to; s < kBlockKeys; ++s) scores[s] = kMinusInfinity;
+    for (int i = 0; i < kVectors; ++i) x[i] = load(scores + i * kWidth);
   }
-  for (int64_t s = 0; s < from; ++s) scores[s] = kMinusInfinity;
-  for (int64_t s = to; s < kBlockKeys; ++s) scores[s] = kMinusInfinity;
-  return softmax_row(scores, kBlockKeys, running_max, running_sum);
+  V top = x[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kVectors; ++i) top = max(top, x[i]);
+  const float block_max = hmax(top);
+  const float new_max = block_max > *running_max ? block_max : *running_max;
+  float factor = 1.0f;
+  if (*running_max == kMinusInfinity) {
+    factor = 0.0f;
+  } else if (!(new_max == *running_max)) {
+    factor = exp_one(*running_max - new_max);
+  }
+  V sum = set1(0.0f);
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    x[i] = vexp(sub(x[i], set1(new_max)));
+    sum = add(sum, x[i]);
+  }
+  store_weights(x, weights);
+  *running_max = new_max;
+  *running_sum = *running_sum * factor + hsum(sum);
+  return factor;
 }
 
 inline bool all_finite(const float* x, int64_t n) {
@@ -81,8 +106,7 @@ void attend_block(const BlockCall& call, const SoftmaxState& state) {
         continue;
       }
       const float factor =
-          block_softmax(scores, call.scale, from, to, state.max + i, state.sum + i);
-      round_weights(scores, p);
+          block_softmax(scores, call.scale, from, to, state.max + i, state.sum + i, p);
       if (factor == 1.0f) continue;
       float* acc = state.acc + i * call.v_ld;
       for (int64_t v = 0; v < call.v_ld; v += kWidth) {

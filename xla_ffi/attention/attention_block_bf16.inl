@@ -96,10 +96,10 @@ inline void pack_values(const BlockCall& call, int64_t begin, int64_t from, int6
   }
 }
 
-inline void round_weights(const float* scores, uint16_t* p) {
-  for (int64_t s = 0; s < kBlockKeys; s += 32) {
-    const __m512bh rounded =
-        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(scores + s + 16), _mm512_loadu_ps(scores + s));
-    _mm512_store_si512(p + s, reinterpret_cast<__m512i>(rounded));
+inline void store_weights(const __m512* x, uint16_t* p) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlockKeys / 32; ++i) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(x[2 * i + 1], x[2 * i]);
+    _mm512_store_si512(p + 32 * i, reinterpret_cast<__m512i>(rounded));
   }
 }

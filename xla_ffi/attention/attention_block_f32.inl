@@ -32,8 +32,8 @@ inline void pack_values(const BlockCall& call, int64_t begin, int64_t from, int6
   }
 }
 
-inline void round_weights(const float* scores, float* p) {
-  __builtin_memcpy(p, scores, kBlockKeys * sizeof(float));
+inline void store_weights(const V* x, float* p) {
+  for (int64_t i = 0; i < kBlockKeys / kWidth; ++i) store(p + i * kWidth, x[i]);
 }
 
 // sums[i][n] += a[i, k] * b[k, n], k ascending: a tile of kTileQueries rows and N vectors.
