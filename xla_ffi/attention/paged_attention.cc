@@ -414,8 +414,13 @@ const AttentionKernels& attention_kernels(Isa isa, Family family, ActivationType
                                           ActivationType cache_type) {
   // BF16 products are exact for BF16 operands alone.
   const bool halves = q_type == ActivationType::kBf16 && cache_type == ActivationType::kBf16;
-  if (family == Family::kMatrix && attention_kernels(isa).block_bf16 && !halves) {
-    isa = Isa::kAvx512;
+  if (family == Family::kMatrix && attention_kernels(isa).block_bf16) {
+    // Nor are they of use where vdpbf16ps is slower than two FP32 FMAs, which shows in what the
+    // kernels of decode are made of.
+    const MatmulKernel& decode = select_kernel(kernel_table(isa), Family::kVector,
+                                               WeightFormat::kFp8Block, ActivationType::kBf16);
+    const bool slow = isa == Isa::kAvx512Bf16 && decode.isa != Isa::kAvx512Bf16;
+    if (!halves || slow) isa = Isa::kAvx512;
   }
   return attention_kernels(isa);
 }
