@@ -1,6 +1,6 @@
 """A rival's own benchmark beside ours: in turn, in the same minutes, at equal bytes per weight.
 
-    --against=llama-bench:PATH    llama.cpp's or ik_llama.cpp's llama-bench, on --against_model (GGUF)
+    --against=llama-bench:PATH    llama.cpp's or ik_llama.cpp's, on --against_model (a GGUF)
 
 Every round runs ours once and then the rival's tool once, so that both meet the same machine. What
 the rival counts is its own: llama-bench leaves out tokenizing and sampling.

@@ -23,10 +23,7 @@ from jaxmoe.ffi.experts import experts as experts_call
 from jaxmoe.ffi.linear import Family
 from jaxmoe.weights.host_store import ExpertLayout, HostStore
 from jaxmoe.weights.param_spec import WeightFormat
-from jaxmoe.weights.random_init import fill_expert_matrix
-from jaxmoe.weights.random_values import RandomValues
-from jaxmoe.weights.read_pool import run_all
-from jaxmoe.weights.tensor_table import MATRICES
+from jaxmoe.weights.random_init import random_experts
 
 # Rows up to which a program of the vector family may meet them: a decode batch.
 MOST_VECTOR_ROWS = 64
@@ -84,33 +81,17 @@ def parse_formats(text: str) -> list[WeightFormat]:
     return cast(list[WeightFormat], text.split(","))
 
 
-def random_store(
-    runtime: CpuRuntime, dims: Dims, weight_format: WeightFormat, num_experts: int
-) -> HostStore:
-    """One layer of random experts."""
-    layout = ExpertLayout(num_experts, dims.intermediate, dims.hidden, weight_format)
-    store = HostStore.create(runtime, [layout])
-    values = RandomValues(0)
-    try:
-        run_all(
-            [
-                lambda expert=expert, which=which: fill_expert_matrix(
-                    values, store, 0, expert, which
-                )
-                for expert, which in itertools.product(range(num_experts), MATRICES)
-            ],
-            runtime.num_threads,
-        )
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
 def experts_for(dims: Dims, weight_format: WeightFormat, least_bytes: int, matrices: int) -> int:
     """As many as it takes for `matrices` matrices of each to be `least_bytes` together."""
     one = ExpertLayout(1, dims.intermediate, dims.hidden, weight_format).total_bytes / 3
     return max(1, int(np.ceil(least_bytes / (matrices * one))))
+
+
+def _store(
+    runtime: CpuRuntime, dims: Dims, weight_format: WeightFormat, num_experts: int
+) -> HostStore:
+    layout = ExpertLayout(num_experts, dims.intermediate, dims.hidden, weight_format)
+    return random_experts(runtime, layout)
 
 
 def kernels(
@@ -126,13 +107,18 @@ def kernels(
     runtime = bench.runtime
     for dims, weight_format in itertools.product(all_dims, formats):
         num_experts = experts_for(dims, weight_format, cold_bytes, 2)
-        with closing(random_store(runtime, dims, weight_format, num_experts)) as store:
+        with closing(_store(runtime, dims, weight_format, num_experts)) as store:
             for count in rows:
                 for family, kernel in _families(runtime, weight_format, count):
                     flops = 4.0 * count * dims.hidden * dims.intermediate
                     some = max(1, min(num_experts, int(_GEMM_FLOPS * runtime.num_threads / flops)))
 
-                    def work(family=family, count=count, some=some, store=store) -> Work:
+                    def work(
+                        family: Family = family,
+                        count: int = count,
+                        some: int = some,
+                        store: HostStore = store,
+                    ) -> Work:
                         found = measure.kernel(runtime, store, family, some, count, repeats)
                         return Work(found.seconds, found.bytes, found.flops)
 
@@ -183,12 +169,17 @@ def layers(
     for dims, weight_format in itertools.product(all_dims, formats):
         # A call must not find what an earlier one left in the caches: four times what one reads.
         num_experts = max(experts_for(dims, weight_format, cold_bytes, 3), 4 * dims.per_token)
-        with closing(random_store(runtime, dims, weight_format, num_experts)) as store:
+        with closing(_store(runtime, dims, weight_format, num_experts)) as store:
             for count in tokens:
                 family: Family = "vector" if count <= MOST_VECTOR_ROWS else "matrix"
                 ids = _chosen(rng, num_experts, count, dims.per_token)
 
-                def work(family=family, ids=ids, count=count, store=store) -> Work:
+                def work(
+                    family: Family = family,
+                    ids: np.ndarray = ids,
+                    count: int = count,
+                    store: HostStore = store,
+                ) -> Work:
                     found = measure.experts(runtime, store, family, ids, repeats)
                     tokens = len(ids) * count
                     return Work(found.seconds, found.bytes, found.flops, tokens)
@@ -228,7 +219,7 @@ def overheads(runtime: CpuRuntime, repeats: int) -> dict[str, float]:
     alone, and of a job that wakes all (awake) threads and does nothing.
     """
     dims = Dims("tiny", 2048, 128, 8)
-    with closing(random_store(runtime, dims, "bf16", dims.per_token)) as store:
+    with closing(_store(runtime, dims, "bf16", dims.per_token)) as store:
         none = np.full((1, 1, dims.per_token), -1, np.int32)
         many = np.repeat(none, 2000, axis=0)
         alone = measure.experts(runtime, store, "vector", many, repeats)

@@ -1,4 +1,4 @@
-"""jaxmoe_bench kernel, layer, decode and prefill: what this machine does, as parts of what it could.
+"""jaxmoe_bench kernel, layer, decode and prefill: what this machine does of what it could.
 
 Figures are medians of --repeats, each stated against the read ceiling and the peak of arithmetic
 that the same threads reached in the seconds before and after it.
@@ -7,6 +7,7 @@ that the same threads reached in the seconds before and after it.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(kind: str, given: Mapping[str, Any], given_names: set[str]) -> int:
     """given: every flag's value; given_names: of those that stand on the command line."""
+    said = [
+        f"--{name}={given[name]}"
+        for name in given
+        if name in given_names - {"json", "plot", "quiet"}
+    ]
     for name in sorted(given_names - _TAKES[kind]):
         raise ConfigError(f"--{name}: {kind} does not take it")
     if given["plot"]:
@@ -79,6 +85,7 @@ def run(kind: str, given: Mapping[str, Any], given_names: set[str]) -> int:
             raise ConfigError(f"--isa: got {isa!r}, wanted one of {', '.join(ISAS)}")
     content: dict[str, Any] = {
         "kind": kind,
+        "command": shlex.join(["jaxmoe_bench", kind, *said]),
         "options": {n: given[n] for n in sorted(_TAKES[kind] - {"help", "quiet"})},
         "machines": [],
         "figures": [],
@@ -214,15 +221,16 @@ def _measure_model(
         def against(label: str, ours: Any, **sizes: int) -> None:
             if rival is None:
                 return
+            tool = rival
             bench_against.check_equal(
-                rival.run(threads=threads, **sizes), num_weights, bytes_per_weight
+                tool.run(threads=threads, **sizes), num_weights, bytes_per_weight
             )
             mine, told = bench_against.alternate(
-                given["repeats"], ours, lambda: rival.run(threads=threads, **sizes)
+                given["repeats"], ours, lambda: tool.run(threads=threads, **sizes)
             )
             depth = {"depth": 0, "prompt": 0, "generate": 0} | sizes
             found = bench_against.compare(
-                label, threads, mine, told, rival.command(threads=threads, **depth)
+                label, threads, mine, told, tool.command(threads=threads, **depth)
             )
             content["comparisons"].append(found)
             print(bench_against.describe(found), flush=True)

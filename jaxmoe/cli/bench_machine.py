@@ -11,29 +11,20 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from jaxmoe.common.machine import cpu_id, cpu_name
 from jaxmoe.ffi import measure
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 
 _SAMPLES = 3  # of each roof before and after a figure: together more than the five that are asked
 
 
-def cpu_name(root: Path = Path("/")) -> str:
-    """As the kernel names it, or the architecture where it does not."""
-    try:
-        lines = (root / "proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def machine(runtime: CpuRuntime) -> dict[str, Any]:
     """Name, instruction set, threads and load, for the report and the JSON."""
     return {
         "cpu": cpu_name(),
+        "cpu_id": cpu_id(),
         "isa": runtime.isa,
         "threads": runtime.num_threads,
         "numa_nodes": runtime.num_nodes,

@@ -98,6 +98,13 @@ class EngineConfig:
         high=1024,
         optional=True,
     )
+    calibrate: bool = checked(
+        True,
+        "bool",
+        "measure once on this machine from how many tokens an expert on work is cut into small "
+        "pieces, and keep the answer in cache_dir; only with a gibibyte of experts and more; "
+        "results are the same without it",
+    )
     isa: str | None = checked(
         None,
         "str",

@@ -29,9 +29,17 @@ from jaxmoe.common import trace
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 
-PARTS = ("experts_read", "experts_wait", "linear", "attention", "xla", "sampling", "dispatch")
-KINDS = ("prefill", "decode")
-# Events kept for the file: 40 bytes each here, about 100 in it. Some hundred steps of a large model.
+PARTS: tuple[str, ...] = (
+    "experts_read",
+    "experts_wait",
+    "linear",
+    "attention",
+    "xla",
+    "sampling",
+    "dispatch",
+)
+KINDS: tuple[str, ...] = ("prefill", "decode")
+# Events kept for the file: 40 bytes each here, about 100 in it. Hundreds of a large model's steps.
 MOST_EVENTS = 2_000_000
 
 _EVENT_NAMES = ("", "unit", "wait", "program", "sampling")
@@ -153,7 +161,7 @@ def split(before: Mapping[str, int], after: Mapping[str, int], step_s: float) ->
 
 
 def spans_of(track: str, events: np.ndarray) -> list[trace.Span]:
-    """int64 `[n, 5]` of begin, end, kind, part and detail, as `CpuRuntime.take_trace` gives them."""
+    """int64 `[n, 5]` of begin, end, kind, part and detail, as `take_trace` gives them."""
     spans = []
     for begin, end, kind, part, detail in events.tolist():
         name, words = _PART_NAMES[part], {}

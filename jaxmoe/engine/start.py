@@ -14,7 +14,7 @@ from collections.abc import Callable
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.hybrid_step import HybridStep
-from jaxmoe.engine import compile_cache
+from jaxmoe.engine import calibration, compile_cache
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.engine import Engine
@@ -87,6 +87,10 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         if config.profile is not None:
             profile = StepProfile(runtime, config.trace_path)
         loaded = _load(config, directory, runtime, on_stage)
+        calibrated = None
+        if config.calibrate and loaded.report.expert_bytes >= calibration.LEAST_EXPERT_BYTES:
+            on_stage("measuring this machine", 0.0)
+            calibrated = calibration.calibrate(runtime, config.cache_path)
         _require_cache_memory(layout)  # again: now the weights have taken theirs
         step = HybridStep(
             loaded.graphdef,
@@ -121,7 +125,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         counters=runtime.stats,
         profile=profile,
     )
-    report = describe(config, directory, layout, loaded, runtime, programs)
+    report = describe(config, directory, layout, loaded, runtime, programs, calibrated)
     _log.info("%s", report)
     return Started(
         engine,
@@ -191,6 +195,7 @@ def describe(
     loaded: LoadedModel,
     runtime: CpuRuntime,
     programs: str,
+    calibrated: calibration.Calibration | None = None,
 ) -> str:
     """The start-up report: what runs, where it lies, and what is slower than it could be."""
     model, params = directory.model_config, directory.defaults.params
@@ -213,6 +218,7 @@ def describe(
         f"{config.compute_dtype} activations",
         *loaded.report.describe().splitlines(),
         *runtime.describe().splitlines(),
+        *([] if calibrated is None else [calibrated.describe()]),
         f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "
         f"{layout.total_bytes / 2**20:.1f} MiB; up to {config.max_num_seqs} sequences of "
         f"{layout.max_model_len} tokens (the model's limit is {model.max_position})",

@@ -85,8 +85,19 @@ class CpuRuntime:
         """
         return self._native.stats()
 
+    @property
+    def few_tokens(self) -> int:
+        """Activation rows of a matrix up to which work is handed out in long runs of memory."""
+        return self._native.few_tokens
+
+    def set_few_tokens(self, tokens: int) -> None:
+        """Changes speed only: no sum's order depends on it."""
+        if tokens < 0:
+            raise ConfigError(f"few_tokens is {tokens}; wanted at least 0")
+        self._native.set_few_tokens(tokens)
+
     def set_trace_level(self, level: Literal["off", "seconds", "events"]) -> None:
-        """What operations note of themselves: nothing, their time, or every unit of every thread."""
+        """What operations note of themselves: nothing, their time, or all units of all threads."""
         self._native.set_trace_level(_TRACE_LEVELS.index(level))
 
     def take_trace(self) -> list[tuple[str, np.ndarray, int]]:

@@ -62,9 +62,9 @@ def kernel(
     layer: int = 0,
     bf16_activations: bool = True,
 ) -> Measured:
-    """The bare kernel over gate and up of a layer's first `num_experts` experts, each once a repeat, with `rows`
-    activation rows. The matrices must be loaded; for cold weights they must be far larger than the
-    last-level cache together.
+    """The bare kernel over gate and up of a layer's first `num_experts` experts, each once a
+    repeat, with `rows` activation rows. The matrices must be loaded; for cold weights they must be
+    far larger than the last-level cache together.
 
     Raises ValueError where they are not loaded.
     """

@@ -17,7 +17,7 @@ from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.weights import memory
 from jaxmoe.weights.buffers import aligned_empty, to_jax
-from jaxmoe.weights.host_store import HostStore
+from jaxmoe.weights.host_store import ExpertLayout, HostStore
 from jaxmoe.weights.loaded_model import LoadedModel, LoadReport
 from jaxmoe.weights.loader import leaf_bytes
 from jaxmoe.weights.model_registry import ModelRegistry
@@ -44,6 +44,23 @@ def fill_expert_matrix(
     if scale_shape is not None:
         store.set_scale(layer, expert, which, values.scale_inv(scale_shape, name, fan_in))
     return num_bytes
+
+
+def random_experts(runtime: CpuRuntime, layout: ExpertLayout, seed: int = 0) -> HostStore:
+    """A store of one layer of random experts, for measurements; the caller closes it."""
+    values = RandomValues(seed)
+    store = HostStore.create(runtime, [layout])
+    tasks = [
+        partial(fill_expert_matrix, values, store, 0, expert, which)
+        for expert in range(layout.num_experts)
+        for which in MATRICES
+    ]
+    try:
+        run_all(tasks, runtime.num_threads)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def random_model(

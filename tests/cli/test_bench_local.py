@@ -92,7 +92,7 @@ def rival(tmp_path, told, code=0):
     """A llama-bench that says what it is told to, and notes how it was called."""
     script, log = tmp_path / "llama-bench", tmp_path / "calls"
     script.write_text(
-        f"#!/bin/sh\necho \"$@\" >> {log}\necho loading...\n"
+        f'#!/bin/sh\necho "$@" >> {log}\necho loading...\n'
         f"cat <<'END'\n{json.dumps(told)}\nEND\nexit {code}\n"
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -201,5 +201,3 @@ def test_a_figure_is_stated_against_the_medians_of_its_roofs():
 def test_a_roofline_without_figures_is_a_picture_all_the_same(tmp_path):
     bench_roofline.plot(tmp_path / "x.png", "nothing", [])
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-
-

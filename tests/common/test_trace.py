@@ -20,7 +20,8 @@ def test_spans_become_complete_events_on_named_tracks(tmp_path):
     assert [names[tid] for tid in sorted(order, key=order.__getitem__)] == ["steps", "worker 1"]
     complete = [e for e in events if e["ph"] == "X"]
     assert [(names[e["tid"]], e["name"], e["ts"], e["dur"]) for e in complete] == [
-        ("steps", "decode", 0.0, 4.0), ("worker 1", "unit", 2.0, 1.5), ("steps", "decode", 4.5, 0.25),
+        ("steps", "decode", 0.0, 4.0), ("worker 1", "unit", 2.0, 1.5),
+        ("steps", "decode", 4.5, 0.25),
     ]  # fmt: skip
     assert complete[0]["args"] == {"tokens": 2} and "args" not in complete[1]
     assert told["otherData"] == {"dropped": 0} and all(e["pid"] == 1 for e in events)

@@ -188,6 +188,12 @@ PYBIND11_MODULE(_native, module) {
       .def("kernel_name", &jaxmoe::kernel_name, py::arg("family"), py::arg("weight_format"),
            py::arg("bf16_activations"))
       .def("stats", &jaxmoe::stats)
+      .def_property_readonly("few_tokens",
+                             [](const RuntimeBinding& r) { return r.get().cpu->few_tokens(); })
+      .def(
+          "set_few_tokens",
+          [](const RuntimeBinding& r, int64_t tokens) { r.get().cpu->set_few_tokens(tokens); },
+          py::arg("tokens"))
       .def("set_trace_level", &jaxmoe::set_trace_level, py::arg("level"))
       .def("take_trace", &jaxmoe::take_trace)
       .def("close", &RuntimeBinding::close);

@@ -41,6 +41,7 @@ Status ExpertsJob::plan(CpuRuntime& runtime, const HostStore& store, const Exper
     alone_ = true;
     return {};
   }
+  few_ = most_pairs_ <= runtime.few_tokens();
   choose_units(store, runtime.num_threads(), shape);
   status = lay_out(store, count, runtime.num_threads(), scratch);
   if (!status.ok()) return status;
@@ -92,17 +93,16 @@ Status ExpertsJob::count_tokens(const HostStore& store, std::vector<int32_t>* co
 }
 
 void ExpertsJob::choose_units(const HostStore& store, int num_threads, JobShape* shape) {
-  const int64_t step = most_pairs_ > kFewTokens ? kManyTokensStep : HostStore::kRowSplit;
+  const int64_t step = !few_ ? kManyTokensStep : HostStore::kRowSplit;
   const int64_t row_bytes1 = store.row_bytes(call_.layer, Matrix::kGate);
   const int64_t row_bytes2 = store.row_bytes(call_.layer, Matrix::kDown);
   threads_on_node_ = (num_threads + num_nodes_ - 1) / num_nodes_;
   step_ = step;
   // A stage-1 unit reads rows of gate and of up; a stage-2 unit reads its rows of every distinct
   // expert.
-  block1_ =
-      rows_per_unit(num_groups_ * intermediate_, 2 * row_bytes1, num_threads, step, most_pairs_);
+  block1_ = rows_per_unit(num_groups_ * intermediate_, 2 * row_bytes1, num_threads, step, few_);
   block1_ = std::min(block1_, (intermediate_ + step - 1) / step * step);
-  block2_ = rows_per_unit(hidden_, num_groups_ * row_bytes2, num_threads, step, kFewTokens + 1);
+  block2_ = rows_per_unit(hidden_, num_groups_ * row_bytes2, num_threads, step, false);
 
   prepare_rows_ = std::max<int64_t>(1, kConvertAlone / 2 / hidden_);
   uint32_t prepare_units =
@@ -307,7 +307,7 @@ void ExpertsJob::finish_stage1(Group& group) {
 // A stage-2 unit's run in each expert's matrix is 1/num_groups of what the unit reads, hence long
 // ones first.
 int64_t ExpertsJob::stage2_rows(int64_t left) const {
-  if (most_pairs_ > kFewTokens) return std::min(left, block2_);
+  if (!few_) return std::min(left, block2_);
   return guided_rows(left, threads_on_node_, block2_, step_);
 }
 

@@ -93,6 +93,7 @@ class ExpertsJob final : public Job {
   int num_nodes_ = 1;
   int64_t num_groups_ = 0, num_pairs_ = 0, most_pairs_ = 0;  // most_pairs_: of one expert
   int64_t hidden_ = 0, intermediate_ = 0;                    // D, F
+  bool few_ = true;                                          // see CpuRuntime::few_tokens
   bool alone_ = false, prepare_now_ = false;
   int64_t prepare_rows_ = 0;         // token rows of a prepare unit
   int64_t block1_ = 0, block2_ = 0;  // weight rows of a stage-1 unit / least of a stage-2 unit

@@ -39,7 +39,7 @@ class LinearJob final : public Job {
 
     const int64_t weight_row_bytes = w.row_stride_bytes;
     block_rows_ = rows_per_unit(w.n * call_.groups, weight_row_bytes, runtime.num_threads(),
-                                kRowStep, call_.m);
+                                kRowStep, call_.m <= runtime.few_tokens());
     block_rows_ = std::min(block_rows_, (w.n + kRowStep - 1) / kRowStep * kRowStep);
     blocks_ = (w.n + block_rows_ - 1) / block_rows_;
     if (call_.groups * blocks_ > kMaxUnits || chunks > kMaxUnits) {
