@@ -55,16 +55,11 @@ def _panel(ax: Any, figures: Sequence[Mapping[str, Any]]) -> None:
         ha="right",
         fontsize=8,
     )
-    for at, f in zip(intensity, figures, strict=True):
-        (dot,) = ax.plot([at], [f["flops_per_s"] / 1e9], "o", ms=5)
-        ax.annotate(
-            f"{f['name']}: {f['fraction_of_roofline']:.2f}",
-            (at, f["flops_per_s"] / 1e9),
-            textcoords="offset points",
-            xytext=(6, -3),
-            fontsize=6,
-            color=dot.get_color(),
-        )
+    for i, (at, f) in enumerate(zip(intensity, figures, strict=True)):
+        words = f"{f['name']}: {f['fraction_of_roofline']:.2f}"
+        mark = "osD^v<>ph*"[i // 10 % 10]  # ten colours, then the next mark
+        ax.plot([at], [f["flops_per_s"] / 1e9], mark, ms=5, label=words)
+    ax.legend(fontsize=6, loc="lower right", frameon=False, title="part of the roofline reached")
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte read", ylabel="GFLOP/s")
     ax.grid(alpha=0.3, which="both")
     ax.spines[["top", "right"]].set_visible(False)

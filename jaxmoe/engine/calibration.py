@@ -37,6 +37,7 @@ _EXPERTS_A_CALL = 8
 _HIDDEN, _INTERMEDIATE = 2048, 768
 _NUM_EXPERTS = 40  # 190 MB
 _REPEATS = 5
+_LEAST_SHARE = 0.9  # hand-outs and a clock tick apart, threads with work run all the time
 _MARGIN = 1.02  # what medians of five differ by without a cause
 
 Measure = Callable[[int], tuple[float, float]]
@@ -55,11 +56,12 @@ class Calibration(NamedTuple):
 
 
 def calibrate(
-    runtime: CpuRuntime, folder: Path | None, measure_at: Measure | None = None
+    runtime: CpuRuntime, folder: Path | None, experts: Experts | None = None
 ) -> Calibration:
     """Sets the runtime's crossover: from `folder`, or else by measuring, which it then keeps there.
 
-    measure_at: for tests; seconds of long runs and of pieces, at so many rows.
+    What was measured while other processes had the CPUs is neither used nor kept.
+    experts: what to measure with; for tests.
     """
     file = None if folder is None else folder / "calibration.json"
     key = identity(runtime)
@@ -68,13 +70,18 @@ def calibrate(
         few = kept[key]
         runtime.set_few_tokens(few)
         return Calibration(few, f"measured earlier, {file}")
+    default = runtime.few_tokens
     begin = time.perf_counter()
-    if measure_at is None:
-        with _Experts(runtime) as experts:
-            few = crossover(ROWS, experts.measure)
-    else:
-        few = crossover(ROWS, measure_at)
+    with experts or Experts(runtime) as measured:
+        few = crossover(ROWS, measured.measure)
+        share = measured.cpu_share
     seconds = time.perf_counter() - begin
+    if share < _LEAST_SHARE:
+        runtime.set_few_tokens(default)
+        return Calibration(
+            default,
+            f"not measured: other processes had {1 - share:.0%} of the CPUs' time meanwhile",
+        )
     runtime.set_few_tokens(few)
     if file is not None:
         _write(file, kept | {key: few})
@@ -100,13 +107,19 @@ def identity(runtime: CpuRuntime) -> str:
     )
 
 
-class _Experts:
+class Experts:
     """Random FP8 experts to measure with, for the length of a `with`."""
 
     def __init__(self, runtime: CpuRuntime) -> None:
         self._runtime = runtime
+        self._wall_s = self._cpu_s = 0.0
 
-    def __enter__(self) -> _Experts:
+    @property
+    def cpu_share(self) -> float:
+        """Of the threads' time, what they ran: they never sleep while there is work."""
+        return self._cpu_s / (self._wall_s * self._runtime.num_threads)
+
+    def __enter__(self) -> Experts:
         layout = ExpertLayout(_NUM_EXPERTS, _INTERMEDIATE, _HIDDEN, "fp8_block")
         self._store = random_experts(self._runtime, layout)
         return self
@@ -119,10 +132,13 @@ class _Experts:
         order = np.arange(_NUM_EXPERTS, dtype=np.int32).reshape(-1, 1, _EXPERTS_A_CALL)
         ids = np.repeat(order, rows, axis=1)
         seconds: tuple[list[float], list[float]] = [], []
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
         for _ in range(_REPEATS):
             for few, found in ((rows, seconds[0]), (0, seconds[1])):
                 self._runtime.set_few_tokens(few)
                 found += measure.experts(self._runtime, self._store, "vector", ids, 1).seconds
+        self._wall_s += time.perf_counter() - wall_s
+        self._cpu_s += time.process_time() - cpu_s
         return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 

@@ -87,6 +87,8 @@ class StepProfile:
         self._steps[kind] += 1
 
     def _keep_trace(self, kind: str, end_ns: int, tokens: int, compiled: bool) -> None:
+        if self._num_events >= MOST_EVENTS:
+            return
         name = f"{kind}, compiles" if compiled else kind
         self._spans.append(trace.Span("steps", name, self._begin_ns, end_ns, {"tokens": tokens}))
         for track, events, dropped in self._runtime.take_trace():

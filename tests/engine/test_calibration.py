@@ -12,6 +12,19 @@ from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.native_ops import NativeOps
 
 
+class Scripted:
+    """Measures what it is told."""
+
+    def __init__(self, measure, cpu_share=1.0):
+        self.measure, self.cpu_share = measure, cpu_share
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 def never(rows):
     raise AssertionError("measured again")
 
@@ -33,41 +46,53 @@ def test_crossover(long_runs, want):
 def test_the_answer_is_kept_with_the_cpus_identity(tmp_path):
     file = tmp_path / "cache" / "calibration.json"
     with CpuRuntime(num_threads=2) as runtime:
-        found = calibrate(runtime, file.parent, lambda rows: (rows, 6.0))
+        found = calibrate(runtime, file.parent, Scripted(lambda rows: (rows, 6.0)))
         assert found.few_tokens == runtime.few_tokens == 6
         assert "up to 6 tokens an expert (measured in" in found.describe()
         assert json.loads(file.read_text()) == {identity(runtime): 6}
     with CpuRuntime(num_threads=2) as runtime:
-        assert calibrate(runtime, file.parent, never) == Calibration(6, f"measured earlier, {file}")
+        assert calibrate(runtime, file.parent, Scripted(never)) == Calibration(
+            6, f"measured earlier, {file}"
+        )
         assert runtime.few_tokens == 6
     with CpuRuntime(num_threads=1) as other, pytest.raises(AssertionError):
-        calibrate(other, file.parent, never)
+        calibrate(other, file.parent, Scripted(never))
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"x": "y"}', "{"])
 def test_what_is_not_ours_is_measured_anew(tmp_path, text):
     (tmp_path / "calibration.json").write_text(text)
     with CpuRuntime(num_threads=1) as runtime:
-        assert calibrate(runtime, tmp_path, lambda rows: (1.0, 2.0)).few_tokens == 24
+        assert calibrate(runtime, tmp_path, Scripted(lambda rows: (1.0, 2.0))).few_tokens == 24
         kept = json.loads((tmp_path / "calibration.json").read_text())
         assert kept == {identity(runtime): 24}
         kept[identity(runtime)] = 10**9  # no number we would have written
         (tmp_path / "calibration.json").write_text(json.dumps(kept))
-        assert calibrate(runtime, tmp_path, lambda rows: (3.0, 2.0)).few_tokens == 0
+        assert calibrate(runtime, tmp_path, Scripted(lambda rows: (3.0, 2.0))).few_tokens == 0
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with CpuRuntime(num_threads=1) as runtime:
-        found = calibrate(runtime, tmp_path / "file", lambda rows: (1.0, 2.0))
+        found = calibrate(runtime, tmp_path / "file", Scripted(lambda rows: (1.0, 2.0)))
         assert found.few_tokens == 24 and "is not kept" in caplog.text
-        assert calibrate(runtime, None, lambda rows: (3.0, 2.0)).few_tokens == 0
+        assert calibrate(runtime, None, Scripted(lambda rows: (3.0, 2.0))).few_tokens == 0
+
+
+def test_what_a_busy_machine_says_is_not_believed(tmp_path):
+    with CpuRuntime(num_threads=1) as runtime:
+        default = runtime.few_tokens
+        found = calibrate(runtime, tmp_path, Scripted(lambda rows: (1.0, 2.0), cpu_share=0.6))
+        assert found.few_tokens == runtime.few_tokens == default
+        assert "other processes had 40% of the CPUs' time" in found.source
+        assert not list(tmp_path.iterdir())
 
 
 def test_it_measures(monkeypatch):
     """On experts that are too small to say anything: that it runs and gives one of the counts."""
     monkeypatch.setattr(calibration, "_HIDDEN", 128)
     monkeypatch.setattr(calibration, "_INTERMEDIATE", 128)
+    monkeypatch.setattr(calibration, "_LEAST_SHARE", 0.0)
     with CpuRuntime(num_threads=2) as runtime:
         found = calibrate(runtime, None)
         assert found.few_tokens in (0, *calibration.ROWS) and runtime.few_tokens == found.few_tokens

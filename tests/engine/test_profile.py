@@ -12,6 +12,7 @@ from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.engine import profile
 from jaxmoe.engine.profile import KINDS, PARTS, StepProfile, spans_of, split
+from jaxmoe.ffi import measure
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.serving.metrics import engine_families
 
@@ -122,14 +123,19 @@ def test_names_of_spans():
 
 
 def test_a_trace_is_cut_not_the_memory_filled(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile, "MOST_EVENTS", 0)
+    monkeypatch.setattr(profile, "MOST_EVENTS", 1)
     with CpuRuntime(num_threads=1) as runtime:
         kept = StepProfile(runtime, tmp_path / "t.json")
-        kept.begin()
-        kept.end("decode", tokens=1, compiled=False)
+        for _ in range(3):
+            kept.begin()
+            measure.empty_job(runtime, calls=2, repeats=1)
+            kept.end("decode", tokens=1, compiled=False)
+        assert kept.describe().startswith("decode: 3 steps")  # the seconds go on
         kept.close()
         kept.close()
-    assert "nothing is kept" in json.loads((tmp_path / "t.json").read_text())["otherData"]["cut"]
+    told = json.loads((tmp_path / "t.json").read_text())
+    assert "nothing is kept" in told["otherData"]["cut"]
+    assert [e["name"] for e in told["traceEvents"] if e["ph"] == "X"].count("decode") == 1
 
 
 def test_bad_names_are_refused(tmp_path):
