@@ -66,7 +66,8 @@ std::vector<double> peak_flops(const PeakLoop& loop, const std::vector<int>& cpu
       }
     }
     for (int repeat = 0; repeat < repeats; ++repeat) {
-      // The clock is read before anyone begins: a thread that lost its CPU must not shorten the time.
+      // The clock is read before anyone begins: a thread that lost its CPU must not shorten the
+      // time.
       sync.arrive_and_wait();
       if (idx == 0) start = Clock::now();
       sync.arrive_and_wait();
