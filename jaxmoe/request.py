@@ -66,7 +66,8 @@ class Sequence:
     per-sequence device state, or -1. grammar: what its text must follow, or None. is_new: whether
     no step has had it in that slot yet. num_cached: prompt tokens that were found in the prefix
     cache when it was first admitted; -1 before. page_keys: of the prompt's whole pages, once they
-    were asked for.
+    were asked for. state_from: the slot of a kept state that its first step starts from, or -1.
+    num_known_pages: of its prompt when it was admitted, whether or not their state was kept.
     """
 
     request: Request
@@ -79,6 +80,8 @@ class Sequence:
     is_new: bool = True
     num_cached: int = -1
     page_keys: list[bytes] | None = None
+    state_from: int = -1
+    num_known_pages: int = 0
     num_preemptions: int = 0
     started_s: float = 0.0
     first_token_s: float = 0.0

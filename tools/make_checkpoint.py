@@ -32,6 +32,30 @@ FP8 = {
     "activation_scheme": "dynamic",
     "weight_block_size": [128, 128],
 }
+
+
+def _compressed(kind: str, bits: int, strategy: str, group: int | None, fmt: str) -> dict[str, Any]:
+    weights = {"type": kind, "num_bits": bits, "strategy": strategy, "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": fmt,
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights | {"group_size": group}}
+        },
+    }
+
+
+INT4 = _compressed("int", 4, "group", 32, "pack-quantized")
+INT4["ignore"] += ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|down)_proj.*"]
+FORMATS: dict[str, dict[str, Any]] = {
+    "fp8": FP8,
+    "fp8_channel": _compressed("float", 8, "channel", None, "float-quantized"),
+    "int4": INT4,  # routed experts only, as Kimi-K2-Thinking
+    "mxfp4": _compressed("float", 4, "group", 32, "mxfp4-pack-quantized"),
+    "mxfp8": {"quant_method": "mxfp8", "weight_block_size": [1, 32]},
+}
+PACKED_MXFP4 = {"quant_method": "mxfp4"}  # of gpt-oss
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -97,10 +121,16 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
     config = json.loads(file.read_text())
     if args.format == "bf16":
         config.pop("quantization_config", None)
+    elif args.format == "mxfp4" and config.get("model_type") == "gpt_oss":
+        config["quantization_config"] = PACKED_MXFP4
     elif args.format == "fp8":
         config.setdefault("quantization_config", FP8)
+    elif args.format is not None:
+        config["quantization_config"] = FORMATS[args.format]
     if args.layers is not None:
         config["num_hidden_layers"] = args.layers
+        if "layer_types" in config:
+            config["layer_types"] = config["layer_types"][: args.layers]
     return config
 
 
@@ -115,7 +145,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     source.add_argument("--config", type=Path, help="any config.json of a supported model")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument(
-        "--format", choices=("fp8", "bf16"), help="instead of what the configuration says"
+        "--format", choices=("bf16", *FORMATS), help="instead of what the configuration says"
     )
     parser.add_argument("--layers", type=int, help="instead of what the configuration says")
     parser.add_argument("--shard_gb", type=float, default=5.0, help="largest file (default 5)")

@@ -13,6 +13,7 @@ experts.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
@@ -26,10 +27,12 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from support import tiny_models  # noqa: E402
+from support import tiny_models, tiny_quant  # noqa: E402
 
 FIXTURE_DIR = ROOT / "tests" / "parity" / "fixtures"
 PROMPT_LENGTHS = (57, 35, 20)
+# Of models with linear attention, which transformers computes in chunks of 64 tokens.
+LINEAR_PROMPT_LENGTHS = (90, 25, 13)
 GREEDY_STEPS = 16
 # In units of a router logit. bfloat16 rounding moves logits of this size by a few hundredths at
 # most.
@@ -37,22 +40,10 @@ CLEAR_MARGIN = 0.05
 CANDIDATES = 64
 # Greedy steps cannot be chosen token by token; they are only compared in float32.
 GREEDY_MARGIN = 5e-4
-TEXT_PART = "language_model."
+# Where the tensors of a text model are that is a part of a larger one, and what it calls them.
+TEXT_PARTS = {"language_model.": "", "model.language_model.": "model.", "lm_head.": "lm_head."}
 # They score with sigmoids and do not say so.
 SIGMOID_TYPES = ("glm4_moe", "glm4_moe_lite")
-
-
-def plain_tensors(case: str) -> dict[str, np.ndarray]:
-    """A case with FP8 dequantized to float32: transformers cannot do it for partial blocks."""
-    stored = tiny_models.make_tensors(case)
-    plain = {}
-    for name, array in stored.items():
-        if name.endswith("_scale_inv"):
-            continue
-        scale = stored.get(name + "_scale_inv")
-        is_plain = scale is None
-        plain[name] = array if is_plain else tiny_models.dequantize(array, scale)
-    return plain
 
 
 def text_config(case: str) -> dict[str, Any]:
@@ -68,12 +59,14 @@ def load_reference(case: str, dtype: torch.dtype) -> Any:
     config.pop("auto_map", None)
     if config["model_type"] == "kimi_k2":  # the same model under another name
         config["model_type"] = "deepseek_v3"
-    tensors = {name: a.astype(np.float32) for name, a in plain_tensors(case).items()}
+    plain = tiny_quant.dequantize(tiny_models.make_tensors(case))
+    tensors = {name: a.astype(np.float32) for name, a in plain.items()}
     if "text_config" in tiny_models.hf_config(case):
         tensors = {
-            name.removeprefix(TEXT_PART): array
+            own + name.removeprefix(part): array
             for name, array in tensors.items()
-            if name.startswith(TEXT_PART)
+            for part, own in TEXT_PARTS.items()
+            if name.startswith(part)
         }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -83,7 +76,7 @@ def load_reference(case: str, dtype: torch.dtype) -> Any:
         )
     num_layers = config["num_hidden_layers"]
     unexpected = [n for n in info["unexpected_keys"] if f"layers.{num_layers}." not in n]
-    unexpected = [n for n in unexpected if not n.endswith("inv_freq")]
+    unexpected = [n for n in unexpected if not n.endswith("inv_freq") and n[:4] != "mtp."]
     if info["missing_keys"] or info["mismatched_keys"] or unexpected:
         raise SystemExit(f"{case}: transformers did not load the checkpoint as written: {info}")
     return model.eval()
@@ -151,6 +144,20 @@ class Reference:
         self.cache.crop(-1)
 
 
+class CopyingReference(Reference):
+    """For models with recurrent state: the cache before the last tokens is kept as a copy."""
+
+    def reset(self) -> None:
+        self.cache = transformers.DynamicCache(config=self.model.config)
+
+    def extend(self, tokens: list[int]) -> tuple[np.ndarray, float]:
+        self._before = copy.deepcopy(self.cache)
+        return super().extend(tokens)
+
+    def step_back(self) -> None:
+        self.cache = self._before
+
+
 class UncachedReference(Reference):
     """For models whose cache cannot step back: every call computes all tokens again."""
 
@@ -173,8 +180,14 @@ class UncachedReference(Reference):
 
 
 def make_reference(case: str, dtype: torch.dtype) -> Reference:
-    kind = UncachedReference if "index_topk" in text_config(case) else Reference
+    config = text_config(case)
+    kind = CopyingReference if is_linear(config) else Reference
+    kind = UncachedReference if "index_topk" in config else kind
     return kind(case, dtype)
+
+
+def is_linear(config: Mapping[str, Any]) -> bool:
+    return "linear_conv_kernel_dim" in config
 
 
 def grow_prompt(reference: Reference, length: int, rng: np.random.Generator) -> list[int]:
@@ -246,7 +259,8 @@ def compute(case: str, prompts: list[list[int]]) -> dict[str, np.ndarray]:
 def make_prompts(case: str) -> list[list[int]]:
     reference = make_reference(case, torch.float32)
     prompts = []
-    for i, length in enumerate(PROMPT_LENGTHS):
+    lengths = LINEAR_PROMPT_LENGTHS if is_linear(text_config(case)) else PROMPT_LENGTHS
+    for i, length in enumerate(lengths):
         for attempt in range(20):
             prompt = grow_prompt(reference, length, np.random.default_rng([i, attempt]))
             if greedy(reference, prompt)[2] >= GREEDY_MARGIN:

@@ -19,6 +19,9 @@ from typing import Any
 from jaxmoe.cli import flags
 from jaxmoe.serving.fields import docs_table
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from reliability.figures import markdown  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "tools" / "measured"
 BEGIN, END = "<!-- {} made by tools/update_docs.py -->\n", "<!-- end -->\n"
@@ -31,6 +34,10 @@ that names the field. `chat` is /v1/chat/completions, `count_tokens` /v1/message
 others are called as they are here. What is "refused" may have the value that asks for nothing.
 
 """
+
+
+# What tools/reliability --json wrote last.
+FIGURES = ROOT / "tests/reliability/figures.json"
 
 
 def between(text: str, name: str, content: str) -> str:
@@ -93,6 +100,7 @@ def _table(run: Mapping[str, Any]) -> str:
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
     text = between(text, "flags", flags.docs_table((flags.SERVER,)) + "\n")
+    text = between(text, "reliability", markdown(json.loads(FIGURES.read_text())) + "\n")
     runs = {file.stem: json.loads(file.read_text()) for file in MEASURED.glob("*.json")}
     return between(text, "measured", measured_tables(runs))
 

@@ -16,7 +16,8 @@ from jaxmoe.weights.param_spec import Formats, ParamSpec, new_param
 
 class GqaAttention(nnx.Module):
     """Leaves: q, k, v, o and, with `qk_norm`, q_norm and k_norm: `[H]`, or of a whole row; with
-    `sinks`, sinks `[N]`. `window`: how many last positions a token attends, None for all.
+    `sinks`, sinks `[N]`. q is `[N * H, D]`, with `output_gate` `[N * 2H, D]`. `window`: how many
+    last positions a token attends, None for all.
     """
 
     def __init__(
@@ -28,13 +29,15 @@ class GqaAttention(nnx.Module):
         formats: Formats,
         path: str,
         window: int | None = None,
+        norm_offset: float = 0.0,
     ):
         c = config
         self.config = config
         self.window = window
         self.rope_config = rope_config
         q_row, kv_row, bias = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.qkv_bias
-        self.q = Linear(hidden, q_row, formats(f"{path}.q"), bias=bias)
+        q_out = 2 * q_row if c.output_gate else q_row
+        self.q = Linear(hidden, q_out, formats(f"{path}.q"), bias=bias)
         self.k = Linear(hidden, kv_row, formats(f"{path}.k"), bias=bias)
         self.v = Linear(hidden, kv_row, formats(f"{path}.v"), bias=bias)
         self.o = Linear(q_row, hidden, formats(f"{path}.o"), bias=c.o_bias)
@@ -42,8 +45,8 @@ class GqaAttention(nnx.Module):
         self.sinks = new_param(sinks) if c.sinks else None
         if c.qk_norm != "none":
             per_head = c.qk_norm == "head"
-            self.q_norm = RMSNorm(c.head_dim if per_head else q_row, norm_eps)
-            self.k_norm = RMSNorm(c.head_dim if per_head else kv_row, norm_eps)
+            self.q_norm = RMSNorm(c.head_dim if per_head else q_row, norm_eps, norm_offset)
+            self.k_norm = RMSNorm(c.head_dim if per_head else kv_row, norm_eps, norm_offset)
 
     def __call__(
         self, x: jax.Array, cache: tuple[jax.Array, ...], step: StepInputs, ops: Ops
@@ -52,6 +55,10 @@ class GqaAttention(nnx.Module):
         c = self.config
         num_tokens = x.shape[0]
         q, k, v = self.q(x, ops, jnp.float32), self.k(x, ops, jnp.float32), self.v(x, ops)
+        gate = None
+        if c.output_gate:  # each head's query and then its gate
+            both = q.reshape(num_tokens, c.num_heads, 2, c.head_dim)
+            q, gate = both[:, :, 0].reshape(num_tokens, -1), both[:, :, 1]
         if c.qk_norm == "row":
             q, k = self.q_norm(q, ops), self.k_norm(k, ops)
         if c.qkv_clip is not None:
@@ -72,4 +79,6 @@ class GqaAttention(nnx.Module):
             window=self.window,
             sinks=None if self.sinks is None else self.sinks[...],
         )  # [T, N, H]
+        if gate is not None:
+            attended = ops.map_rows(lambda row: row[0] * jax.nn.sigmoid(row[1]), (attended, gate))
         return self.o(attended.reshape(num_tokens, -1).astype(x.dtype), ops, jnp.float32), cache

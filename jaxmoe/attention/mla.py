@@ -6,8 +6,9 @@ output instead of to every cached key and value: with k_n = W_uk_n c and v_n = W
 
     q_n · k_n = (W_uk_nᵀ q_n) · c        sum_s p_s v_ns = W_uv_n (sum_s p_s c_s)
 
-so attention reads C + rope values a position whatever the number of heads. The unabsorbed form
-(expanding keys and values, cheaper for long prompts where FLOPs bind) is not here.
+so attention reads C + rope values a position whatever the number of heads. Operations that say
+they expand latents (`expands_latents`: GPUs, for prompts, where FLOPs bind) are given queries and
+latents as they are, and make keys and values themselves.
 """
 
 from __future__ import annotations
@@ -62,17 +63,30 @@ class MlaAttention(nnx.Module):
             q = self.q_b(q_latent.astype(x.dtype), ops)
         q = q.reshape(num_tokens, c.num_heads, -1)
         q_nope, q_rope = q[..., : c.nope_head_dim], q[..., c.nope_head_dim :]
-        q_latent = self.w_uk(q_nope, ops, jnp.float32)  # [T, N, C]
         q_rope = rope.apply(q_rope, step.positions, self.rope_config, ops)
 
         latent = self.kv_a(x, ops, jnp.float32)  # [T, C + rope]
         k_rope = latent[:, None, c.kv_lora_rank :]
         k_rope = rope.apply(k_rope, step.positions, self.rope_config, ops)
         latent = self.kv_a_norm(latent[:, None, : c.kv_lora_rank], ops)
+        k_new = jnp.concatenate([latent, k_rope], axis=-1).astype(x.dtype)
 
+        if ops.expands_latents:
+            values, cache = ops.attend_latents(
+                jnp.concatenate([q_nope, q_rope.astype(x.dtype)], axis=-1),
+                k_new,
+                cache,
+                step,
+                w_uk=self.w_uk.weight,
+                w_uv=self.w_uv.weight,
+                scale=c.softmax_scale,
+            )  # [T, N, v]
+            values = values.astype(x.dtype)
+            return self.o(values.reshape(num_tokens, -1), ops, jnp.float32), cache
+        q_latent = self.w_uk(q_nope, ops, jnp.float32)  # [T, N, C]
         attended, cache = ops.attend(
             jnp.concatenate([q_latent, q_rope], axis=-1).astype(x.dtype),
-            jnp.concatenate([latent, k_rope], axis=-1).astype(x.dtype),
+            k_new,
             None,
             cache,
             step,

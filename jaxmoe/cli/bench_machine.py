@@ -99,7 +99,7 @@ class Bench:
         return done
 
     def _roofs(self) -> Roofs:
-        read = measure.read_bandwidth(self.runtime, self._ceiling_bytes, _SAMPLES)
+        read = self.runtime.read_bandwidth(self._ceiling_bytes, _SAMPLES)
         return Roofs(read, measure.peak_flops(self.runtime, _SAMPLES))
 
 

@@ -73,6 +73,9 @@ def run(
         if values["help"].value:
             print(usage())
             return 0
+        if "config" in values:  # the commands that read variables
+            for words in option_flags.unknown_variables(os.environ):
+                print(f"{name}: warning: {words}", file=sys.stderr)
         with interrupt.kept():
             code = body(rest)
         sys.stdout.flush()

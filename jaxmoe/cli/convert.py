@@ -1,9 +1,10 @@
 """jaxmoe_convert: writes a checkpoint in the prepared form.
 
-    jaxmoe_convert --model=DIR --output=DIR
+    jaxmoe_convert --model=DIR --output=DIR [--expert_dtype=int4]
 
 Prepared weights lie on disk as they will lie in memory, written by Orbax; every --model option
 takes the directory. Run the same command again after an interruption: it goes on where it stopped.
+Weights keep their bits; --expert_dtype alone rounds them, and the last line says by how much.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from jaxmoe.cli import interrupt
 from jaxmoe.common.errors import ConfigError, JaxMoeError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.models import registry
+from jaxmoe.quant.int4 import Int4Format
 from jaxmoe.weights.convert import PIECE_BYTES, convert
 from jaxmoe.weights.safetensors_reader import Checkpoint
+
+EXPERT_DTYPES: dict[str | None, Int4Format] = {
+    "int4": "int4_g32",
+    "int4_g32": "int4_g32",
+    "int4_g128": "int4_g128",
+}
 
 
 def define_flags() -> flags.FlagValues:
@@ -35,6 +43,14 @@ def define_flags() -> flags.FlagValues:
         "most MiB of weights in memory at once (one leaf or expert may be larger); a whole number "
         f"above 0 (default {PIECE_BYTES >> 20})",
         lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "expert_dtype",
+        None,
+        [name for name in EXPERT_DTYPES if name],
+        "round the routed experts, if they are BF16, F32 or FP8, to symmetric INT4 with a BF16 "
+        "scale for 32 (int4 is int4_g32) or 128 inputs of a row; default: keep them as they are",
         flag_values=values,
     )
     flags.DEFINE_boolean(
@@ -70,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 registry,
                 output,
                 piece_bytes=values.piece_mb << 20,
+                expert_format=EXPERT_DTYPES.get(values.expert_dtype),
                 progress=values.progress,
             )
     except (JaxMoeError, OSError) as error:

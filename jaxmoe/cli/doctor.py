@@ -71,6 +71,7 @@ def all_checks(cache_dir: str, *, bandwidth: bool) -> list[Check]:
         ("extension", doctor_software.extension),
         ("CPU", doctor_software.instruction_set),
         ("AMX", doctor_software.amx),
+        ("self-test", doctor_software.self_test),
         ("cores", doctor_machine.cores),
         ("NUMA", doctor_machine.numa),
         ("huge pages", doctor_machine.huge_pages),

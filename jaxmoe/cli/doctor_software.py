@@ -229,12 +229,36 @@ def nvidia_smi() -> str:
     return f"driver {lines[0]}" if lines and not done.returncode else "fails"
 
 
+def self_test() -> Check:
+    """A small MoE layer on every kernel path against the reference (engine/self_test.py)."""
+    from jaxmoe.engine import self_test
+
+    paths = self_test.run()
+    worst = max(paths, key=lambda p: p.error if p.error == p.error else float("inf"))
+    wrong = [p for p in paths if not p.good]
+    if wrong:
+        names = ", ".join(f"{p.kernel} (error {p.error:.2g})" for p in wrong)
+        return Check(
+            "self-test",
+            FAIL,
+            f"an MoE layer comes out wrong with {names}",
+            "Answers would be wrong.",
+            _REBUILD + " If that does not help, test the memory, or run with a lower --isa.",
+        )
+    isas = ", ".join(dict.fromkeys(p.isa for p in paths))
+    return Check(
+        "self-test",
+        OK,
+        f"an MoE layer on {len(paths)} kernel paths ({isas}) is the reference's; largest error "
+        f"{worst.error:.1e} of the largest value",
+    )
+
+
 def bandwidth() -> Check:
     from jaxmoe.ffi.cpu_runtime import CpuRuntime
-    from jaxmoe.ffi.measure import read_bandwidth
 
     with CpuRuntime() as runtime:
-        rates = sorted(read_bandwidth(runtime, 1 << 30, 5))
+        rates = sorted(runtime.read_bandwidth(1 << 30, 5))
     return Check(
         "bandwidth",
         OK,

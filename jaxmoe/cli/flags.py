@@ -21,12 +21,14 @@ from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.generation import RECOMMENDED
 from jaxmoe.config.load import read_tables
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.serving.server_config import ServerConfig
+from jaxmoe.serving.server_config import API_KEYS_VARIABLE, ServerConfig
 
 ENV_PREFIX = "JAXMOE_"
 ENGINE, SAMPLING, SERVER = "engine", "sampling", "server"
 _DATACLASSES = {SAMPLING: SamplingParams, ENGINE: EngineConfig, SERVER: ServerConfig}
 TABLES = (ENGINE, SAMPLING)  # what most commands take
+# Variables that are no flags: the tools' own, and what must not show in `ps`.
+OTHER_VARIABLES = {"JAXMOE_CONFIG", API_KEYS_VARIABLE, "JAXMOE_VENV", "JAXMOE_FUZZ_EXAMPLES"}
 _LISTS = {"stop", "stop_token_ids"}  # flags that may be given more than once
 
 
@@ -106,6 +108,16 @@ def collect(
         if value is not None:
             given[option.table][option.field] = parse(f"--{option.flag}", option, value)
     return Given(given[ENGINE], given[SAMPLING], given[SERVER])
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """What to say of JAXMOE_ variables that no command knows: nothing would come of them."""
+    known = {ENV_PREFIX + o.flag.upper() for o in options(tuple(_DATACLASSES))}
+    # An option that two tables know has its plain name where there is only one of them.
+    known |= {ENV_PREFIX + name.upper() for c in _DATACLASSES.values() for name in rules(c)}
+    known |= OTHER_VARIABLES
+    given = sorted(n for n in environment if n.startswith(ENV_PREFIX) and n not in known)
+    return [f"{name} is no option of jaxmoe{nearest(name, known)}; it is ignored" for name in given]
 
 
 def parse(name: str, option: Option, value: str | bool | list[str]) -> Any:

@@ -92,7 +92,8 @@ def _run_prompts(
     sampling: Mapping[str, Any],
     prompts: Sequence[str],
 ) -> int:
-    chat, quiet = values["chat"].value, values["quiet"].value
+    chat, quiet = bool(values["chat"].value), values["quiet"].value
+    _check_lengths(config, sampling, prompts, chat=chat)
     with command.load(values, config) as llm:
         params = SamplingParams.of(sampling, llm.default_params)
         ids = [
@@ -130,6 +131,30 @@ def _run_prompts(
         if llm.engine.profile is not None and not quiet:
             print(llm.engine.profile.describe(), file=sys.stderr)
     return 0
+
+
+def _check_lengths(
+    config: EngineConfig, sampling: Mapping[str, Any], prompts: Sequence[str], *, chat: bool
+) -> None:
+    """Refuses what cannot fit before a weight is read; RequestError names the prompt."""
+    from jaxmoe.engine.checks import resolve_max_tokens
+    from jaxmoe.engine.directory import model_path, read_directory
+    from jaxmoe.engine.start import cache_layout
+
+    directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
+    tokenizer, template = directory.tokenizer, directory.chat_template
+    if tokenizer is None or (chat and template is None):
+        return  # said where the model is loaded
+    params = SamplingParams.of(sampling, directory.defaults.params)
+    longest = cache_layout(config, directory.model_config).max_model_len
+    for prompt in prompts:
+        text = prompt
+        if chat and template is not None:
+            text = template.render([{"role": "user", "content": prompt}])
+        ids = tokenizer.encode(text, add_special_tokens=not chat)
+        resolve_max_tokens(
+            len(ids), params, max_model_len=longest, default=directory.defaults.max_tokens
+        )
 
 
 if __name__ == "__main__":

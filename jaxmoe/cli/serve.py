@@ -81,7 +81,8 @@ def _serve(engine_config: EngineConfig, config: ServerConfig, *, quiet: bool) ->
         reasoning=config.reasoning_format,
         tools=config.tool_format,
     )
-    texts = Texts(directory.tokenizer, template, formats)
+    guarded = None if template is None else template.guarded()
+    texts = Texts(directory.tokenizer, guarded, formats)
     model = "jaxmoe-demo" if engine_config.model is None else Path(path).resolve().name
 
     async def run() -> int:
@@ -112,10 +113,15 @@ def _serve(engine_config: EngineConfig, config: ServerConfig, *, quiet: bool) ->
 def _engine(engine_config: EngineConfig, config: ServerConfig, level: int) -> AsyncEngine:
     """Begins to load."""
     if config.engine_process:
-        from jaxmoe.engine.process_engine import ENGINE_COMMAND, ProcessEngine
+        from jaxmoe.engine.process_engine import ENGINE_COMMAND, ProcessEngine, Supervision
+        from jaxmoe.engine.watchdog import Patience
 
         command = (*ENGINE_COMMAND, config.log_format, str(level))
-        return ProcessEngine(engine_config, command=command)
+        supervision = Supervision(
+            patience=Patience(least_s=config.hang_timeout_s),
+            max_restarts=config.max_engine_restarts,
+        )
+        return ProcessEngine(engine_config, supervision, command=command)
     from jaxmoe.engine.thread_engine import ThreadEngine  # imports jax into this process
 
     return ThreadEngine.load(engine_config)

@@ -87,8 +87,31 @@ class EngineConfig:
         "keep the KV pages of prompts and share them with later prompts that begin alike; texts "
         "are the same without it",
     )
+    state_cache_gb: float | None = checked(
+        None,
+        "float",
+        "memory in GiB in which the prefix cache keeps recurrent states, of models that have them "
+        "(Qwen3-Next, Qwen3.5); 0: their prompts are always computed whole; default: 1",
+        low=0.0,
+        high=65536.0,
+        optional=True,
+    )
     prefill_chunk_tokens: int = checked(
         512, "int", "prompt tokens computed in one step at most", low=16, high=16384
+    )
+    device: str = checked(
+        "auto",
+        "str",
+        "where everything but the routed experts runs: gpu, cpu, or a GPU where there is one and "
+        "its kernels know the model",
+        choices=("auto", "cpu", "gpu"),
+    )
+    prefill: str = checked(
+        "auto",
+        "str",
+        "how prompts are computed: chunked (routed experts on the CPU), slp (experts streamed to "
+        "the device, layer by layer), or whichever is predicted to be faster",
+        choices=("auto", "chunked", "slp"),
     )
     num_threads: int | None = checked(
         None,

@@ -14,7 +14,9 @@ from jaxmoe.config import (
     minimax_m2,
     mixtral,
     olmoe,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
 )
 from jaxmoe.config.hf_fields import HfFields
 from jaxmoe.config.model_config import ModelConfig
@@ -32,6 +34,8 @@ PARSERS: Mapping[str, Callable[[HfFields, str], ModelConfig]] = {
     "MixtralForCausalLM": mixtral.parse,
     "OlmoeForCausalLM": olmoe.parse,
     "Qwen3MoeForCausalLM": qwen3_moe.parse,
+    "Qwen3NextForCausalLM": qwen3_next.parse,
+    "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe.parse,
 }
 
 

@@ -1,7 +1,4 @@
-"""config.json of GptOssForCausalLM (gpt-oss-20b, 120b), in BF16.
-
-As published the experts are MXFP4, as `quantization_config` says, and are refused.
-"""
+"""config.json of GptOssForCausalLM (gpt-oss-20b, 120b)."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ belongs to.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -58,7 +59,8 @@ class GqaConfig:
 
     qk_norm: RMS norm of q and k, of each head or of all heads' row at once. qkv_clip: bound of
     what q, k and v are clamped to after the norm, None for none. sinks: a score a head that counts
-    in its softmax and has no value.
+    in its softmax and has no value. output_gate: q's map gives a gate a head too, after its query;
+    the sigmoid of it multiplies what the head attends to.
     """
 
     num_heads: int
@@ -70,8 +72,36 @@ class GqaConfig:
     qkv_clip: float | None = None
     o_bias: bool = False
     sinks: bool = False
+    output_gate: bool = False
 
     kind: Literal["gqa"] = "gqa"
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaConfig:
+    """Linear attention by the gated delta rule (arXiv 2412.06464), with one decay a head.
+
+    Each of the `num_key_heads` serves `num_value_heads / num_key_heads` value heads in a row.
+    conv_width: tokens the causal convolution before it sees. fused_projections: one map makes
+    query, key, value and output gate, another the update rate and the decay, all of them key head
+    by key head.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_width: int
+    fused_projections: bool
+
+    @property
+    def conv_channels(self) -> int:
+        """Elements of a token's query, key and value."""
+        return 2 * self.num_key_heads * self.key_head_dim + self.value_row
+
+    @property
+    def value_row(self) -> int:
+        return self.num_value_heads * self.value_head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +134,43 @@ class MoeConfig:
     expert_intermediate: int
     shared_intermediate: int  # 0: no shared experts
     activation: ClampedSwiglu | None = None  # None: silu(gate) * up
+    shared_gate: bool = False  # the shared experts' sum is weighed by the sigmoid of one more map
     expert_bias: bool = False
+
+
+QuantFormat = Literal["none", "fp8_block", "fp8_channel", "int4_g32", "int4_g128", "mxfp4", "mxfp8"]
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How linear weights are stored. `format` "none" means plain `weight_dtype` tensors."""
+    """How config.json says linear weights are stored; the tensors have the last word.
 
-    format: Literal["none", "fp8_block"]
+    format: "none" means plain `weight_dtype` tensors; otherwise a word of `WeightFormat`.
+    not_converted: modules kept plain, by a name's whole, beginning or end, or after "re:" by a
+    pattern of its beginning. converted: likewise, the only ones that are not; empty: all others.
+    layout: whose names and dtypes the tensors have. only_experts: nothing but routed experts.
+    """
+
+    format: QuantFormat
     not_converted: tuple[str, ...] = ()
+    layout: Literal["fp8", "mxfp4", "mxfp8", "compressed-tensors"] = "fp8"
+    converted: tuple[str, ...] = ()
+    only_experts: bool = False
+
+    def converts(self, module: str) -> bool:
+        """Whether the linear map of that name is stored in `format`."""
+        if self.format == "none" or _named(module, self.not_converted):
+            return False
+        return not self.converted or _named(module, self.converted)
+
+
+def _named(module: str, entries: tuple[str, ...]) -> bool:
+    return any(
+        re.match(entry.removeprefix("re:"), module) is not None
+        if entry.startswith("re:")
+        else module == entry or module.startswith(entry + ".") or module.endswith("." + entry)
+        for entry in entries
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +194,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     # Last positions a token of each layer attends, None for all; empty: all in every layer.
     windows: tuple[int | None, ...] = ()
+    # Layers that have `linear_attention` instead of `attention`.
+    linear_layers: tuple[int, ...] = ()
+    linear_attention: GatedDeltaConfig | None = None
+    norm_offset: float = 0.0  # is added to the weights of all norms but linear attention's own
     # Why max_position is less than config.json says; empty if it is not.
     max_position_reason: str = ""
     num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run

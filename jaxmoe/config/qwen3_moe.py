@@ -39,12 +39,13 @@ def parse(fields: HfFields, architecture: str) -> ModelConfig:
             expert_intermediate=fields.integer("moe_intermediate_size"),
             shared_intermediate=0,
         ),
-        mlp_types=_mlp_types(fields, shared_fields.parse_num_layers(fields)),
+        mlp_types=mlp_types(fields, shared_fields.parse_num_layers(fields)),
         dense_intermediate=fields.integer("intermediate_size"),
     )
 
 
-def _mlp_types(fields: HfFields, num_layers: int) -> tuple[Literal["dense", "moe"], ...]:
+def mlp_types(fields: HfFields, num_layers: int) -> tuple[Literal["dense", "moe"], ...]:
+    """From `decoder_sparse_step` and `mlp_only_layers`."""
     step = fields.integer("decoder_sparse_step", default=1)
     dense = fields.integers("mlp_only_layers", default=())
     if any(i >= num_layers for i in dense):

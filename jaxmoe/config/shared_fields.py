@@ -1,4 +1,4 @@
-"""What families spell alike in config.json: rope, quantization, routers, dtype, special tokens."""
+"""What families spell alike in config.json: rope, routers, dtype, special tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxmoe.config.model_config import (
     MlaConfig,
     ModelConfig,
     MoeConfig,
-    QuantConfig,
     RopeConfig,
     RouterConfig,
     YarnScaling,
 )
+from jaxmoe.config.quantization import parse_quant
 
 _log = logging.getLogger(__name__)
 
@@ -59,11 +59,13 @@ def parse_rope(
     interleaved: bool,
     *,
     rotary_factor: float | None = None,
+    without_effect: tuple[str, ...] = (),
 ) -> RopeConfig:
     """Both spellings: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5).
 
     `rotary_factor`: the share of `dim` that turns where no `partial_rotary_factor` is given, which
-    either place may hold; None for families that turn all of it.
+    either place may hold; None for families that turn all of it. `without_effect`: keys of the
+    table that do not change how text is turned.
     """
     table = fields.table("rope_parameters", "rope_scaling")
     theta = fields.number("rope_theta", default=None, above=1.0)
@@ -79,7 +81,7 @@ def parse_rope(
         )
     theta = table.number("rope_theta", default=10000.0 if theta is None else theta, above=1.0)
     kind = table.choice("rope_type", "type", of=("default", "yarn"), default="default")
-    table.ignore("type")
+    table.ignore("type", *without_effect)
     scaling = None
     if kind == "yarn":
         scaling = _parse_yarn(table, max_position)
@@ -122,31 +124,6 @@ def yarn_max_position(max_position: int, rope: RopeConfig) -> int:
     if rope.scaling is None:
         return max_position
     return max(max_position, int(rope.scaling.factor * rope.scaling.original_max_position))
-
-
-def parse_quant(fields: HfFields) -> QuantConfig:
-    """`quantization_config`; methods that are not implemented are refused by name."""
-    supported = "none, fp8 (E4M3 with 128x128 blocks)"
-    if fields.given("compression_config"):
-        raise fields.fail("compression_config", "given", supported)
-    table = fields.table("quantization_config")
-    if table is None:
-        return QuantConfig("none")
-    method = table.raw("quant_method")
-    if method != "fp8":
-        raise table.fail("quant_method", method, supported)
-    table.choice("fmt", of=("e4m3", "float8_e4m3fn"), default="e4m3")
-    block = table.raw("weight_block_size", default=None)
-    if not isinstance(block, (list, tuple)) or list(block) != [128, 128]:
-        raise table.fail("weight_block_size", block, "[128, 128]")
-    # Activations stay in the compute dtype: rounding them to FP8 is a speed trick of other engines.
-    table.choice("activation_scheme", of=("dynamic",), default="dynamic")
-    table.choice("scale_fmt", of=("ue8m0", "float", None), default=None)
-    table.choice("dequantize", of=(False, True), default=False)
-    kept = table.strings("modules_to_not_convert", "ignored_layers", default=())
-    if left := table.unread():
-        raise ConfigError(f"{table.where}: not supported: {', '.join(left)}")
-    return QuantConfig("fp8_block", kept)
 
 
 def parse_gqa(

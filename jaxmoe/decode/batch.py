@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class StepRow:
     `sampling.inputs.pack_biases`, None where the row's logits are not adjusted. mask: bits of the
     tokens that may be drawn, `[ceil(V / 32)]` uint32, None where all may. targets: the prompt
     tokens that follow those fed, where their log probabilities are wanted; the row is then the
-    step's only one.
+    step's only one. state_from: the slot that its recurrent state is read from, -1: its own. saves:
+    (i, slot): where the state after token i of those fed is kept too.
     """
 
     token_ids: Sequence[int]
@@ -39,6 +41,8 @@ class StepRow:
     biases: dict[int, float] | None = None
     mask: np.ndarray | None = None
     targets: Sequence[int] | None = None
+    state_from: int = -1
+    saves: Sequence[tuple[int, int]] = ()
 
 
 def decode_size(num_rows: int) -> int:
@@ -85,15 +89,25 @@ class BlockTables:
 
 
 def pack_step(
-    rows: Sequence[StepRow], tables: BlockTables, num_tokens: int, num_rows: int, page_size: int
+    rows: Sequence[StepRow],
+    tables: BlockTables,
+    num_tokens: int,
+    num_rows: int,
+    page_size: int,
+    *,
+    has_states: bool = False,
 ) -> StepInputs:
-    """Numpy inputs of a step, padded to `num_tokens` and `num_rows`."""
+    """Numpy inputs of a step, padded to `num_tokens` and `num_rows`; with the slots of recurrent
+    states, where the model has them.
+    """
     packed = np.zeros((4, num_tokens), np.int32)
     token_ids, positions, token_rows, kv_slots = packed
     token_rows[:] = kv_slots[:] = -1
     block_tables = np.full(
         (num_rows, tables.update(rows[0].slot, rows[0].pages).size), -1, np.int32
     )
+    state_from = np.full(num_rows, -1, np.int32)
+    state_to, state_saves = state_from.copy(), np.full(num_tokens, -1, np.int32)
     at = 0
     for i, row in enumerate(rows):
         table = tables.update(row.slot, row.pages)
@@ -105,8 +119,13 @@ def pack_step(
         positions[span] = where
         token_rows[span] = i
         kv_slots[span] = table[where // page_size] * page_size + where % page_size
+        state_to[i] = row.slot
+        state_from[i] = row.slot if row.state_from < 0 else row.state_from
+        for token, slot in row.saves:
+            state_saves[at + token] = slot
         at += count
-    return StepInputs(token_ids, positions, token_rows, kv_slots, block_tables)  # pyright: ignore
+    states: Any = (state_from, state_to, state_saves) if has_states else (None, None, None)
+    return StepInputs(token_ids, positions, token_rows, kv_slots, block_tables, *states)  # pyright: ignore
 
 
 def pack_masks(rows: Sequence[StepRow], num_rows: int, vocab_size: int) -> np.ndarray | None:

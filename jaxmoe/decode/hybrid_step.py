@@ -10,14 +10,16 @@ microsecond a leaf. What it does not do: decide what takes part (scheduler), or 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmoe.decode import dual_batch
 from jaxmoe.decode.batch import (
     BlockTables,
     StepRow,
@@ -26,6 +28,7 @@ from jaxmoe.decode.batch import (
     pack_step,
     prefill_size,
 )
+from jaxmoe.ffi.device_driver import Device
 from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.request import TokenLogprob
 from jaxmoe.sampling.inputs import Biases, RowInputs, pack_biases, pack_rows
@@ -57,14 +60,25 @@ class RowResult:
     prompt_logprobs: Sequence[TokenLogprob] | None = None
 
 
+class BatchPolicy(Protocol):
+    """Merged or overlapped, step by step: see scheduler/decode_batch.py."""
+
+    def choose(self, contexts: Sequence[int]) -> int: ...
+    def observe(self, seconds: float) -> None: ...
+    def skip(self) -> None: ...
+
+
 class HybridStep:
     """Owns the weights' leaves, the caches and the sampling state; every call is one step.
 
     Args:
         graphdef, state: the split model (`nnx.split`), whose call is that of `models.Decoder`.
         ops: the operations for each kind of step.
-        caches: page arrays of every layer, handed over for good.
+        caches: page or state arrays of every layer, handed over for good.
         num_slots: sequences that can be running.
+        device: that everything is on; default: the CPU.
+        policy: in how many microbatches (decode/dual_batch.py) a decode is computed; None: one.
+        has_states: whether any layer has state arrays.
 
     on_compile: may be set; called with True before a step whose program has to be compiled first,
     and with False after it.
@@ -82,22 +96,32 @@ class HybridStep:
         num_slots: int,
         chunk_tokens: int,
         vocab_size: int,
+        device: Device | None = None,
+        policy: BatchPolicy | None = None,
+        has_states: bool = False,
     ) -> None:
+        self._policy = policy
         self._leaves, treedef = jax.tree.flatten(state)
         self._caches = caches
         self._counts: TokenCounts | None = None
         self._tables = BlockTables(num_slots, pages_per_sequence)
         self._page_size = page_size
+        self._has_states = has_states
         self._num_slots = num_slots
         self._chunk_tokens = chunk_tokens
         self._vocab_size = vocab_size
+        self._device = device
         self._shapes: set[tuple[Any, ...]] = set()  # of the steps that were compiled
         self.last_compiled = False  # whether the last step had to be
         self.on_compile: Callable[[bool], None] = lambda begins: None
 
-        def forward(leaves, caches, step, kind, logit_indices):
+        def forward(leaves, caches, step, kind, logit_indices, num_microbatches=1):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-            return model(step, caches, ops[kind], logit_indices)
+            if num_microbatches == 1:
+                return model(step, caches, ops[kind], logit_indices)
+            return dual_batch.forward(
+                model, step, caches, ops[kind], logit_indices, num_microbatches
+            )
 
         def run(
             leaves: list[jax.Array],
@@ -109,13 +133,14 @@ class HybridStep:
             masks: jax.Array | None,
             targets: jax.Array | None,
             kind: Kind,
+            num_microbatches: int,
         ) -> tuple[Drawn, PromptLogprobs | None, list[tuple[jax.Array, ...]], TokenCounts | None]:
             indices = rows.logit_index
             if targets is not None:
                 indices = jnp.concatenate([indices, jnp.arange(targets.shape[0], dtype=jnp.int32)])
             begun = ops[kind].mark(step.token_ids, "begin")
             step = dataclasses.replace(step, token_ids=begun)
-            raw, caches = forward(leaves, caches, step, kind, indices)
+            raw, caches = forward(leaves, caches, step, kind, indices, num_microbatches)
             raw = ops[kind].mark(raw, "logits")
             prompt = None
             if targets is not None:
@@ -135,7 +160,11 @@ class HybridStep:
             indices = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32)
             return forward(leaves, caches, step, "prefill", indices)
 
-        self._run = jax.jit(run, static_argnames=("kind",), donate_argnames=("caches", "counts"))
+        self._run = jax.jit(
+            run,
+            static_argnames=("kind", "num_microbatches"),
+            donate_argnames=("caches", "counts"),
+        )
         self._logits = jax.jit(logits, donate_argnames=("caches",))
         self._clear_slot = jax.jit(clear_slot, donate_argnums=0)
         self._count_prompt = jax.jit(count_prompt, donate_argnums=0)
@@ -144,6 +173,22 @@ class HybridStep:
     def usable(self) -> bool:
         """False after a step that failed half-way: the caches it was given are gone."""
         return not any(a.is_deleted() for a in jax.tree.leaves((self._caches, self._counts)))
+
+    @property
+    def caches(self) -> list[tuple[jax.Array, ...]]:
+        """The page arrays of every layer; a step replaces them, and who runs a layer alone must."""
+        return self._caches
+
+    def count(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Counts prompt tokens that no step is fed, for penalties."""
+        if self._counts is None:
+            return
+        for start in range(0, len(token_ids), COUNT_CHUNK_TOKENS):
+            # Padded with an id that no token has, so that one program serves all.
+            ids = np.full(COUNT_CHUNK_TOKENS, self._vocab_size, np.int32)
+            chunk = token_ids[start : start + COUNT_CHUNK_TOKENS]
+            ids[: len(chunk)] = chunk
+            self._counts = self._count_prompt(self._counts, np.int32(slot), ids)
 
     def close(self) -> None:
         """Drops the weights, the caches and the compiled programs that name the native store."""
@@ -170,24 +215,49 @@ class HybridStep:
         if self._counts is None:
             return
         self._counts = self._clear_slot(self._counts, np.int32(slot))
-        for start in range(0, len(seen), COUNT_CHUNK_TOKENS):
-            # Padded with an id that no token has, so that one program serves all.
-            ids = np.full(COUNT_CHUNK_TOKENS, self._vocab_size, np.int32)
-            chunk = seen[start : start + COUNT_CHUNK_TOKENS]
-            ids[: len(chunk)] = chunk
-            self._counts = self._count_prompt(self._counts, np.int32(slot), ids)
+        self.count(slot, seen)
+
+    def _pack(self, rows: Sequence[StepRow], num_tokens: int, num_rows: int) -> StepInputs:
+        return pack_step(
+            rows,
+            self._tables,
+            num_tokens,
+            num_rows,
+            self._page_size,
+            has_states=self._has_states,
+        )
 
     def _need_counts(self) -> TokenCounts:
         counts = self._counts
         if counts is None:
             counts = TokenCounts.zeros(self._num_slots, self._vocab_size)
             # Committed like the caches, so that the first call is no program of its own.
-            counts = jax.device_put(counts, jax.local_devices(backend="cpu")[0])
+            device = self._device or jax.local_devices(backend="cpu")[0]
+            counts = jax.device_put(counts, device)
             self._counts = counts
         return counts
 
-    def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]:
-        """Computes the rows' tokens and draws the next one of each."""
+    def run(
+        self, kind: Kind, rows: Sequence[StepRow], *, num_microbatches: int | None = None
+    ) -> list[RowResult]:
+        """Computes the rows' tokens and draws the next one of each.
+
+        num_microbatches: of a decode; None: as the policy chooses. The results do not depend on it.
+        """
+        policy = self._policy if kind == "decode" and num_microbatches is None else None
+        if policy is not None:
+            num_microbatches = policy.choose([row.start for row in rows])
+        begin = time.perf_counter()
+        results = self._run_rows(kind, rows, num_microbatches or 1)
+        if policy is not None and self.last_compiled:
+            policy.skip()
+        elif policy is not None:
+            policy.observe(time.perf_counter() - begin)
+        return results
+
+    def _run_rows(
+        self, kind: Kind, rows: Sequence[StepRow], num_microbatches: int
+    ) -> list[RowResult]:
         total = sum(len(row.token_ids) for row in rows)
         targets = rows[0].targets
         if kind == "decode":
@@ -199,7 +269,7 @@ class HybridStep:
             num_tokens, num_rows = prefill_size(
                 total, len(rows), chunk=self._chunk_tokens, max_rows=self._num_slots
             )
-        step = pack_step(rows, self._tables, num_tokens, num_rows, self._page_size)
+        step = self._pack(rows, num_tokens, num_rows)
         settings = pack_rows([row.settings for row in rows], num_rows)
         counts = biases = None
         if any(row.biases is not None for row in rows):
@@ -210,15 +280,27 @@ class HybridStep:
         if targets is not None:
             padded = np.full(num_tokens, -1, np.int32)
             padded[: len(targets)] = targets
+        if not dual_batch.divides(num_tokens, num_rows, num_microbatches):
+            num_microbatches = 1
         # A mask or a bias of another kind makes another program, as do all shapes.
         inputs = (step, settings, counts, biases, masks, padded)
-        shapes = kind, jax.tree.structure(inputs), *(x.shape for x in jax.tree.leaves(inputs))
+        structure = jax.tree.structure(inputs)
+        shapes = kind, num_microbatches, structure, *(x.shape for x in jax.tree.leaves(inputs))
         self.last_compiled = shapes not in self._shapes
         if self.last_compiled:
             self._shapes.add(shapes)
             self.on_compile(True)
         drawn, prompt, self._caches, counts = self._run(
-            self._leaves, self._caches, counts, step, settings, biases, masks, padded, kind=kind
+            self._leaves,
+            self._caches,
+            counts,
+            step,
+            settings,
+            biases,
+            masks,
+            padded,
+            kind=kind,
+            num_microbatches=num_microbatches,
         )
         if counts is not None:
             self._counts = counts
@@ -238,7 +320,7 @@ class HybridStep:
         for start in range(0, len(token_ids), size):
             chunk = token_ids[start : start + size]
             row = StepRow(chunk, start, pages, slot, settings=_NOTHING_DRAWN)
-            step = pack_step([row], self._tables, size, 1, self._page_size)
+            step = self._pack([row], size, 1)
             chunk_logits, self._caches = self._logits(self._leaves, self._caches, step)
             out.append(np.asarray(chunk_logits)[: len(chunk)])
         return np.concatenate(out)

@@ -76,6 +76,11 @@ class Completion:
         assert len(known) == start
         self.prompt_logprobs = [*known, *entries]
 
+    def fail(self, reason: str, now_s: float) -> Delta:
+        """Ends it with an error of which `reason` is told the client."""
+        self._stop_reason = reason
+        return self._finish("", (), None, "error", now_s)
+
     def abort(self, now_s: float) -> Delta:
         """Ends it where it is; what was held back for a stop string is given out."""
         return self._finish("", (), None, "abort", now_s)

@@ -1,7 +1,9 @@
 """Drives an engine in a thread of its own: commands in from any thread, events out after each step.
 
 A request may come or be aborted at any time; it takes effect between two steps, so a cancelled
-request costs at most the step under way (a long prompt is many steps). Grammars are compiled in
+request costs at most the step under way (a long prompt is many steps). Steps much shorter than a
+display's frame share a message: each costs its reader about as much as such a step. Grammars are
+compiled in
 threads of their own meanwhile, so that a hard one holds up nobody else. What it does not do: know
 who listens (thread_engine.py, engine_process.py), or bounds of the queue (admission.py).
 """
@@ -16,10 +18,16 @@ import time
 from collections.abc import Callable
 
 from jaxmoe.common.errors import JaxMoeError, RequestError
+from jaxmoe.engine.deltas import coalesce
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.messages import AbortRequest, AddRequest, Command, Event, Failed, Stop
+from jaxmoe.request import Delta
+from jaxmoe.scheduler.scheduler import StepPlan
 
 PREPARERS = 2  # threads for grammars: one hard one does not hold up the next
+# How long tokens may wait for those of the next step. A frame of a display is 16 ms. Steps of
+# models worth serving are longer, and go out one by one; the demo model's take 1 to 3 ms.
+HOLD_S = 0.015
 STATS_S = 0.1  # making them takes about as long as a hundredth of a small model's step
 
 
@@ -36,8 +44,12 @@ class Driver:
         emit: Callable[[list[Event]], None],
         on_step: Callable[[], None] = lambda: None,
         on_stats: Callable[[dict[str, float]], None] = lambda stats: None,
+        hold_s: float = HOLD_S,
     ) -> None:
         self._engine = engine
+        self._hold_s = hold_s
+        self._held: list[Event] = []
+        self._emitted_s = 0.0
         self._emit = emit
         self._on_step = on_step
         self._on_stats = on_stats
@@ -101,25 +113,41 @@ class Driver:
 
     def _run(self) -> None:
         engine = self._engine
+        engine.on_plan = self._before_step
         stats_due_s = 0.0
         while True:
-            events: list[Event] = []
             for command in self._take():
                 if isinstance(command, Stop):
-                    if events:
-                        self._emit(events)
+                    self._flush()
                     return
-                events += self._apply(command)
+                self._held += self._apply(command)
+            progress = []
             if engine.has_work:
                 deltas = engine.step()
-                events += engine.take_progress()
-                events += deltas
+                progress = engine.take_progress()
+                self._held += progress
+                self._held += deltas
             self._on_step()
-            if not engine.has_work or time.monotonic() >= stats_due_s:
+            now_s = time.monotonic()
+            if not engine.has_work or now_s >= stats_due_s:
                 self._on_stats(engine.stats())
-                stats_due_s = time.monotonic() + STATS_S
-            if events:
-                self._emit(events)
+                stats_due_s = now_s + STATS_S
+            # First tokens come with progress, and whoever got its last token may ask again.
+            if progress or now_s - self._emitted_s >= self._hold_s or not engine.has_work:
+                self._flush()
+            elif any(not isinstance(e, Delta) or e.finish_reason for e in self._held):
+                self._flush()
+
+    def _before_step(self, plan: StepPlan) -> None:
+        """A chunk of a prompt may take long."""
+        if plan.kind == "prefill":
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            events, self._held = coalesce(self._held), []
+            self._emit(events)
+            self._emitted_s = time.monotonic()
 
     def _take(self) -> list[Command | Failed]:
         """All commands there are; waits for one where there is nothing else to do."""

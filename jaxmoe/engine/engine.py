@@ -25,16 +25,20 @@ from jaxmoe.decode.hybrid_step import LOGITS_CHUNK_TOKENS, Kind, RowResult
 from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.engine.checks import check_params, check_prompt, resolve_max_tokens
 from jaxmoe.engine.completion import Completion
-from jaxmoe.engine.profile import StepProfile
+from jaxmoe.engine.profile import KINDS, StepProfile
 from jaxmoe.engine.stats import Stats
-from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.engine.streamed_prompt import StreamedPrompt, Streamer
+from jaxmoe.ffi.registry import NATIVE_ERRORS
+from jaxmoe.kv_cache.layout import CacheLayout, StateLayout
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
+from jaxmoe.kv_cache.states import StateCache
 from jaxmoe.request import NOT_FINITE, Delta, Request, RequestOutput
 from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.scheduler.prefill_route import PrefillRoute
 from jaxmoe.scheduler.scheduler import Row, Scheduler, StepPlan
 from jaxmoe.text.tokenizer import Tokenizer
 
@@ -66,7 +70,11 @@ class Engine:
         seed: where the seeds of requests that bring none start.
         counters: of the native runtime (`CpuRuntime.stats`), for figures.
         profile: counts where the time of steps goes (profile.py).
+        streamer, route: what computes long prompts with their experts streamed, and which prompts
+            it is to compute.
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
+        states: slots of recurrent state, for models that have it; their prompts share pages only
+            where some slots are for kept states (kv_cache/states.py).
     """
 
     def __init__(
@@ -82,10 +90,14 @@ class Engine:
         defaults: GenerationDefaults | None = None,
         seed: int = 0,
         prefix_cache: bool = True,
+        streamer: Streamer | None = None,
+        route: PrefillRoute | None = None,
+        states: StateLayout | None = None,
         counters: Callable[[], Mapping[str, int]] = dict,
         profile: StepProfile | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """on_plan may be set: told what a step will compute, before it does."""
         self.layout = layout
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -93,14 +105,22 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.defaults = defaults or GenerationDefaults()
         self.pages = PageAllocator(layout.num_pages, layout.page_size)
+        kept = None
+        if states is not None:
+            prefix_cache = prefix_cache and states.num_kept > 0
+            kept = StateCache(states.num_running, states.num_kept) if prefix_cache else None
         self.prefix = PrefixCache(self.pages) if prefix_cache else None
         self.scheduler = Scheduler(
             self.pages,
             max_num_seqs=max_num_seqs,
             prefill_chunk_tokens=prefill_chunk_tokens,
             prefix=self.prefix,
+            states=kept,
             prompt_logprobs_tokens=LOGITS_CHUNK_TOKENS,
+            streams=None if route is None else route.streams,
         )
+        self._route = route
+        self._streamed = None if streamer is None else StreamedPrompt(streamer)
         self.grammars = None
         if tokenizer is not None:
             self.grammars = GrammarCompiler.of(
@@ -116,6 +136,7 @@ class Engine:
         self._completions: dict[str, list[Completion]] = {}
         self._progress: list[PrefillProgress] = []
         self._dead: str | None = None
+        self.on_plan: Callable[[StepPlan], None] = lambda plan: None
 
     @property
     def has_work(self) -> bool:
@@ -191,14 +212,20 @@ class Engine:
             return self._step()[1]
         self.profile.begin()
         plan, deltas = self._step()
-        if plan is not None:
+        # A prompt whose experts are streamed is many programs, which nothing splits.
+        if plan is not None and plan.kind in KINDS:
             self.profile.end(plan.kind, tokens=plan.num_tokens, compiled=self._runner.last_compiled)
         return deltas
 
     def _step(self) -> tuple[StepPlan | None, list[Delta]]:
+        if self._streamed is not None:
+            self._streamed.drop_stale()
         plan = self.scheduler.plan()
         if plan is None:
             return None, []
+        self.on_plan(plan)
+        if plan.kind == "stream":
+            return plan, self._stream_layer(plan)
         now = self._clock()
         for row in plan.rows:
             if row.seq.is_new:
@@ -219,14 +246,69 @@ class Engine:
                 completion = self._completions[row.seq.request.request_id][row.seq.choice_idx]
                 completion.add_prompt_logprobs(row.start + 1, result.prompt_logprobs)
         started, now = now, self._clock()
-        self._stats.note_step(
-            plan, now - started, self._counters(), compiled=self._runner.last_compiled
-        )
+        compiled = self._runner.last_compiled
+        self._stats.note_step(plan, now - started, self._counters(), compiled=compiled)
+        if self._route is not None and plan.kind == "prefill" and not compiled:
+            if plan.num_tokens == self.scheduler.prefill_chunk_tokens:  # small ones mislead
+                self._route.observe("chunked", plan.num_tokens, now - started)
         return plan, [
             self._take(row, result, now)
             for row, result in zip(plan.rows, results, strict=True)
             if row.samples
         ]
+
+    def _stream_layer(self, plan: StepPlan) -> list[Delta]:
+        """One more layer of a long prompt. A load that fails is that request's failure alone."""
+        assert self._streamed is not None
+        row, now = plan.rows[0], self._clock()
+        if self._streamed.seq is not row.seq:
+            if row.seq.is_new:
+                self._runner.assign(row.seq.slot)
+                row.seq.is_new = False
+            row.seq.started_s = row.seq.started_s or now
+            self._streamed.begin(row.seq, _step_rows(plan)[0])
+        try:
+            done = self._streamed.advance()
+        except BaseException as e:
+            if not isinstance(e, NATIVE_ERRORS) or not self._runner.usable:
+                self._note_failure(e)
+                raise
+            completion = self._completions[row.seq.request.request_id][row.seq.choice_idx]
+            delta = completion.fail(f"the prompt could not be computed: {e}", self._clock())
+            self.scheduler.cancel(row.seq)
+            _log.error("request %s: %s", row.seq.request.request_id, delta.stop_reason)
+            return [self._close_request(completion, delta)]
+        seconds = self._clock() - now
+        self._streamed.seconds += seconds
+        if done < 1:
+            computed = row.start + int(row.count * done)
+            self._progress = [
+                PrefillProgress(row.seq.request.request_id, computed, row.seq.num_prompt)
+            ]
+            self._stats.note_layer(seconds)
+            return []
+        self._note_stream(row, self._streamed.seconds)
+        self._streamed.drop()
+        if row.seq.request.params.adjusts_logits:
+            end = row.start + row.count
+            tokens = row.seq.request.prompt_token_ids[:end]
+            self._runner.assign(row.seq.slot, tokens)
+        self.scheduler.advance(plan)
+        self._note_progress(plan)
+        self._stats.note_step(plan, seconds, self._counters(), compiled=False)
+        return []
+
+    def _note_stream(self, row: Row, seconds: float) -> None:
+        assert self._route is not None
+        predicted = self._route.predict_s("slp", row.count)
+        self._route.observe("slp", row.count, seconds)
+        _log.info(
+            "request %s: %d prompt tokens by slp, predicted %.2f s, took %.2f s",
+            row.seq.request.request_id,
+            row.count,
+            predicted,
+            seconds,
+        )
 
     def take_progress(self) -> list[PrefillProgress]:
         """How far the prompts of the last step are, each request's first completion; once."""
@@ -279,6 +361,10 @@ class Engine:
         figures = self._stats.snapshot(self.scheduler, self.pages, self.prefix)
         return figures if self.profile is None else figures | self.profile.snapshot()
 
+    def set_read_ceiling(self, bytes_per_s: float) -> None:
+        """What the machine could read; for figures."""
+        self._stats.read_ceiling = bytes_per_s
+
     @property
     def longest_step_s(self) -> float:
         """Of all steps so far."""
@@ -287,7 +373,7 @@ class Engine:
     def _note_progress(self, plan: StepPlan) -> None:
         self._progress = [
             PrefillProgress(seq.request.request_id, seq.num_computed, seq.num_prompt)
-            for seq in (row.seq for row in plan.rows if plan.kind == "prefill")
+            for seq in (row.seq for row in plan.rows if plan.kind != "decode")
             if seq.choice_idx == 0
         ]
 
@@ -417,6 +503,8 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
                 biases,
                 mask=mask,
                 targets=targets,
+                state_from=seq.state_from,
+                saves=[(position - row.start - 1, slot) for position, slot in row.saves],
             )
         )
     return rows

@@ -51,6 +51,8 @@ def load(
 
     started = start(EngineConfig.of(options), on_stage)
     started.step.on_compile = on_compile
+    on_stage("measuring the memory", 100.0)
+    started.measure_read_ceiling()
     return Ready(started.engine, started.info, started.close)
 
 

@@ -11,16 +11,19 @@ import collections
 import dataclasses
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from jaxmoe.common.errors import JaxMoeError, RequestError
 from jaxmoe.engine.admission import QueueBounds
-from jaxmoe.engine.async_engine import EngineStatus, PrefillProgress
-from jaxmoe.engine.messages import Event, Failed
+from jaxmoe.engine.async_engine import EngineInfo, EngineStatus, PrefillProgress
+from jaxmoe.engine.checks import check_request
+from jaxmoe.engine.deltas import merge
+from jaxmoe.engine.messages import AddRequest, Event, Failed
 from jaxmoe.request import Delta, TokenLogprob
+from jaxmoe.sampling_params import SamplingParams
 
 # A reader this far behind gets tokens in larger pieces, so that what waits for it stays small.
-_MERGE_FROM, _MERGED_TOKENS = 32, 64
+_MERGE_FROM = 32
 
 
 class Mailbox(AsyncIterator[Delta | PrefillProgress]):
@@ -45,13 +48,24 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
             if isinstance(self._items[-1], PrefillProgress):
                 self._items.pop()
         elif isinstance(item, Delta) and len(self._items) >= _MERGE_FROM:
-            merged = _merge(self._items[-1], item)
-            if merged is not None:
-                self._items.pop()
-                item = merged
+            item = self._merged(item)
         self._items.append(item)
         self.done = self.done or (isinstance(item, Delta) and item.output is not None)
         self._wake()
+
+    def _merged(self, delta: Delta) -> Delta:
+        """The delta joined with the last one of its completion that still waits, which is taken
+        out. Completions move past each other that way, which is nobody's order.
+        """
+        for at in range(len(self._items) - 1, -1, -1):
+            last = self._items[at]
+            if isinstance(last, Delta) and last.index == delta.index:
+                merged = merge(last, delta)
+                if merged is None:
+                    return delta
+                del self._items[at]
+                return merged
+        return delta
 
     def _with_prompt_logprobs(self, delta: Delta) -> Delta:
         """The output has them too; between processes they come with the first delta only."""
@@ -101,28 +115,6 @@ class Mailbox(AsyncIterator[Delta | PrefillProgress]):
         self._close()
 
 
-def _merge(last: Delta | PrefillProgress, new: Delta) -> Delta | None:
-    """Two deltas as one, where nothing but tokens and text is added."""
-    if (
-        not isinstance(last, Delta)
-        or last.index != new.index
-        or last.finish_reason is not None
-        or new.prompt_logprobs is not None
-        or len(last.token_ids) >= _MERGED_TOKENS
-    ):
-        return None
-    logprobs = None
-    if last.logprobs is not None and new.logprobs is not None:
-        logprobs = last.logprobs + new.logprobs
-    return dataclasses.replace(
-        new,
-        text=last.text + new.text,
-        token_ids=last.token_ids + new.token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=last.prompt_logprobs,
-    )
-
-
 class Mailboxes:
     """All unfinished requests of a front.
 
@@ -153,6 +145,23 @@ class Mailboxes:
         self._bounds.check(*self.queued, prompt_tokens)
         mailbox = Mailbox(request_id, prompt_tokens, self._leave)
         self._open[request_id] = mailbox
+        return mailbox
+
+    def ask(
+        self,
+        info: EngineInfo,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str | None,
+        send: Callable[[AddRequest], None],
+    ) -> Mailbox:
+        """Checks a request by what is known of the engine, opens its mailbox and sends it off.
+        Raises as `open`, and RequestError for what cannot be served.
+        """
+        check_request(info, prompt_token_ids, params)
+        mailbox = self.open(request_id, len(prompt_token_ids))
+        send(AddRequest(request_id, tuple(prompt_token_ids), params, cache_salt))
         return mailbox
 
     def deliver(self, events: Iterable[Event]) -> None:

@@ -19,10 +19,11 @@ from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.decode.batch import step_shapes
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.memory_plan import Change, Item, MemoryPlan, peak_bytes
-from jaxmoe.engine.start import cache_layout
+from jaxmoe.engine.start import cache_layout, state_layout
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.models import registry
 from jaxmoe.weights import memory
+from jaxmoe.weights.format_summary import format_summary
 from jaxmoe.weights.loader import leaf_bytes, plan_load
 from jaxmoe.weights.read_pool import default_threads
 from jaxmoe.weights.safetensors_reader import Checkpoint
@@ -39,13 +40,16 @@ MLA_LAYER_BYTES = 3_000_000  # its text is longer
 @dataclasses.dataclass(frozen=True)
 class WeightSizes:
     """Bytes of a checkpoint in memory. mapped: the part of `experts` that backing="mmap" leaves in
-    the files. transient: see `LoadPlan`.
+    the files. transient: see `LoadPlan`. formats: how the weights are held, in words. notes: what
+    the checkpoint has to say of itself.
     """
 
     experts: int
     mapped: int
     others: int
     transient: int
+    formats: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def make_plan(config: EngineConfig) -> MemoryPlan:
@@ -62,12 +66,12 @@ def make_plan(config: EngineConfig) -> MemoryPlan:
     room_bytes = min(room.free_bytes for room in rooms)
     mapped = sizes.mapped if _is_mapped(config) else 0
     return MemoryPlan(
-        model=_describe(directory),
+        model=_describe(directory, sizes.formats),
         items=items,
         rooms=rooms,
         changes=_changes(config, directory.model_config, sizes, layout, process, room_bytes),
         reclaimable_bytes=mapped,
-        notes=directory.notes,
+        notes=(*directory.notes, *sizes.notes),
     )
 
 
@@ -79,12 +83,21 @@ def weight_sizes(config: EngineConfig, directory: Directory) -> WeightSizes:
     if config.load_format == "dummy":
         formats = registry.configured_formats(model)
         specs = registry.describe_model(model, config.compute_dtype, formats).specs
-        experts = sum(layout.total_bytes for layout in expert_layouts(model, formats))
-        return WeightSizes(experts, 0, sum(map(leaf_bytes, specs.values())), 0)
+        layouts = expert_layouts(model, formats)
+        experts = sum(layout.total_bytes for layout in layouts)
+        others = sum(map(leaf_bytes, specs.values()))
+        return WeightSizes(experts, 0, others, 0, format_summary(specs, layouts))
     with Checkpoint.open(directory.path) as checkpoint:
         load = plan_load(checkpoint, model, registry, config.compute_dtype, default_threads())
     mapped = sum(matrix.weight.nbytes for matrix in load.table.matrices)
-    return WeightSizes(load.expert_bytes, mapped, load.leaf_bytes, load.transient_bytes)
+    return WeightSizes(
+        load.expert_bytes,
+        mapped,
+        load.leaf_bytes,
+        load.transient_bytes,
+        format_summary(load.description.specs, load.table.layouts),
+        checkpoint.notes,
+    )
 
 
 def _is_mapped(config: EngineConfig) -> bool:
@@ -106,12 +119,18 @@ def _items(
         f"{layout.total_tokens} tokens, {config.max_num_seqs} sequences of up to "
         f"{layout.max_model_len}"
     )
+    states = state_layout(config, model)
+    recurrent = []
+    if states is not None:
+        note = f"{states.num_running} of sequences, {states.num_kept} of the prefix cache"
+        recurrent = [Item("recurrent states", states.total_bytes, note, when="running")]
     return (
         Item("routed experts", experts, f"{config.load_format}, {config.backing}"),
         Item("other weights", sizes.others),
         Item("the process", process_bytes, "Python, jax, tokenizer: measured here"),
         Item("conversion of weights", sizes.transient, when="loading"),
         Item("KV cache", layout.total_bytes, kv, when="running"),
+        *recurrent,
         Item("step workspace", step_bytes(config, model), "estimated", when="running"),
         Item("compiling", programs, f"estimated, {len(shapes)} programs", when="running"),
     )
@@ -123,6 +142,8 @@ def step_bytes(config: EngineConfig, model: ModelConfig) -> int:
     # Of every token and expert: stage 1 in float32, and the inputs of both stages as kernels want.
     pair_bytes = 8 * model.moe.expert_intermediate + 2 * hidden
     scratch = tokens * model.moe.router.experts_per_token * pair_bytes
+    if model.linear_attention is not None:  # convolved inputs, held by the operation
+        scratch += 6 * tokens * model.linear_attention.conv_channels
     logits = 4 * config.max_num_seqs * model.vocab_size
     # Logits as they are, adjusted, sorted, and what is drawn from.
     return temporary_bytes(tokens, model) + scratch + 4 * logits
@@ -138,6 +159,9 @@ def temporary_bytes(tokens: int, model: ModelConfig) -> int:
         floats = attention.num_heads * latent
     else:  # queries, what they attend to, keys and values
         floats = (2 * attention.num_heads + attention.num_kv_heads) * attention.head_dim
+    linear = model.linear_attention
+    if linear is not None:  # queries, keys, values and gates before and after they are sorted
+        floats = max(floats, 2 * (linear.conv_channels + linear.value_row))
     return 4 * tokens * (12 * model.hidden_size + floats)
 
 
@@ -204,10 +228,9 @@ def _rounded_down_gb(nbytes: int) -> float:
 _OPTIONS = tuple(field.name for field in dataclasses.fields(EngineConfig))
 
 
-def _describe(directory: Directory) -> str:
+def _describe(directory: Directory, formats: str) -> str:
     model = directory.model_config
-    format = model.quant.format if model.quant.format != "none" else model.weight_dtype
     return (
         f"{model.architecture} at {directory.path}: {model.num_layers} layers, "
-        f"{model.moe.router.num_experts} experts, {format} weights"
+        f"{model.moe.router.num_experts} experts, {formats}"
     )

@@ -24,18 +24,18 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+import psutil
+
 from jaxmoe.common.errors import CapacityError, EngineDeadError, JaxMoeError, RequestError
 from jaxmoe.common.fields import rules, shown
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import EngineInfo, EngineStatus, PrefillProgress
 from jaxmoe.engine.channel import FrameReader, frame
-from jaxmoe.engine.checks import check_request
 from jaxmoe.engine.codec import MAX_ID_CHARS, ChannelError
 from jaxmoe.engine.mailboxes import Mailboxes
 from jaxmoe.engine.messages import (
     AbortRequest,
-    AddRequest,
     Configure,
     Event,
     Failed,
@@ -70,7 +70,7 @@ class Supervision:
     pauses_s: tuple[float, ...] = (0.0, 2.0, 10.0)
     check_s: float = 0.5
     dump_s: float = 1.0
-    stop_s: float = 0.8
+    stop_s: float = 0.6
 
 
 class ProcessEngine:
@@ -142,12 +142,11 @@ class ProcessEngine:
         child = self._child
         if child is None or self._status.state != "ready":
             raise self._unavailable()
-        check_request(self.info, prompt_token_ids, params)
         for name, text in (("request_id", request_id), ("cache_salt", cache_salt)):
             _check_text(name, text)
-        mailbox = self._mailboxes.open(request_id, len(prompt_token_ids))
-        child.send(AddRequest(request_id, tuple(prompt_token_ids), params, cache_salt))
-        return mailbox
+        return self._mailboxes.ask(
+            self.info, request_id, prompt_token_ids, params, cache_salt, child.send
+        )
 
     async def abort(self, request_id: str) -> None:
         self._abort(request_id)
@@ -262,6 +261,10 @@ class ProcessEngine:
             await child.dump_stacks(self._supervision.dump_s)
         elif not self._closing:
             self._status = EngineStatus("restarting", "clearing away the engine process")
+            # Its end can take a while (a core dump, gigabytes to give back); nobody waits for that.
+            words = await child.last_words()
+            self._status = dataclasses.replace(self._status, error=words)
+            self._fail_all(f"the engine died: {words}")
         never_ready = self._info is None
         fatal = child.fatal
         code = await child.kill()
@@ -285,6 +288,7 @@ class ProcessEngine:
                 steps=pulse.steps,
                 compiling=pulse.compiling,
                 longest_step_s=pulse.longest_step_s,
+                cpu_s=child.cpu_s() if pulse.compiling else 0.0,
             ):
                 return (
                     f"{len(self._mailboxes)} requests wait and no step was done for "
@@ -383,6 +387,14 @@ class _Child(asyncio.Protocol):
     def stats(self) -> dict[str, float]:
         return {} if self._gone else self.pulse.stats(self._stat_names)
 
+    def cpu_s(self) -> float:
+        """What its process has used of the CPU; 0 once it is gone."""
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return times.user + times.system
+
     async def wait_end(self, timeout_s: float) -> bool:
         """Whether the child's end of the socket closed in that time."""
         try:
@@ -391,6 +403,19 @@ class _Child(asyncio.Protocol):
         except TimeoutError:
             return False
         return True
+
+    async def last_words(self) -> str:
+        """Why it ended, as far as that can be told within 0.3 s: its process may be still at it,
+        writing its memory to a file or giving it back.
+        """
+        if self.fatal is None and self.broken is None:
+            for _ in range(30):
+                code = self.process.poll()
+                if code is not None:
+                    return _exit_words(code)
+                await asyncio.sleep(0.01)
+            return "its process ends"
+        return self.broken or (self.fatal.message if self.fatal else "")
 
     async def dump_stacks(self, timeout_s: float) -> None:
         self._signal(signal.SIGUSR1)

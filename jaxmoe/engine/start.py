@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.hybrid_step import HybridStep
-from jaxmoe.engine import calibration, compile_cache
+from jaxmoe.engine import calibration, compile_cache, read_ceiling
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.engine import Engine
+from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
+from jaxmoe.engine.placement import choose_device, device_ops, settle_device, to_device
 from jaxmoe.engine.profile import StepProfile
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
-from jaxmoe.ffi.native_ops import NativeOps
+from jaxmoe.ffi.device_driver import Device
 from jaxmoe.kv_cache import store
-from jaxmoe.kv_cache.layout import CacheLayout, plan_cache
+from jaxmoe.kv_cache.layout import CacheLayout, StateLayout, plan_cache, plan_states
 from jaxmoe.models import registry
-from jaxmoe.models.decoder import cache_spec
+from jaxmoe.models.decoder import cache_spec, state_spec
 from jaxmoe.text.chat_template import ChatTemplate
 from jaxmoe.text.tokenizer import Tokenizer
 from jaxmoe.weights import memory
+from jaxmoe.weights.format_summary import format_summary
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import load_model
 from jaxmoe.weights.random_init import random_model
@@ -50,11 +53,16 @@ class Started:
     step: HybridStep
     loaded: LoadedModel
     runtime: CpuRuntime
+    long_prompts: LongPrompts | None = None
 
     @property
     def info(self) -> EngineInfo:
         info = self.engine.info(model_path(self.config).resolve().name, self.report)
         return dataclasses.replace(info, store_name=self.loaded.report.shared_name)
+
+    def measure_read_ceiling(self) -> None:
+        """For servers: what the DRAM delivers, in their metrics."""
+        self.engine.set_read_ceiling(read_ceiling.measure(self.runtime))
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
@@ -62,6 +70,8 @@ class Started:
             self.engine.profile.close()
         if self.engine.grammars is not None:
             self.engine.grammars.close()
+        if self.long_prompts is not None:
+            self.long_prompts.close()
         self.step.close()
         self.loaded.close()
         self.runtime.close()
@@ -78,35 +88,56 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
     model_config = directory.model_config
     spec = cache_spec(model_config, config.compute_dtype)
-    layout = cache_layout(config, model_config)
-    _require_cache_memory(layout)
+    layout, states = cache_layout(config, model_config), state_layout(config, model_config)
+    _require_cache_memory(layout, states)
     programs = compile_cache.enable(config.cache_path)
-    runtime = CpuRuntime(num_threads=config.num_threads, isa=config.isa)
-    loaded = profile = None
+    device, notes = choose_device(config, model_config)
+    runtime = CpuRuntime(num_threads=_num_threads(config, device), isa=config.isa)
+    loaded = long_prompts = profile = None
     try:
-        if config.profile is not None:
+        if config.profile is not None and device.platform != "cpu":
+            notes += ("profile: steps on a GPU are not split into parts, nothing is counted",)
+        elif config.profile is not None:
             profile = StepProfile(runtime, config.trace_path)
         loaded = _load(config, directory, runtime, on_stage)
         calibrated = None
         if config.calibrate and loaded.report.expert_bytes >= calibration.LEAST_EXPERT_BYTES:
             on_stage("measuring this machine", 0.0)
             calibrated = calibration.calibrate(runtime, config.cache_path)
-        _require_cache_memory(layout)  # again: now the weights have taken theirs
+        device, more = settle_device(config, device, loaded.specs)
+        notes += more
+        if device.platform == "cpu":
+            _require_cache_memory(layout, states)  # again: now the weights have taken theirs
+        else:
+            on_stage("copying weights to the GPU", 0.0)
+            loaded = to_device(loaded, device)
         step = HybridStep(
             loaded.graphdef,
             loaded.state,
-            {
-                "prefill": NativeOps(runtime, loaded.host_store, "matrix"),
-                "decode": NativeOps(runtime, loaded.host_store, "vector"),
-            },
-            store.allocate(spec, layout.num_pages, layout.page_size),
+            device_ops(device, runtime, loaded),
+            store.allocate(
+                spec,
+                layout.num_pages,
+                layout.page_size,
+                state_spec(model_config),
+                states.num_slots if states is not None else 0,
+                device=device,
+            ),
             page_size=layout.page_size,
             pages_per_sequence=layout.pages_per_sequence,
             num_slots=config.max_num_seqs,
             chunk_tokens=config.prefill_chunk_tokens,
             vocab_size=model_config.vocab_size,
+            device=device,
+            has_states=states is not None,
         )
+        long_prompts, more = start_streaming(
+            config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
+        )
+        notes += more
     except BaseException:
+        if long_prompts is not None:
+            long_prompts.close()
         if loaded is not None:
             loaded.close()
         runtime.close()
@@ -122,10 +153,16 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         defaults=directory.defaults,
         seed=config.seed,
         prefix_cache=config.prefix_cache,
+        states=states,
         counters=runtime.stats,
         profile=profile,
+        streamer=long_prompts.stream if long_prompts else None,
+        route=long_prompts.route if long_prompts else None,
     )
-    report = describe(config, directory, layout, loaded, runtime, programs, calibrated)
+    placed = list(describe_placement(device, long_prompts))
+    if calibrated is not None:
+        placed.insert(0, calibrated.describe())
+    report = describe(config, directory, layout, states, loaded, runtime, programs, placed, notes)
     _log.info("%s", report)
     return Started(
         engine,
@@ -137,7 +174,16 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         step,
         loaded,
         runtime,
+        long_prompts,
     )
+
+
+def _num_threads(config: EngineConfig, device: Device) -> int | None:
+    """One core is left for the thread that launches and the one that listens to the GPU."""
+    if config.num_threads is not None or device.platform == "cpu":
+        return config.num_threads
+    with CpuRuntime() as every_core:
+        return max(every_core.num_threads - 1, 1)
 
 
 def cache_layout(config: EngineConfig, model_config: ModelConfig) -> CacheLayout:
@@ -152,12 +198,24 @@ def cache_layout(config: EngineConfig, model_config: ModelConfig) -> CacheLayout
     )
 
 
-def _require_cache_memory(layout: CacheLayout) -> None:
-    memory.require(
-        layout.total_bytes,
-        f"a KV cache of {layout.total_tokens} tokens",
-        "lower kv_cache_gb or max_model_len",
+def state_layout(config: EngineConfig, model_config: ModelConfig) -> StateLayout | None:
+    """The slots of recurrent state with these options; None for a model without."""
+    return plan_states(
+        slot_bytes=store.slot_bytes(state_spec(model_config)),
+        max_num_seqs=config.max_num_seqs,
+        prefix_cache=config.prefix_cache,
+        state_cache_gb=config.state_cache_gb,
     )
+
+
+def _require_cache_memory(layout: CacheLayout, states: StateLayout | None) -> None:
+    nbytes, what = layout.total_bytes, f"a KV cache of {layout.total_tokens} tokens"
+    advice = "lower kv_cache_gb or max_model_len"
+    if states is not None:
+        nbytes += states.total_bytes
+        what += f" and {states.num_slots} recurrent states"
+        advice += ", or max_num_seqs or state_cache_gb"
+    memory.require(nbytes, what, advice)
 
 
 def _load(
@@ -192,39 +250,59 @@ def describe(
     config: EngineConfig,
     directory: Directory,
     layout: CacheLayout,
+    states: StateLayout | None,
     loaded: LoadedModel,
     runtime: CpuRuntime,
     programs: str,
-    calibrated: calibration.Calibration | None = None,
+    placement: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """The start-up report: what runs, where it lies, and what is slower than it could be."""
     model, params = directory.model_config, directory.defaults.params
     experts = model.moe.router
-    slower = [*directory.notes, *loaded.report.notes]
+    slower = [*directory.notes, *loaded.report.notes, *notes]
     if config.compute_dtype == "float32":
         slower.append("float32 activations and cache: for audits, about half as fast")
     if config.backing == "mmap" and config.load_format != "dummy":
         slower.append("experts mapped from the files: one NUMA node, first use reads the disk")
     if config.profile is not None:
         slower.append("the time of steps is counted (profile), which costs some of it")
+    if states is not None and config.prefix_cache and states.num_kept == 0:
+        slower.append(
+            "prefix cache off: state_cache_gb holds no recurrent state of "
+            f"{states.slot_bytes / 2**20:.1f} MiB, so every prompt is computed whole"
+        )
     if config.isa is not None:
         slower.append(f"instruction set forced to {config.isa}")
     if not programs:
         slower.append("compiled programs are not kept (cache_dir): every start compiles")
+    layouts = () if loaded.host_store is None else loaded.host_store.layouts
     lines = [
         f"model: {model.architecture} at {directory.path}, {model.num_layers} layers, "
         f"{experts.num_experts} experts of which {experts.experts_per_token} a token, "
-        f"{model.quant.format if model.quant.format != 'none' else model.weight_dtype} weights, "
-        f"{config.compute_dtype} activations",
+        f"{format_summary(loaded.specs, layouts)}, {config.compute_dtype} activations",
         *loaded.report.describe().splitlines(),
         *runtime.describe().splitlines(),
-        *([] if calibrated is None else [calibrated.describe()]),
+        *placement,
         f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "
         f"{layout.total_bytes / 2**20:.1f} MiB; up to {config.max_num_seqs} sequences of "
         f"{layout.max_model_len} tokens (the model's limit is {model.max_position})",
+        "decode: merged; overlapping two halves of a batch is off, for without a GPU attention and "
+        "experts need the same cores",
+        *_describe_states(states),
         f"sampling defaults: temperature {params.temperature}, top_p {params.top_p}, top_k "
         f"{params.top_k}; end of text: {', '.join(map(str, directory.eos_token_ids)) or 'none'}",
         f"compiled programs: {programs or 'not kept'}",
         *(f"note: {note}" for note in slower),
     ]
     return "\n".join(lines)
+
+
+def _describe_states(states: StateLayout | None) -> list[str]:
+    if states is None:
+        return []
+    return [
+        f"recurrent states: {states.slot_bytes / 2**20:.1f} MiB each, {states.num_running} for "
+        f"running sequences and {states.num_kept} for the prefix cache, "
+        f"{states.total_bytes / 2**20:.1f} MiB"
+    ]

@@ -20,7 +20,7 @@ from jaxmoe.scheduler.scheduler import Scheduler, StepPlan
 TTFT_BUCKETS_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 TPOT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
-_KINDS = ("prefill", "decode")
+_KINDS = ("prefill", "decode", "stream")
 
 
 class Stats:
@@ -37,12 +37,15 @@ class Stats:
                 *(f'steps_total{{kind="{kind}"}}' for kind in _KINDS),
                 *(f'step_seconds_total{{kind="{kind}"}}' for kind in _KINDS),
                 *(f'step_tokens_total{{kind="{kind}"}}' for kind in _KINDS),
+                "compiled_steps_total",
                 "weight_bytes_read_total",
                 "kv_bytes_read_total",
+                "decode_bytes_read_total",
                 "last_decode_step_seconds",
                 "last_decode_step_weight_bytes",
                 "last_decode_step_kv_bytes",
                 "longest_step_seconds",
+                "longest_step_with_compiling_seconds",
             ),
             0.0,
         )
@@ -50,6 +53,7 @@ class Stats:
         self._tpot = _Histogram("time_per_output_token_seconds", TPOT_BUCKETS_S)
         self._read_before = (0.0, 0.0)
         self._longest_s = 0.0
+        self.read_ceiling = 0.0  # bytes per second (read_ceiling.py); 0: not measured
 
     @property
     def longest_step_s(self) -> float:
@@ -67,6 +71,8 @@ class Stats:
         t[f'step_seconds_total{{kind="{kind}"}}'] += seconds
         t[f'step_tokens_total{{kind="{kind}"}}'] += plan.num_tokens
         self._longest_s = max(self._longest_s, seconds)
+        t["longest_step_with_compiling_seconds"] = self._longest_s
+        t["compiled_steps_total"] += compiled
         if not compiled:
             t["longest_step_seconds"] = max(t["longest_step_seconds"], seconds)
         weights = counters.get("experts_weight_bytes", 0) + counters.get("linear_weight_bytes", 0)
@@ -75,7 +81,13 @@ class Stats:
             t["last_decode_step_seconds"] = seconds
             t["last_decode_step_weight_bytes"] = read[0] - self._read_before[0]
             t["last_decode_step_kv_bytes"] = read[1] - self._read_before[1]
+            t["decode_bytes_read_total"] += sum(read) - sum(self._read_before)
         t["weight_bytes_read_total"], t["kv_bytes_read_total"] = self._read_before = read
+
+    def note_layer(self, seconds: float) -> None:
+        """One layer of a streamed prompt; its step is noted when all are done."""
+        self._totals['step_seconds_total{kind="stream"}'] += seconds
+        self._longest_s = max(self._longest_s, seconds)
 
     def note_first_token(self, ttft_s: float) -> None:
         self._ttft.observe(ttft_s)
@@ -98,6 +110,9 @@ class Stats:
     ) -> dict[str, float]:
         """Everything by name, always in the same order."""
         waiting = scheduler.waiting
+        ceiling, t = self.read_ceiling, self._totals
+        seconds = t["last_decode_step_seconds"]
+        read = t["last_decode_step_weight_bytes"] + t["last_decode_step_kv_bytes"]
         return {
             "requests_running": float(len(scheduler.running)),
             "requests_waiting": float(len(waiting)),
@@ -109,6 +124,9 @@ class Stats:
             "prefix_cache_query_tokens_total": float(prefix.queried_tokens if prefix else 0),
             "prefix_cache_hit_tokens_total": float(prefix.hit_tokens if prefix else 0),
             "prefix_cache_evictions_total": float(prefix.num_evictions if prefix else 0),
+            "read_ceiling_bytes_per_second": ceiling,
+            # Of the last decode step. Models that fit into the caches come out above 1.
+            "dram_fraction_of_ceiling": read / seconds / ceiling if ceiling and seconds else 0.0,
             **self._totals,
             **self._ttft.snapshot(),
             **self._tpot.snapshot(),

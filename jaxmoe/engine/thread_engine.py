@@ -16,11 +16,10 @@ from jaxmoe.common.errors import CapacityError, EngineDeadError, JaxMoeError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import EngineInfo, EngineStatus, PrefillProgress
-from jaxmoe.engine.checks import check_request
-from jaxmoe.engine.driver import Driver
+from jaxmoe.engine.driver import HOLD_S, Driver
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.mailboxes import Mailboxes
-from jaxmoe.engine.messages import AbortRequest, AddRequest, Event, Stop
+from jaxmoe.engine.messages import AbortRequest, Event, Stop
 from jaxmoe.engine.ready import OnStage, Ready
 from jaxmoe.request import Delta
 from jaxmoe.sampling_params import SamplingParams
@@ -34,14 +33,21 @@ class ThreadEngine:
     Args:
         make: loads the engine, in the engine's thread; reports stages and percent.
         bounds: of the queue.
+        hold_s: how long tokens may wait for those of the next step (driver.py).
     """
 
-    def __init__(self, make: Callable[[OnStage], Ready], bounds: QueueBounds | None = None) -> None:
+    def __init__(
+        self,
+        make: Callable[[OnStage], Ready],
+        bounds: QueueBounds | None = None,
+        hold_s: float = HOLD_S,
+    ) -> None:
         self._status = EngineStatus("loading", "starting")
         # Of every change of the status that depends on the one before: both threads make such.
         self._changing = threading.Lock()
         self._info: EngineInfo | None = None
         self._driver: Driver | None = None
+        self._hold_s = hold_s
         self._stats: Mapping[str, float] = {}
         self._mailboxes = Mailboxes(bounds or QueueBounds(), self._post_abort)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -56,6 +62,7 @@ class ThreadEngine:
             from jaxmoe.engine.start import start  # loads the native extension
 
             started = start(config, on_stage)
+            started.measure_read_ceiling()
             return Ready(started.engine, started.info, started.close)
 
         bounds = QueueBounds(config.max_queued_requests, config.max_queued_tokens)
@@ -63,10 +70,15 @@ class ThreadEngine:
 
     @classmethod
     def on_engine(
-        cls, engine: Engine, *, model: str = "model", bounds: QueueBounds | None = None
+        cls,
+        engine: Engine,
+        *,
+        model: str = "model",
+        bounds: QueueBounds | None = None,
+        hold_s: float = HOLD_S,
     ) -> ThreadEngine:
         """Drives an engine that was made elsewhere, and leaves it alone at the end."""
-        return cls(lambda _: Ready(engine, engine.info(model)), bounds)
+        return cls(lambda _: Ready(engine, engine.info(model)), bounds, hold_s)
 
     @property
     def info(self) -> EngineInfo:
@@ -101,11 +113,10 @@ class ThreadEngine:
         driver = self._driver
         if driver is None or self._status.state != "ready":
             raise self._unavailable()
-        check_request(self.info, prompt_token_ids, params)
         self._loop = asyncio.get_running_loop()
-        mailbox = self._mailboxes.open(request_id, len(prompt_token_ids))
-        driver.post(AddRequest(request_id, tuple(prompt_token_ids), params, cache_salt))
-        return mailbox
+        return self._mailboxes.ask(
+            self.info, request_id, prompt_token_ids, params, cache_salt, driver.post
+        )
 
     async def abort(self, request_id: str) -> None:
         self._post_abort(request_id)
@@ -163,7 +174,7 @@ class ThreadEngine:
             if self._status.state == "dead":  # closed meanwhile
                 return
             self._info = ready.info
-            self._driver = Driver(ready.engine, self._emit, on_stats=note)
+            self._driver = Driver(ready.engine, self._emit, on_stats=note, hold_s=self._hold_s)
             self._status = EngineStatus("ready", percent=100.0)
         self._driver.run()
 

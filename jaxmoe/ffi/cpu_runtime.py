@@ -27,6 +27,8 @@ class CpuRuntime:
         For tests; memory is not bound.
     isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx" instead of the best the CPU has. For
         tests.
+    device_signal: how a GPU's stream and the threads tell each other, "values" (stream memory
+        operations) or "host_functions", instead of the best the driver has. For tests.
     """
 
     def __init__(
@@ -34,12 +36,13 @@ class CpuRuntime:
         num_threads: int | None = None,
         numa_nodes: list[list[int]] | None = None,
         isa: str | None = None,
+        device_signal: Literal["values", "host_functions"] | None = None,
     ):
         register_targets()
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; wanted at least 1, or None")
         try:
-            self._native = _native.Runtime(num_threads or 0, numa_nodes, isa)
+            self._native = _native.Runtime(num_threads or 0, numa_nodes, isa, device_signal)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -84,6 +87,33 @@ class CpuRuntime:
         and nanoseconds by part where they are counted (`set_trace_level`).
         """
         return self._native.stats()
+
+    def device_stats(self) -> dict[str, float]:
+        """Of experts for activations on a GPU: calls served, experts_s seconds spent in them, and
+        idle_s seconds in which programs were under way but no call had been handed over yet.
+        """
+        return self._native.device_stats()
+
+    def describe_device(self) -> str:
+        """How GPUs hand their calls over; empty before the first of them."""
+        return self._native.describe_device()
+
+    def check_device(self) -> None:
+        """Raises RuntimeError with what failed on the CPU in a GPU's program, once. The next step
+        would raise it too; the failed step's results are NaN.
+        """
+        try:
+            self._native.check_device()
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
+
+    def read_bandwidth(self, total_bytes: int = 1 << 30, repeats: int = 5) -> list[float]:
+        """Bytes per second that as many threads, on the same CPUs, read from DRAM; one a repeat.
+
+        The ceiling that bandwidth figures are stated against: measure it in the same minute.
+        `total_bytes` must be far larger than the last-level cache.
+        """
+        return _native.read_bandwidth(self._native, total_bytes, repeats)
 
     @property
     def few_tokens(self) -> int:

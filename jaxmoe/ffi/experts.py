@@ -7,6 +7,7 @@ aliased: what is computed from them between the two is then really computed betw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.linear import FAMILY_CODES, Family
+from jaxmoe.ffi.ops import Weight
+from jaxmoe.quant.formats import FORMATS
 
 
 class StoreId(Protocol):
@@ -52,6 +55,13 @@ def _attributes(
     }
 
 
+def _activation(activation: ClampedSwiglu | None) -> dict[str, np.float32]:
+    return {
+        "alpha": np.float32(activation.alpha if activation else 0.0),
+        "limit": np.float32(activation.limit if activation else 0.0),
+    }
+
+
 def experts(
     runtime: CpuRuntime,
     store: StoreId,
@@ -71,9 +81,56 @@ def experts(
         expert_ids,
         combine_weights,
         *(biases or ()),
-        alpha=np.float32(activation.alpha if activation else 0.0),
-        limit=np.float32(activation.limit if activation else 0.0),
+        **_activation(activation),
         **_attributes(runtime, store, family, moe_layer_idx),
+    )
+
+
+def experts_group(
+    runtime: CpuRuntime,
+    family: Family,
+    y: jax.Array,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    combine_weights: jax.Array,
+    arrays: Sequence[jax.Array],
+    first_expert: int,
+    *,
+    activation: ClampedSwiglu | None = None,
+    biases: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """`y` (f32 `[T, D]`) plus the share of X experts from `first_expert` on, in y's buffer.
+
+    Groups in ascending order, the first onto zeros, give the bits of `experts`.
+
+    arrays: gate and up `[X, F, D]`, down `[X, D, F]`, and their scales where the format has some,
+        as `slot_ring.expert_buffers` says. They are read when the call runs: nothing is kept.
+    biases: of gate and up, f32 `[X, F]`.
+    """
+    _check("experts_group", x, expert_ids, combine_weights)
+    if len(arrays) not in (3, 6):
+        raise ValueError(
+            f"experts_group: {len(arrays)} arrays of weights and scales; wanted 3 or 6"
+        )
+    weights = Weight(arrays[0], arrays[3] if len(arrays) == 6 else None)
+    call = jax.ffi.ffi_call(
+        "jaxmoe_experts_group",
+        jax.ShapeDtypeStruct(y.shape, y.dtype),
+        input_output_aliases={0: 0},
+    )
+    return call(
+        y,
+        x,
+        expert_ids,
+        combine_weights,
+        *arrays,
+        *(biases or ()),
+        runtime_id=np.int64(runtime.id),
+        first_expert=np.int64(first_expert),
+        family=FAMILY_CODES[family],
+        format=np.int64(FORMATS[weights.format].code),
+        has_biases=biases is not None,
+        **_activation(activation),
     )
 
 
@@ -86,29 +143,65 @@ def experts_submit(
     combine_weights: jax.Array,
     moe_layer_idx: int,
     *others: jax.Array,
+    slot: int = 0,
+    activation: ClampedSwiglu | None = None,
+    biases: tuple[jax.Array, jax.Array] | None = None,
+    packed: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Starts the experts; returns `(ticket, *others)`: int32 `[1]` and the same buffers.
 
-    Without biases, and with silu(gate) * up.
+    slot: of calls that are outstanding at once in a program, each has its own; 0 to 7. The wait
+        names the same one.
+    packed: joins the three operands into one first: a GPU copies one piece to the host instead of
+        three.
     """
     _check("experts_submit", x, expert_ids, combine_weights)
+    bias_arrays = biases or ()
+    attributes = _activation(activation) | _attributes(runtime, store, family, moe_layer_idx)
+    target, operands = "jaxmoe_experts_submit", [x, expert_ids, combine_weights]
+    if packed:
+        target, operands = f"{target}_packed", [_pack(x, expert_ids, combine_weights)]
+        attributes |= {
+            "num_tokens": np.int64(x.shape[0]),
+            "per_token": np.int64(expert_ids.shape[1]),
+            "x_is_bf16": x.dtype == jnp.bfloat16,
+        }
+    operands += bias_arrays
     results = (
         jax.ShapeDtypeStruct((1,), jnp.int32),
         *(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in others),
     )
     # Two equal submits are two tickets, and a ticket nobody uses must still be waited for.
     call = jax.ffi.ffi_call(
-        "jaxmoe_experts_submit",
+        target,
         results,
-        input_output_aliases={3 + i: 1 + i for i in range(len(others))},
+        input_output_aliases={len(operands) + i: 1 + i for i in range(len(others))},
         has_side_effect=True,
     )
-    attributes = _attributes(runtime, store, family, moe_layer_idx)
-    return tuple(call(x, expert_ids, combine_weights, *others, **attributes))
+    attributes |= {"has_biases": bool(bias_arrays), "slot": np.int64(slot)}
+    return tuple(call(*operands, *others, **attributes))
+
+
+def _pack(x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array) -> jax.Array:
+    """All three as int32 words, one after the other."""
+    if x.dtype == jnp.bfloat16 and x.shape[1] % 2:
+        raise ValueError(f"packed: x is {x.shape} bfloat16; wanted an even number of columns")
+    if x.dtype == jnp.bfloat16:
+        x = x.reshape(x.shape[0], -1, 2)
+    words = [
+        jax.lax.bitcast_convert_type(a, jnp.int32).reshape(-1)
+        for a in (x, expert_ids, combine_weights)
+    ]
+    return jnp.concatenate(words)
 
 
 def experts_wait(
-    runtime: CpuRuntime, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array
+    runtime: CpuRuntime,
+    ticket: jax.Array,
+    num_tokens: int,
+    hidden: int,
+    *others: jax.Array,
+    slot: int = 0,
 ) -> tuple[jax.Array, ...]:
     """Finishes the experts of a ticket; returns `(y, *others)`: f32 `[T, D]` and the same buffers.
 
@@ -124,4 +217,5 @@ def experts_wait(
         input_output_aliases={1 + i: 1 + i for i in range(len(others))},
         has_side_effect=True,
     )
-    return tuple(call(ticket, *others, runtime_id=np.int64(runtime.id)))
+    attributes = {"runtime_id": np.int64(runtime.id), "slot": np.int64(slot)}
+    return tuple(call(ticket, *others, **attributes))

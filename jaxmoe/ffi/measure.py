@@ -33,16 +33,6 @@ class Measured(NamedTuple):
     flops: float
 
 
-def read_bandwidth(
-    runtime: CpuRuntime, total_bytes: int = 1 << 30, repeats: int = 5
-) -> list[float]:
-    """Bytes per second that as many threads, on the same CPUs, read from DRAM; one a repeat.
-
-    `total_bytes` must be far larger than the last-level cache.
-    """
-    return _native.read_bandwidth(runtime.native, total_bytes, repeats)
-
-
 def peak_flops(runtime: CpuRuntime, repeats: int = 5) -> dict[str, list[float]]:
     """Operations per second of every way to multiply that the runtime's instruction set has.
 

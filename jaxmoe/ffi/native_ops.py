@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.config.model_config import ClampedSwiglu
+from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.ffi import attention
 from jaxmoe.ffi import experts as experts_op
+from jaxmoe.ffi import gated_delta as gated_delta_op
 from jaxmoe.ffi import linear as linear_op
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.experts import StoreId
 from jaxmoe.ffi.linear import Family
-from jaxmoe.ffi.ops import Point, StepInputs, Weight
+from jaxmoe.ffi.ops import GatedDeltaWeights, Point, StepInputs, Weight
 
 _POINTS: tuple[Point, ...] = ("begin", "logits", "end")
 
@@ -33,14 +34,29 @@ class NativeOps:
     store: the routed experts; None for a model (or a test) without them.
     family: "vector" (exact products; F32 activations stay so: decode) or "matrix" (the fastest
         many-row form, BF16 activations: prefill).
+    packed: hand a GPU's operands over in one piece, see ffi/experts.py.
     """
 
-    def __init__(self, runtime: CpuRuntime, store: StoreId | None, family: Family):
+    def __init__(
+        self, runtime: CpuRuntime, store: StoreId | None, family: Family, *, packed: bool = False
+    ):
         if family not in linear_op.FAMILY_CODES:
             raise ValueError(f'family is {family!r}; wanted "vector" or "matrix"')
         self._runtime = runtime
         self._store = store
         self._family: Family = family
+        self._packed = packed
+
+    expands_latents = False
+
+    def attend_latents(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the CPU attends latents as they are")
+
+    @property
+    def splits_experts(self) -> bool:
+        # A step of many rows keeps every core busy by itself, and staging its activations twice
+        # costs a few percent.
+        return self._family == "vector"
 
     def mark(self, x: jax.Array, point: Point) -> jax.Array:
         out = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -86,6 +102,9 @@ class NativeOps:
         combine_weights: jax.Array,
         moe_layer_idx: int,
         *others: jax.Array,
+        slot: int = 0,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, ...]:
         """Starts what `experts` computes; `(ticket, *others)`. See jaxmoe/ffi/experts.py."""
         return experts_op.experts_submit(
@@ -97,13 +116,19 @@ class NativeOps:
             combine_weights,
             moe_layer_idx,
             *others,
+            slot=slot,
+            activation=activation,
+            biases=biases,
+            packed=self._packed,
         )
 
     def experts_wait(
-        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array
+        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array, slot: int = 0
     ) -> tuple[jax.Array, ...]:
         """Ends what `experts_submit` started; `(y [T, D], *others)`."""
-        return experts_op.experts_wait(self._runtime, ticket, num_tokens, hidden, *others)
+        return experts_op.experts_wait(
+            self._runtime, ticket, num_tokens, hidden, *others, slot=slot
+        )
 
     def attend(
         self,
@@ -137,6 +162,20 @@ class NativeOps:
             sinks=sinks,
         )
         return out, cache
+
+    def gated_delta(
+        self,
+        qkv: jax.Array,
+        decay_input: jax.Array,
+        rate_input: jax.Array,
+        weights: GatedDeltaWeights,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        config: GatedDeltaConfig,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return gated_delta_op.gated_delta(
+            self._runtime, qkv, decay_input, rate_input, weights, cache, step, config
+        )
 
     def _need_store(self) -> StoreId:
         if self._store is None:

@@ -19,7 +19,8 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config.model_config import ClampedSwiglu
+from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
+from jaxmoe.quant.formats import WeightFormat, format_of
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +28,41 @@ from jaxmoe.config.model_config import ClampedSwiglu
 class Weight:
     """A linear map's weights as they lie in the checkpoint, row-major, outputs first.
 
-    data: `[N, K]` (or `[G, N, K]` for per-head maps) bfloat16, float32 or float8_e4m3fn.
-    scale_inv: float32 `[ceil(N/128), ceil(K/128)]` (or with a leading G); multiply to dequantize.
-    None unless data is float8.
+    data: `[N, K]`, of four-bit formats uint8 `[N, K/2]`; per-head maps have a leading G.
+    scale_inv: multiply to dequantize; with a leading G too. None for bfloat16 and float32.
+    quant/formats.py has the types and shapes of every format.
     """
 
     data: jax.Array
     scale_inv: jax.Array | None = None
+
+    @property
+    def format(self) -> WeightFormat:
+        """What types and shapes say. ValueError where they are those of no format."""
+        scale = self.scale_inv
+        return format_of(
+            self.data.dtype.name,
+            self.data.shape,
+            None if scale is None else scale.dtype.name,
+            None if scale is None else scale.shape,
+        )
+
+    @property
+    def num_columns(self) -> int:
+        """K: the inputs of the map."""
+        return self.data.shape[-1] * (2 if self.data.dtype == jnp.uint8 else 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class GatedDeltaWeights:
+    """The small weights of linear attention, float32: conv `[W, C]`, oldest token first, a_log and
+    dt_bias `[HV]`.
+    """
+
+    conv: jax.Array
+    a_log: jax.Array
+    dt_bias: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +73,12 @@ class StepInputs:
     token_ids, positions, token_rows, kv_slots: `[T]`. `token_rows` indexes `block_tables`;
     `kv_slots` is the flat cache slot (page * page_size + offset) the token's key and value are
     written to. block_tables: `[R, MP]` page ids of each row, -1 where unused.
+
+    For models with recurrent state, else None. A row's tokens then lie side by side, at positions
+    one after the other. state_from, state_to: `[R]` slots of the state arrays that a row's state is
+    read from and written to: its own, or at first that of a kept state; -1 where unused.
+    state_saves: `[T]` slots that the state after a token is kept in too, -1 for nowhere. A token at
+    position 0 starts from zeros, whatever its slot holds.
     """
 
     token_ids: jax.Array
@@ -51,6 +86,9 @@ class StepInputs:
     token_rows: jax.Array
     kv_slots: jax.Array
     block_tables: jax.Array
+    state_from: jax.Array | None = None
+    state_to: jax.Array | None = None
+    state_saves: jax.Array | None = None
 
 
 # Moments of a compiled step that figures of where its time goes are told by.
@@ -60,6 +98,18 @@ Point = Literal["begin", "logits", "end"]
 class Ops(Protocol):
     def mark(self, x: jax.Array, point: Point) -> jax.Array:
         """`x` itself; says, when it is ready, that the program has come to this point."""
+        ...
+
+    @property
+    def expands_latents(self) -> bool:
+        """Whether MLA calls `attend_latents` instead of `attend`."""
+        ...
+
+    @property
+    def splits_experts(self) -> bool:
+        """Whether `experts_submit` and `experts_wait` are better than `experts` where there is
+        something to compute between the two.
+        """
         ...
 
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
@@ -99,6 +149,34 @@ class Ops(Protocol):
         """
         ...
 
+    def experts_submit(
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *others: jax.Array,
+        slot: int = 0,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """Starts what `experts` computes; returns `(ticket, *others)`.
+
+        `others` are passed through in place: what is computed from them comes after the start. An
+        array that is also another operand of the call costs a copy. Calls outstanding at once in a
+        program each have their own `slot`. Biases must be constants of the layer (weights). The
+        ticket is good for one wait; what it is made of is the platform's affair.
+        """
+        ...
+
+    def experts_wait(
+        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array, slot: int = 0
+    ) -> tuple[jax.Array, ...]:
+        """Ends what `experts_submit` started: `(y, *others)`, y f32 `[T, D]`, the bits of
+        `experts`. `others` are computed before the wait.
+        """
+        ...
+
     def attend(
         self,
         q: jax.Array,
@@ -122,5 +200,50 @@ class Ops(Protocol):
         `sinks [N]` float32 are scores of one more position each head sees, which has no value.
         Softmax in FP32. Returns f32 `[T, N, v_dim]` and the updated cache (same buffers where the
         platform can alias them).
+        """
+        ...
+
+    def attend_latents(
+        self,
+        q: jax.Array,
+        k_new: jax.Array,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        *,
+        w_uk: Weight,
+        w_uv: Weight,
+        scale: float,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """MLA of one sequence with keys and values made from the latents of the cache.
+
+        `q [T, N, nope + rope]`; `k_new [T, 1, C + rope]`, latent and rotated key, is written to the
+        cache. `w_uk [N, C, nope]`, `w_uv [N, v, C]`. Returns f32 `[T, N, v]` and the cache. Only
+        where `expands_latents`.
+        """
+        ...
+
+    def gated_delta(
+        self,
+        qkv: jax.Array,
+        decay_input: jax.Array,
+        rate_input: jax.Array,
+        weights: GatedDeltaWeights,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        config: GatedDeltaConfig,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Causal convolution and gated delta rule of T packed tokens over their rows' states.
+
+        `qkv [T, C]` float32: a token's query, key `[HK * K]` and value `[HV * V]` before the
+        convolution. `decay_input`, `rate_input`: float32 `[T, HV]`. `cache`: float32 conv_state
+        `[S, W - 1, C]`, the last inputs of the convolution, oldest first, and delta_state
+        `[S, HV, K, V]`. For a token, with the state M of each value head and q, k, v after
+        convolution and silu, q and k of length 1 and q divided by sqrt(K):
+
+            M = exp(-exp(a_log) softplus(decay_input + dt_bias)) M
+            M = M + k ⊗ sigmoid(rate_input) (v - kᵀ M)        out = qᵀ M
+
+        Token by token, so a result is the same however a text is cut into steps. Returns f32
+        `[T, HV, V]`, zeros for padding, and the updated cache.
         """
         ...

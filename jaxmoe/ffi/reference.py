@@ -16,30 +16,61 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxmoe.config.model_config import ClampedSwiglu
-from jaxmoe.ffi.ops import Point, StepInputs, Weight
+from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
+from jaxmoe.ffi.ops import GatedDeltaWeights, Point, StepInputs, Weight
+from jaxmoe.ffi.reference_delta import gated_delta
+from jaxmoe.quant.formats import FORMATS, WeightFormat
 
-SCALE_BLOCK = 128
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Rows of one block of equal expert in `BatchedSequenceOps`: each block gathers one copy of its
 # expert's weights, so large enough that the copies stay small beside the products, small enough
 # that half-empty blocks do not matter.
 _TOKEN_BLOCK = 64
+_FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_INT4_VALUES = np.arange(-8, 8).astype(np.float32)
+# Of the sixteen codes.
+_NIBBLE_VALUES: Mapping[WeightFormat, np.ndarray] = {
+    "int4_g32": _INT4_VALUES,
+    "int4_g128": _INT4_VALUES,
+    "mxfp4": np.concatenate([_FP4_VALUES, -_FP4_VALUES]),
+}
 
 
 def dequantize(weight: Weight) -> jax.Array:
     """The exact FP32 value of stored weights: `[..., N, K]`, leading axes as stored."""
-    data = weight.data.astype(jnp.float32)
+    info = FORMATS[weight.format]
+    if info.bits == 4:
+        data = jnp.asarray(_NIBBLE_VALUES[weight.format])[_nibbles(weight.data)]
+    else:
+        data = weight.data.astype(jnp.float32)
     if weight.scale_inv is None:
         return data
     n, k = data.shape[-2:]
-    scale = jnp.repeat(weight.scale_inv, SCALE_BLOCK, axis=-2)[..., :n, :]
-    scale = jnp.repeat(scale, SCALE_BLOCK, axis=-1)[..., :k]
+    scale = weight.scale_inv
+    scale = _powers_of_two(scale) if info.scale_dtype == "uint8" else scale.astype(jnp.float32)
+    scale = jnp.repeat(scale, info.group_rows, axis=-2)[..., :n, :]
+    scale = jnp.repeat(scale, info.group_cols or k, axis=-1)[..., :k]
     return data * scale
 
 
-def _activate(gate: jax.Array, up: jax.Array, activation: ClampedSwiglu | None) -> jax.Array:
+def _nibbles(data: jax.Array) -> jax.Array:
+    """uint8 `[..., K/2]` to the K halves, low one first."""
+    halves = jnp.stack([data & 15, data >> 4], axis=-1)
+    return halves.reshape(*data.shape[:-1], 2 * data.shape[-1])
+
+
+def _powers_of_two(codes: jax.Array) -> jax.Array:
+    """2^(code - 127), subnormal for code 0; NaN for 255."""
+    bits = codes.astype(jnp.uint32) << 23
+    bits = jnp.where(codes == 0, 1 << 22, bits)
+    bits = jnp.where(codes == 255, 0x7FC00000, bits).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def activate(gate: jax.Array, up: jax.Array, activation: ClampedSwiglu | None) -> jax.Array:
+    """What an expert does between its products; `activation` None is silu(gate) * up."""
     if activation is None:
         return jax.nn.silu(gate) * up
     gate = jnp.minimum(gate, activation.limit)
@@ -56,6 +87,15 @@ class ReferenceOps:
 
     def __init__(self, experts: Sequence[Mapping[str, Weight]] = ()):
         self._experts = experts
+
+    expands_latents = False
+
+    def attend_latents(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the reference attends latents as they are")
+
+    @property
+    def splits_experts(self) -> bool:
+        return False  # one after the other all the same
 
     def mark(self, x: jax.Array, point: Point) -> jax.Array:
         return x
@@ -95,7 +135,7 @@ class ReferenceOps:
             up = jnp.einsum("td,fd->tf", x, matrix("up"), precision=_HIGHEST)
             if biases is not None:
                 gate, up = gate + biases[0][e], up + biases[1][e]
-            hidden = _activate(gate, up, activation)
+            hidden = activate(gate, up, activation)
             out = jnp.einsum("tf,df->td", hidden, matrix("down"), precision=_HIGHEST)
             chosen = expert_ids == e  # [T, A]
             share = jnp.where(chosen, combine_weights.astype(jnp.float32), 0.0).sum(-1)  # [T]
@@ -103,6 +143,29 @@ class ReferenceOps:
             return y + jnp.where(chosen.any(-1)[:, None], share[:, None] * out, 0.0)
 
         return jax.lax.fori_loop(0, num_experts, add_expert, jnp.zeros_like(x))
+
+    def experts_submit(
+        self,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        combine_weights: jax.Array,
+        moe_layer_idx: int,
+        *others: jax.Array,
+        slot: int = 0,
+        activation: ClampedSwiglu | None = None,
+        biases: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """The ticket is the result."""
+        y = self.experts(
+            x, expert_ids, combine_weights, moe_layer_idx, activation=activation, biases=biases
+        )
+        return y, *others
+
+    def experts_wait(
+        self, ticket: jax.Array, num_tokens: int, hidden: int, *others: jax.Array, slot: int = 0
+    ) -> tuple[jax.Array, ...]:
+        assert ticket.shape == (num_tokens, hidden)
+        return ticket, *others
 
     def attend(
         self,
@@ -133,6 +196,18 @@ class ReferenceOps:
             sinks=sinks,
         )
         return out, cache
+
+    def gated_delta(
+        self,
+        qkv: jax.Array,
+        decay_input: jax.Array,
+        rate_input: jax.Array,
+        weights: GatedDeltaWeights,
+        cache: tuple[jax.Array, ...],
+        step: StepInputs,
+        config: GatedDeltaConfig,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return gated_delta(qkv, decay_input, rate_input, weights, cache, step, config)
 
 
 def kv_write(pages: jax.Array, new: jax.Array, kv_slots: jax.Array) -> jax.Array:
@@ -244,7 +319,7 @@ class BatchedSequenceOps(ReferenceOps):
         if biases is not None:
             gates += biases[0][block_expert][:, None, :]
             ups += biases[1][block_expert][:, None, :]
-        h = _activate(gates, ups, activation)
+        h = activate(gates, ups, activation)
         y_blocks = jnp.einsum("bmf,bdf->bmd", h, down[block_expert])
         y_pairs = y_blocks.reshape(num_blocks * _TOKEN_BLOCK, -1)[place_of_pair]
         share = jnp.where(expert_ids < 0, 0.0, combine_weights.astype(jnp.float32))

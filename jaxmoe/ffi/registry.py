@@ -21,7 +21,9 @@ _registered = False
 
 
 def register_targets() -> None:
-    """Makes the `jaxmoe_*` custom calls known to platform "cpu"; later calls do nothing."""
+    """Makes the `jaxmoe_*` custom calls known to platform "cpu" and, where JAX has one, to "CUDA";
+    later calls do nothing.
+    """
     global _registered
     with _lock:
         if _registered:
@@ -29,4 +31,20 @@ def register_targets() -> None:
         jax.local_devices(backend="cpu")
         for name, handler in _native.handlers().items():
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
+        if has_cuda():
+            register_cuda_targets()
         _registered = True
+
+
+def has_cuda() -> bool:
+    """Whether JAX runs on CUDA devices here; starts its backends."""
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:  # no plugin, no driver, or JAX_PLATFORMS leaves it out
+        return False
+
+
+def register_cuda_targets() -> None:
+    """For programs that are compiled for CUDA on a machine without it, too."""
+    for name, handler in _native.cuda_handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform="CUDA")

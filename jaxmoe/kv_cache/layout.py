@@ -13,6 +13,7 @@ import dataclasses
 from jaxmoe.common.errors import ConfigError
 
 DEFAULT_BUDGET_BYTES = 1 << 29
+DEFAULT_STATE_BYTES = 1 << 30  # of kept states: 5 to 16 of the models there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,3 +74,32 @@ def plan_cache(
             f"{need_gb:.3g}; raise kv_cache_gb or lower max_model_len"
         )
     return CacheLayout(page_size, min(budget_pages, max_num_seqs * pages), length, token_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """Slots of recurrent state: one for each of num_running sequences, and num_kept that the prefix
+    cache keeps states of prompts in.
+    """
+
+    slot_bytes: int
+    num_running: int
+    num_kept: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_running + self.num_kept
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_slots * self.slot_bytes
+
+
+def plan_states(
+    *, slot_bytes: int, max_num_seqs: int, prefix_cache: bool, state_cache_gb: float | None
+) -> StateLayout | None:
+    """For a model whose sequences have `slot_bytes` of recurrent state each; None for 0."""
+    if slot_bytes == 0:
+        return None
+    budget = DEFAULT_STATE_BYTES if state_cache_gb is None else int(state_cache_gb * 2**30)
+    return StateLayout(slot_bytes, max_num_seqs, budget // slot_bytes if prefix_cache else 0)

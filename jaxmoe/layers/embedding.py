@@ -7,16 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.ffi.ops import Weight
-from jaxmoe.weights.param_spec import DTYPE_OF_FORMAT, ParamSpec, WeightFormat, new_param
+from jaxmoe.quant.formats import FORMATS, WeightFormat
+from jaxmoe.weights.param_spec import ParamSpec, new_param
 
 
 class Embedding(nnx.Module):
     """`[V, D]`, float as stored."""
 
     def __init__(self, vocab_size: int, hidden_size: int, weight_format: WeightFormat):
-        assert weight_format != "fp8_block"
+        assert FORMATS[weight_format].scale_dtype is None
         self.data = new_param(
-            ParamSpec((vocab_size, hidden_size), DTYPE_OF_FORMAT[weight_format], "embedding")
+            ParamSpec((vocab_size, hidden_size), FORMATS[weight_format].data_dtype, "embedding")
         )
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:

@@ -10,25 +10,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi.ops import Ops, Weight
-from jaxmoe.weights.param_spec import (
-    DTYPE_OF_FORMAT,
-    ParamKind,
-    ParamSpec,
-    WeightFormat,
-    new_param,
-    num_blocks,
-)
+from jaxmoe.quant.formats import FORMATS, WeightFormat, check_columns, data_shape, scale_shape
+from jaxmoe.weights.param_spec import ParamKind, ParamSpec, new_param
 
 
 class _StoredWeight(nnx.Module):
-    """`data [*G, N, K]` and, for FP8, `scale_inv [*G, ceil(N/128), ceil(K/128)]`."""
+    """`data` and, for formats with scales, `scale_inv`, as quant/formats.py lays out a map of
+    `shape [*G, N, K]`, with its leading axes.
+    """
 
     def __init__(self, shape: tuple[int, ...], weight_format: WeightFormat, kind: ParamKind):
         *lead, n, k = shape
-        self.data = new_param(ParamSpec(shape, DTYPE_OF_FORMAT[weight_format], kind))
-        scale = ParamSpec((*lead, num_blocks(n), num_blocks(k)), "float32", "scale_inv")
-        self.scale_inv = new_param(scale) if weight_format == "fp8_block" else None
+        info = FORMATS[weight_format]
+        try:
+            check_columns(weight_format, k)
+        except ValueError as error:
+            raise ConfigError(f"a linear map of {n} outputs: {error}") from None
+        held = (*lead, *data_shape(weight_format, n, k))
+        self.data = new_param(ParamSpec(held, info.data_dtype, kind))
+        scales = scale_shape(weight_format, n, k)
+        self.scale_inv = (
+            None
+            if scales is None or info.scale_dtype is None
+            else new_param(ParamSpec((*lead, *scales), info.scale_dtype, "scale_inv"))
+        )
 
     @property
     def weight(self) -> Weight:

@@ -11,11 +11,15 @@ from jaxmoe.weights.param_spec import ParamSpec, new_param
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis, all in FP32: callers round the result, once."""
+    """x / rms(x) * (offset + weight) over the last axis, all in FP32: callers round the result,
+    once.
+    """
 
-    def __init__(self, size: int, eps: float):
-        self.weight = new_param(ParamSpec((size,), "float32", "norm"))
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
+        kind = "norm" if offset == 0.0 else "norm_offset"
+        self.weight = new_param(ParamSpec((size,), "float32", kind))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: jax.Array, ops: Ops) -> jax.Array:
         """`[T, ..., D] -> [T, ..., D]` float32."""
@@ -25,4 +29,5 @@ class RMSNorm(nnx.Module):
             mean = jnp.mean(row * row, axis=-1, keepdims=True)
             return row * jax.lax.rsqrt(mean + self.eps)
 
-        return ops.map_rows(normalized, x) * self.weight[...]
+        weight = self.weight[...] + self.offset if self.offset else self.weight[...]
+        return ops.map_rows(normalized, x) * weight

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.attention.gated_delta import GatedDeltaAttention
 from jaxmoe.attention.gqa import GqaAttention
 from jaxmoe.attention.mla import MlaAttention
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
@@ -22,10 +23,10 @@ from jaxmoe.layers.embedding import Embedding
 from jaxmoe.layers.linear import Linear
 from jaxmoe.layers.mlp import Mlp
 from jaxmoe.layers.norm import RMSNorm
-from jaxmoe.moe.moe_block import MoeBlock
+from jaxmoe.moe.moe_block import MoeBlock, Others, Submitted
 from jaxmoe.weights.param_spec import Formats
 
-Cache = tuple[jax.Array, ...]  # the page arrays of one layer
+Cache = tuple[jax.Array, ...]  # the page arrays, or the state arrays, of one layer
 
 
 class PageArraySpec(NamedTuple):
@@ -39,14 +40,36 @@ class PageArraySpec(NamedTuple):
 def cache_spec(
     config: ModelConfig, compute_dtype: jax.typing.DTypeLike
 ) -> list[tuple[PageArraySpec, ...]]:
-    """For every layer, the page arrays that `Decoder` expects as its cache."""
+    """For every layer, the page arrays that `Decoder` expects as its cache: none where it has
+    state arrays instead.
+    """
     dtype = jnp.dtype(compute_dtype)
     attention = config.attention
     if isinstance(attention, MlaConfig):
         layer = (PageArraySpec(1, attention.kv_lora_rank + attention.rope_head_dim, dtype),)
     else:
         layer = (PageArraySpec(attention.num_kv_heads, attention.head_dim, dtype),) * 2
-    return [layer] * config.num_layers
+    return [() if i in config.linear_layers else layer for i in range(config.num_layers)]
+
+
+class StateArraySpec(NamedTuple):
+    """One state array of a layer: `[num_slots, *shape]` of `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+
+def state_spec(config: ModelConfig) -> list[tuple[StateArraySpec, ...]]:
+    """For every layer, the state arrays that `Decoder` expects as its cache: none where it has
+    page arrays.
+    """
+    linear = config.linear_attention
+    if linear is None:
+        return [()] * config.num_layers
+    conv = StateArraySpec((linear.conv_width - 1, linear.conv_channels), jnp.dtype(jnp.float32))
+    heads, key, value = linear.num_value_heads, linear.key_head_dim, linear.value_head_dim
+    delta = StateArraySpec((heads, key, value), jnp.dtype(jnp.float32))
+    return [(conv, delta) if i in config.linear_layers else () for i in range(config.num_layers)]
 
 
 class DecoderLayer(nnx.Module):
@@ -54,8 +77,12 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer_idx: int, formats: Formats):
         hidden, path = config.hidden_size, f"layers.{layer_idx}"
-        self.attention_norm = RMSNorm(hidden, config.norm_eps)
-        if isinstance(config.attention, MlaConfig):
+        self.attention_norm = RMSNorm(hidden, config.norm_eps, config.norm_offset)
+        if config.linear_attention is not None and layer_idx in config.linear_layers:
+            self.attention = GatedDeltaAttention(
+                config.linear_attention, hidden, config.norm_eps, formats, f"{path}.attention"
+            )
+        elif isinstance(config.attention, MlaConfig):
             self.attention = MlaAttention(
                 config.attention, config.rope, hidden, formats, f"{path}.attention"
             )
@@ -68,13 +95,31 @@ class DecoderLayer(nnx.Module):
                 formats,
                 f"{path}.attention",
                 config.windows[layer_idx] if config.windows else None,
+                config.norm_offset,
             )
-        self.mlp_norm = RMSNorm(hidden, config.norm_eps)
+        self.mlp_norm = RMSNorm(hidden, config.norm_eps, config.norm_offset)
         if config.mlp_types[layer_idx] == "moe":
             moe_layer_idx = config.moe_layers.index(layer_idx)
             self.mlp = MoeBlock(config.moe, moe_layer_idx, hidden, formats, f"{path}.mlp")
         else:
             self.mlp = Mlp(hidden, config.dense_intermediate, formats, f"{path}.mlp")
+
+    def attend(
+        self, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops, dtype: jnp.dtype
+    ) -> tuple[jax.Array, Cache]:
+        """The first half: float32 `h [T, D]` and the layer's cache, both updated. dtype: of what
+        the linear maps read.
+        """
+        x = self.attention_norm(h, ops).astype(dtype)
+        y, cache = self.attention(x, cache, step, ops)
+        return h + y, cache
+
+    def feed_forward(self, h: jax.Array, valid: jax.Array, ops: Ops, dtype: jnp.dtype) -> jax.Array:
+        """The second half: float32 `[T, D] -> [T, D]`; `valid [T]`: which rows are no padding."""
+        x = self.mlp_norm(h, ops)
+        if isinstance(self.mlp, MoeBlock):
+            return h + self.mlp(x, valid, ops, dtype)
+        return h + self.mlp(x.astype(dtype), ops)
 
 
 class Decoder(nnx.Module):
@@ -85,7 +130,7 @@ class Decoder(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, formats("embedding"))
         self.layers = nnx.List([DecoderLayer(config, i, formats) for i in range(config.num_layers)])
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.lm_head = (
             None
             if config.tie_embeddings
@@ -100,18 +145,32 @@ class Decoder(nnx.Module):
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
     ) -> tuple[jax.Array, Cache]:
         """The first half of layer i: float32 `h [T, D]` and the layer's cache, both updated."""
-        layer = self.layers[i]
-        x = layer.attention_norm(h, ops).astype(self.compute_dtype)
-        y, cache = layer.attention(x, cache, step, ops)
-        return h + y, cache
+        return self.layers[i].attend(h, cache, step, ops, self.compute_dtype)
 
     def mlp(self, i: int, h: jax.Array, step: StepInputs, ops: Ops) -> jax.Array:
         """The second half of layer i: float32 `[T, D] -> [T, D]`."""
+        return self.layers[i].feed_forward(h, step.token_rows >= 0, ops, self.compute_dtype)
+
+    def is_moe(self, i: int) -> bool:
+        return isinstance(self.layers[i].mlp, MoeBlock)
+
+    def mlp_submit(
+        self, i: int, h: jax.Array, step: StepInputs, ops: Ops, others: Others, *, slot: int
+    ) -> tuple[Submitted, Others]:
+        """Starts `mlp(i)` of a MoE layer; `others` and `slot` as in `MoeBlock.submit`."""
         layer = self.layers[i]
+        assert isinstance(layer.mlp, MoeBlock)
         x = layer.mlp_norm(h, ops)
-        if isinstance(layer.mlp, MoeBlock):
-            return h + layer.mlp(x, step.token_rows >= 0, ops, self.compute_dtype)
-        return h + layer.mlp(x.astype(self.compute_dtype), ops)
+        valid = step.token_rows >= 0
+        return layer.mlp.submit(x, valid, ops, self.compute_dtype, others, slot=slot)
+
+    def mlp_wait(
+        self, i: int, h: jax.Array, submitted: Submitted, ops: Ops, *, slot: int
+    ) -> jax.Array:
+        """Ends what `mlp_submit` started from `h`."""
+        mlp = self.layers[i].mlp
+        assert isinstance(mlp, MoeBlock)
+        return h + mlp.wait(submitted, ops, self.compute_dtype, slot=slot)
 
     def layer(
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
@@ -133,7 +192,7 @@ class Decoder(nnx.Module):
 
         Args:
             step: the T packed tokens.
-            caches: the page arrays of every layer, see `cache_spec`.
+            caches: the page or state arrays of every layer, see `cache_spec` and `state_spec`.
             ops: the operations of the platform.
             logit_indices: `[R]` int32 positions in the step whose logits are wanted; padding may
                 hold anything.

@@ -5,8 +5,9 @@ it to a value. Absorbed attention applies them separately, and the key part tran
 
     kv_b [N (nope + v), C]  ->  w_uk [N, C, nope],  w_uv [N, v, C]
 
-FP8 stays FP8 where the cut falls between scale blocks (nope and v multiples of 128, as in every
-published model); otherwise both parts are dequantized to float32.
+FP8 in blocks stays so where the cut falls between blocks (nope and v multiples of 128, as in most
+published models). Where it does not, both parts are dequantized to float32; where scales belong to
+rows or to groups of them, only w_uk is, since turning it would leave them none.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import numpy as np
 
 from jaxmoe.config.model_config import MlaConfig
-from jaxmoe.models.names import FLOAT_DTYPES, HfNames, dequantize, to_float32
-from jaxmoe.weights.name_map import StoredTensor, TensorSource
-from jaxmoe.weights.param_spec import SCALE_BLOCK, WeightFormat, num_blocks
+from jaxmoe.models.names import HfNames
+from jaxmoe.quant.dequantize import dequantize
+from jaxmoe.quant.formats import SCALE_BLOCK, WeightFormat, data_shape, scale_shape
+from jaxmoe.weights.name_map import TensorSource
 
 _KV_B = "self_attn.kv_b_proj"
 
@@ -51,28 +53,29 @@ class DeepseekNames(HfNames):
             return super().tensors_for(path)
         attention = self._config.attention
         assert isinstance(attention, MlaConfig)
-        name = self.weight_name(module)
+        name, form = self.weight_name(module), self.form(module)
         rows = attention.num_heads * (attention.nope_head_dim + attention.v_head_dim)
-        shape = (rows, attention.kv_lora_rank)
-        scale_shape = (num_blocks(rows), num_blocks(attention.kv_lora_rank))
-        fp8 = StoredTensor(name, shape, ("F8_E4M3",))
-        scale = StoredTensor(self.scale_tensor(name), scale_shape, FLOAT_DTYPES)
+        inputs = attention.kv_lora_rank
+        weight = form.weight_tensor(name, data_shape(form.format, rows, inputs))
+        scales = scale_shape(form.format, rows, inputs)
+        scale = None if scales is None else form.scale_tensor(name, scales)
 
         def part(kv_b: np.ndarray) -> np.ndarray:
             return split_kv_b(kv_b, attention)[which]
 
         if leaf == "scale_inv":
+            assert scale is not None
             return TensorSource(
-                (scale,), lambda s: split_kv_b_scale(to_float32(s), attention)[which]
+                (scale,), lambda s: split_kv_b_scale(form.hold_scale(s), attention)[which]
             )
-        dtype = self._specs[path].dtype
-        if dtype == "float8_e4m3fn":
-            return TensorSource((fp8,), part)
-        unaligned = head_map_format(attention, "fp8_block") == "f32"
-        if dtype == "float32" and self._config.quant.format == "fp8_block" and unaligned:
-            return TensorSource((fp8, scale), lambda q, s: part(dequantize(q, s)))
-        stored = "BF16" if dtype == "bfloat16" else "F32"
-        return TensorSource((StoredTensor(name, shape, (stored,)),), part)
+        others = form.others(name)
+        if scale is None or head_map_format(attention, form.format, which) == form.format:
+            return TensorSource((weight,), lambda q: part(form.hold_weight(q)), others)
+
+        def plain(q: np.ndarray, s: np.ndarray) -> np.ndarray:
+            return part(dequantize(form.format, form.hold_weight(q), form.hold_scale(s)))
+
+        return TensorSource((weight, scale), plain, others)
 
 
 class IndexedNames(DeepseekNames):
@@ -82,16 +85,20 @@ class IndexedNames(DeepseekNames):
         return ".self_attn.indexer." in name or super().ignored(name)
 
 
-def head_map_format(attention: MlaConfig, stored: WeightFormat) -> WeightFormat:
-    """How w_uk and w_uv are held, given how kv_b is stored."""
+def head_map_format(attention: MlaConfig, stored: WeightFormat, which: str) -> WeightFormat:
+    """How w_uk or w_uv is held, given how kv_b is stored: as it is, or dequantized to float32
+    where the cut, or w_uk's turn, leaves the scales without rows and columns to belong to.
+    """
     aligned = attention.nope_head_dim % SCALE_BLOCK == 0 and attention.v_head_dim % SCALE_BLOCK == 0
-    return "f32" if stored == "fp8_block" and not aligned else stored
+    if stored in ("bf16", "f32") or (stored == "fp8_block" and aligned):
+        return stored
+    return stored if stored != "fp8_block" and which == "w_uv" else "f32"
 
 
 def split_kv_b(kv_b: np.ndarray, attention: MlaConfig) -> dict[str, np.ndarray]:
     """`[N (nope + v), C]` to w_uk `[N, C, nope]` and w_uv `[N, v, C]`, both contiguous."""
     nope = attention.nope_head_dim
-    heads = kv_b.reshape(attention.num_heads, nope + attention.v_head_dim, attention.kv_lora_rank)
+    heads = kv_b.reshape(attention.num_heads, nope + attention.v_head_dim, -1)
     return {
         "w_uk": np.ascontiguousarray(heads[:, :nope].transpose(0, 2, 1)),
         "w_uv": np.ascontiguousarray(heads[:, nope:]),
@@ -99,8 +106,10 @@ def split_kv_b(kv_b: np.ndarray, attention: MlaConfig) -> dict[str, np.ndarray]:
 
 
 def split_kv_b_scale(scale: np.ndarray, attention: MlaConfig) -> dict[str, np.ndarray]:
-    """The block scales, `[N (nope + v) / 128, ceil(C/128)]`, cut and transposed like the weight."""
-    nope, v = attention.nope_head_dim // SCALE_BLOCK, attention.v_head_dim // SCALE_BLOCK
+    """The scales, a row for every row of the weight or for 128 of them, cut and turned like it."""
+    nope, v = attention.nope_head_dim, attention.v_head_dim
+    if len(scale) != attention.num_heads * (nope + v):
+        nope, v = nope // SCALE_BLOCK, v // SCALE_BLOCK
     heads = scale.reshape(attention.num_heads, nope + v, -1)
     return {
         "w_uk": np.ascontiguousarray(heads[:, :nope].transpose(0, 2, 1)),

@@ -9,27 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.models.stored_forms import weight_of_scale
+from jaxmoe.weights.model_registry import experts_path
 from jaxmoe.weights.name_map import Matrix, PackedExperts, StoredTensor, TensorSource
-from jaxmoe.weights.param_spec import SCALE_BLOCK, ParamSpec
+from jaxmoe.weights.param_spec import ParamSpec
+from jaxmoe.weights.stored_form import Forms, StoredForm
 
 _LAYER_PATH = re.compile(r"layers\.(\d+)\.(.+)")
-_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.")
-_TOP_LEVEL = {
-    "embedding": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "lm_head": "lm_head",
-}
-_SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+_LAYER_TENSOR = re.compile(r"layers\.(\d+)\.")
+_OF_TRUNK = {"embedding": "embed_tokens", "final_norm": "norm"}
 # What small tensors may be stored as: they are held in float32, and both widen to it exactly.
 FLOAT_DTYPES = ("F32", "BF16")
 
 
 class HfNames:
-    """The `NameMap` of a family; `specs` may be empty where only `weight_name` is asked."""
+    """The `NameMap` of a family; `specs` may be empty, and `forms` absent, where only `weight_name`
+    is asked.
+    """
 
     # Module path within a layer -> module name within "model.layers.{i}.".
     modules: Mapping[str, str]
@@ -44,16 +43,23 @@ class HfNames:
     # Before every name, where the language model is a part of a larger one; the tensors of the
     # other parts start with `other_parts`.
     prefix = ""
+    # Before the names of everything but the output head.
+    trunk = "model."
     other_parts: tuple[str, ...] = ()
 
-    def __init__(self, config: ModelConfig, specs: Mapping[str, ParamSpec]):
+    def __init__(
+        self, config: ModelConfig, specs: Mapping[str, ParamSpec], forms: Forms | None = None
+    ):
         self._config = config
         self._specs = specs
+        self._forms = forms
 
     def module_name(self, path: str) -> str:
         """The name of a module: "layers.3.attention.o" -> "model.layers.3.self_attn.o_proj"."""
-        if path in _TOP_LEVEL:
-            return self.prefix + _TOP_LEVEL[path]
+        if path == "lm_head":
+            return self.prefix + path
+        if path in _OF_TRUNK:
+            return self.prefix + self.trunk + _OF_TRUNK[path]
         match = _LAYER_PATH.fullmatch(path)
         assert match, path
         layer, module = int(match[1]), match[2]
@@ -62,10 +68,12 @@ class HfNames:
         return self._in_layer(layer, self.modules[module])
 
     def _in_layer(self, layer: int | str, name: str) -> str:
-        return f"{self.prefix}model.layers.{layer}.{name}"
+        return f"{self.prefix}{self.trunk}layers.{layer}.{name}"
 
     def weight_name(self, path: str) -> str:
-        """The weight of the module at a path; of routed experts, their first one's."""
+        """The weight of the module at a path, as it is called where it is not quantized; of routed
+        experts, their first one's.
+        """
         return self.module_name(path) + ".weight"
 
     def tensors_for(self, path: str) -> TensorSource:
@@ -76,24 +84,33 @@ class HfNames:
             name = self._in_layer(match[1], self.leaves[match[2]])
         elif leaf == "bias":
             name = self.module_name(module) + ".bias"
-        elif leaf == "scale_inv":
-            name = self.scale_tensor(self.weight_name(module))
         else:
             name = self.weight_name(module)
-        if spec.kind in ("matrix", "head_map", "embedding"):
-            dtypes = (_SAFETENSORS_DTYPE[spec.dtype],)
-            return TensorSource((StoredTensor(name, spec.shape, dtypes),), _as_stored)
+            if spec.kind in ("matrix", "head_map", "embedding", "scale_inv"):
+                form = self.form(module)
+                if leaf == "scale_inv":
+                    return TensorSource((form.scale_tensor(name, spec.shape),), form.hold_scale)
+                tensor = form.weight_tensor(name, spec.shape)
+                return TensorSource((tensor,), form.hold_weight, form.others(name))
         return TensorSource((StoredTensor(name, spec.shape, FLOAT_DTYPES),), to_float32)
+
+    def form(self, path: str) -> StoredForm:
+        """How the linear map at a path is stored."""
+        assert self._forms is not None
+        return self._forms.stored(path)
 
     def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
         name = self.expert.format(expert=expert, which=self.expert_matrices[which])
         return self._in_layer(layer, name) + ".weight"
 
+    def expert_form(self, layer: int) -> StoredForm:
+        return self.form(experts_path(layer))
+
     def packed_experts(self, layer: int, which: Matrix) -> PackedExperts | None:
         return None
 
-    def scale_tensor(self, weight: str) -> str:
-        return weight + "_scale_inv"
+    def weight_of_scale(self, name: str) -> str | None:
+        return weight_of_scale(name)
 
     def ignored(self, name: str) -> bool:
         """As many layers after the last as config.json says are multi-token-prediction heads.
@@ -104,7 +121,7 @@ class HfNames:
         if not name.startswith(self.prefix) or name.startswith(self.other_parts):
             return name.startswith(self.other_parts)
         name = name.removeprefix(self.prefix)
-        match = _LAYER_TENSOR.match(name)
+        match = _LAYER_TENSOR.match(name.removeprefix(self.trunk))
         if match and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers:
             return True
         if name.endswith("rotary_emb.inv_freq"):
@@ -112,18 +129,5 @@ class HfNames:
         return config.tie_embeddings and name == "lm_head.weight"
 
 
-def _as_stored(array: np.ndarray) -> np.ndarray:
-    return array
-
-
 def to_float32(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, np.float32)
-
-
-def dequantize(data: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
-    """FP8 `[N, K]` and its block scales `[ceil(N/128), ceil(K/128)]` to float32."""
-    assert data.dtype == ml_dtypes.float8_e4m3fn
-    n, k = data.shape
-    scale = np.asarray(scale_inv, np.float32)
-    scale = scale.repeat(SCALE_BLOCK, axis=0)[:n].repeat(SCALE_BLOCK, axis=1)[:, :k]
-    return data.astype(np.float32) * scale

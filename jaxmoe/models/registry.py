@@ -8,8 +8,9 @@ random weights) -> `describe_model` (the structure and its leaves, nothing alloc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -24,15 +25,20 @@ from jaxmoe.models.minimax_m2_names import MiniMaxM2Names
 from jaxmoe.models.mixtral_names import MixtralNames
 from jaxmoe.models.names import HfNames
 from jaxmoe.models.qwen3_moe_names import Qwen3MoeNames
-from jaxmoe.weights.param_spec import Description, Formats, ParamSpec, WeightFormat, describe
+from jaxmoe.models.qwen3_next_names import Qwen3NextNames, Qwen35MoeNames
+from jaxmoe.models.stored_forms import PLAIN, configured_form, find_form
+from jaxmoe.quant.formats import FORMATS, WeightFormat
+from jaxmoe.weights.param_spec import Description, Formats, ParamSpec, describe
+from jaxmoe.weights.stored_form import Forms, HasShape, StoredForm
 
 _log = logging.getLogger(__name__)
 
-_FORMAT_OF_DTYPE: Mapping[str, WeightFormat] = {
-    "BF16": "bf16",
-    "F32": "f32",
-    "F8_E4M3": "fp8_block",
-}
+
+# Small maps that no quantization touches, whether or not config.json lists them.
+_NEVER_QUANTIZED = (
+    *(".router.logits", ".shared_gate"),
+    *(".attention.ba", ".attention.b", ".attention.a"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,8 @@ SUPPORTED: Mapping[str, Family] = {
     "MixtralForCausalLM": Family(MixtralNames),
     "OlmoeForCausalLM": Family(Qwen3MoeNames),
     "Qwen3MoeForCausalLM": Family(Qwen3MoeNames),
+    "Qwen3NextForCausalLM": Family(Qwen3NextNames),
+    "Qwen3_5MoeForConditionalGeneration": Family(Qwen35MoeNames),
 }
 
 
@@ -72,81 +80,70 @@ def describe_model(
     return describe(lambda: build_model(config, compute_dtype, formats))
 
 
-def name_map(config: ModelConfig, specs: Mapping[str, ParamSpec]) -> HfNames:
-    """Where the leaves of a description come from in a Hugging Face checkpoint."""
-    return SUPPORTED[config.architecture].names(config, specs)
+def name_map(
+    config: ModelConfig, specs: Mapping[str, ParamSpec], formats: Forms | None = None
+) -> HfNames:
+    """Where the leaves of a description come from in a Hugging Face checkpoint, whose `formats` it
+    was made with.
+    """
+    return SUPPORTED[config.architecture].names(config, specs, formats)
 
 
-def stored_formats(config: ModelConfig, dtypes: Mapping[str, str]) -> Formats:
+def stored_formats(config: ModelConfig, tensors: Mapping[str, HasShape]) -> Forms:
     """Formats as the checkpoint's headers have them.
 
     Args:
         config: the model.
-        dtypes: tensor name to safetensors dtype ("BF16") of all tensors in the checkpoint.
+        tensors: all tensors in the checkpoint by name, with safetensors dtype ("BF16") and shape.
     """
     names = name_map(config, {})
 
-    def stored(path: str) -> WeightFormat:
+    def stored(path: str) -> StoredForm:
         name = names.weight_name(path)
-        if name not in dtypes:
-            raise CheckpointError(f"tensor '{name}' is missing from the checkpoint")
-        dtype = dtypes[name]
-        if dtype not in _FORMAT_OF_DTYPE:
-            raise CheckpointError(
-                f"tensor '{name}' is stored as {dtype}; supported: {', '.join(_FORMAT_OF_DTYPE)}"
-            )
-        if dtype == "F8_E4M3" and config.quant.format != "fp8_block":
-            raise CheckpointError(
-                f"tensor '{name}' is stored as {dtype}, but config.json describes no FP8 weights; "
-                "add its quantization_config"
-            )
-        if dtype == "F8_E4M3" and path == "embedding":
+        form = find_form(name, tensors, config.quant)
+        if path == "embedding" and form not in PLAIN.values():
+            dtype = tensors[form.weight_name(name)].dtype
             raise CheckpointError(f"tensor '{name}' is stored as {dtype}; supported: BF16, F32")
-        return _FORMAT_OF_DTYPE[dtype]
+        return form
 
-    return _with_head_maps(config, stored)
+    return _with_head_maps(config, functools.cache(stored))
 
 
-def configured_formats(config: ModelConfig) -> Formats:
+def configured_formats(config: ModelConfig) -> Forms:
     """Formats as a checkpoint of this configuration would have them, for random weights."""
-    names = name_map(config, {})
-    plain: WeightFormat = "bf16" if config.weight_dtype == "bfloat16" else "f32"
+    names, quant = name_map(config, {}), config.quant
+    plain = PLAIN["BF16" if config.weight_dtype == "bfloat16" else "F32"]
 
-    def kept(module: str) -> bool:
-        return any(
-            module == entry or module.startswith(entry + ".") or module.endswith("." + entry)
-            for entry in config.quant.not_converted
-        )
-
-    def configured(path: str) -> WeightFormat:
+    def configured(path: str) -> StoredForm:
         if path.endswith(".router.logits") and config.moe.router.float32_weights:
-            return "f32"
-        if config.quant.format == "none" or path in ("embedding", "lm_head"):
+            return PLAIN["F32"]
+        if path.endswith(_NEVER_QUANTIZED) or path in ("embedding", "lm_head"):
             return plain
-        if path.endswith(".router.logits") or kept(names.module_name(path)):
+        if quant.only_experts and not path.endswith(".mlp.experts"):
             return plain
-        return "fp8_block"
+        return configured_form(quant) if quant.converts(names.module_name(path)) else plain
 
     return _with_head_maps(config, configured)
 
 
-def _with_head_maps(config: ModelConfig, formats: Formats) -> Formats:
+def _with_head_maps(config: ModelConfig, stored: Callable[[str], StoredForm]) -> Forms:
     """MLA's per-head maps are cut out of a stored matrix, which not every format survives."""
     attention = config.attention
 
-    def with_head_maps(path: str) -> WeightFormat:
-        stored = formats(path)
+    def held(path: str, stored: WeightFormat) -> WeightFormat:
         if not isinstance(attention, MlaConfig) or not path.endswith((".w_uk", ".w_uv")):
             return stored
-        held = head_map_format(attention, stored)
+        held = head_map_format(attention, stored, path.rpartition(".")[2])
         if held != stored:
             _log.warning(
-                "%s: held as float32, four times its stored bytes: "
-                "heads of %d + %d rows cut through 128-row scale blocks",
+                "%s: held as float32, %d times its stored bytes: cut into %d and %d rows a head "
+                "and turned, its %s values lack scales to go with",
                 path,
+                32 // FORMATS[stored].bits,
                 attention.nope_head_dim,
                 attention.v_head_dim,
+                stored,
             )
         return held
 
-    return with_head_maps
+    return Forms(stored, held)

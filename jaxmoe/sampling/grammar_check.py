@@ -3,26 +3,17 @@
 llguidance bounds most of what a grammar can cost, not all: some take minutes, some gigabytes, and
 deep recursion overflows the stack, which ends a process. The child compiles a grammar and computes
 its first two masks, under limits of time, memory and stack that are tighter than the parent's;
-where it does not survive that, it is killed and the request refused. Messages are JSON behind a
-length of 4 bytes, over pipes.
+where it does not survive that, it is killed and the request refused.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import os
-import selectors
-import signal
-import subprocess
-import sys
-import threading
-import time
-import weakref
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import Any
 
-from jaxmoe.common.errors import CapacityError
+from jaxmoe.common import limited_child
+from jaxmoe.common.limited_child import LimitedChild
 
 START_TIMEOUT_S = 60.0  # Python, the library and 150,000 tokens: about 2 s
 CHECK_TIMEOUT_S = 5.0  # usual schemas take 10 ms
@@ -32,105 +23,29 @@ CPU_S = 10  # should the parent be gone
 
 
 class GrammarChecker:
-    """Owns the child, started at first use and again after it was lost. Thread-safe: one grammar
-    is tried at a time.
+    """Owns the child. Thread-safe: one grammar is tried at a time.
 
     Args:
         describe: the vocabulary as `child` wants it; called when a child starts.
     """
 
     def __init__(self, describe: Callable[[], dict[str, Any]]) -> None:
-        self._describe = describe
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._stop: Callable[[], Any] = lambda: None
+        code = "from jaxmoe.sampling.grammar_check import child; child()"
+        self._child = LimitedChild(code, describe, START_TIMEOUT_S)
 
     def check(self, grammar: str) -> str | None:
         """What is wrong with a grammar in llguidance's form, or None. Raises CapacityError where
         the child cannot start.
         """
-        with self._lock:
-            child = self._started()
-            try:
-                _send(child.stdin, grammar)
-                return _receive(child.stdout, CHECK_TIMEOUT_S)
-            except TimeoutError:
-                self._end()
-                return f"did not compile within {CHECK_TIMEOUT_S:g} s; simplify it"
-            except (EOFError, OSError):
-                self._end()
-                return "takes too much memory or is nested too deeply; simplify it"
+        try:
+            return self._child.ask(grammar, CHECK_TIMEOUT_S)
+        except TimeoutError:
+            return f"did not compile within {CHECK_TIMEOUT_S:g} s; simplify it"
+        except EOFError:
+            return "takes too much memory or is nested too deeply; simplify it"
 
     def close(self) -> None:
-        with self._lock:
-            self._end()
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._child is not None and self._child.poll() is None:
-            return self._child
-        self._end()
-        try:
-            child = _spawn()
-            self._child, self._stop = child, weakref.finalize(self, _kill, child)
-            _send(child.stdin, self._describe())
-            _receive(child.stdout, START_TIMEOUT_S)
-        except (TimeoutError, EOFError, OSError) as e:
-            self._end()
-            raise CapacityError(
-                f"the process that tries grammars did not start ({e!r}); free memory or processes"
-            ) from None
-        return child
-
-    def _end(self) -> None:
-        self._stop()
-        self._child = None
-
-
-def _spawn() -> subprocess.Popen[bytes]:
-    code = "from jaxmoe.sampling.grammar_check import child; child()"
-    path = os.pathsep.join(p for p in sys.path if p)
-    return subprocess.Popen(
-        # -P: or modules that lie in the working directory would be imported and run.
-        [sys.executable, "-P", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    child.kill()
-    child.wait()
-    for pipe in (child.stdin, child.stdout):
-        try:
-            if pipe is not None:
-                pipe.close()
-        except OSError:
-            pass  # what was still to be written to it
-
-
-def _send(pipe: IO[bytes] | None, message: Any) -> None:
-    assert pipe is not None
-    data = json.dumps(message).encode()
-    pipe.write(len(data).to_bytes(4, "little") + data)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes] | None, timeout_s: float) -> Any:
-    assert pipe is not None
-    deadline = time.monotonic() + timeout_s
-    data = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "little"):
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError
-            piece = os.read(pipe.fileno(), 1 << 16)
-            if not piece:
-                raise EOFError("the child is gone")
-            data += piece
-    return json.loads(data[4:])
+        self._child.close()
 
 
 def describe(
@@ -147,38 +62,18 @@ def describe(
 
 def child() -> None:
     """The child: a vocabulary, then grammars for ever."""
-    import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends this one
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_serve)
-    thread.start()
-    thread.join()
+    def begin(message: dict[str, Any]) -> Callable[[str], str | None]:
+        import llguidance
 
+        vocabulary = _Words(message)
+        tokenizer = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(vocabulary), eos_token=message["eos"]
+        )
+        limits = llguidance.LLParserLimits(**message["limits"])
+        return lambda grammar: first_masks(tokenizer, grammar, limits, message["eos"])[1]
 
-def _serve() -> None:
-    import resource
-
-    import llguidance
-
-    def receive() -> Any:
-        head = sys.stdin.buffer.read(4)
-        return json.loads(sys.stdin.buffer.read(int.from_bytes(head, "little"))) if head else None
-
-    message = receive()
-    vocabulary = _Words(message)
-    tokenizer = llguidance.LLTokenizer(
-        llguidance.TokenizerWrapper(vocabulary), eos_token=message["eos"]
-    )
-    limits = llguidance.LLParserLimits(**message["limits"])
-    _send(sys.stdout.buffer, None)
-    while (grammar := receive()) is not None:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        end = int(used.ru_utime + used.ru_stime) + CPU_S
-        resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
-        _send(sys.stdout.buffer, first_masks(tokenizer, grammar, limits, message["eos"])[1])
+    limited_child.serve(begin, memory_bytes=MEMORY_BYTES, stack_bytes=STACK_BYTES, cpu_s=CPU_S)
 
 
 def first_masks(tokenizer: Any, grammar: str, limits: Any, eos: Sequence[int]) -> tuple[Any, Any]:

@@ -4,14 +4,16 @@ clocks.
 A step is either a prefill (parts of prompts, packed up to `prefill_chunk_tokens`) or a decode (one
 token of every running sequence), never a mixture: the two use different kernels, and a token must
 be computed by the same one whatever else is in the batch. Where both kinds of work wait, they
-alternate, so neither starves the other.
+alternate, so neither starves the other. Prompts that `streams` says are better computed with the
+experts streamed to the device (prefill_route.py) take many steps of kind "stream", one layer each;
+in between come decodes, and chunks of shorter prompts.
 
 Admission is first come, first served: a sequence enters when a slot is free and its known tokens
 and one more fit the free pages; pages of its prompt that the prefix cache knows need no room and
-no prefill. Pages for output are taken one by one. When none is left, the
-latest arrival gives all of its pages back and returns to the head of the queue; later its prompt is
-computed again and its output is fed again token by token, which repeats the same arithmetic, so
-preemption never changes a text.
+no prefill, for models with recurrent state up to the last position whose state was kept. Pages for
+output are taken one by one. When none is left, the latest arrival gives all of its pages back and
+returns to the head of the queue; later its prompt is computed again and its output is fed again
+token by token, which repeats the same arithmetic, so preemption never changes a text.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import contextlib
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from jaxmoe.common.errors import CapacityError
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
+from jaxmoe.kv_cache.states import StateCache
 from jaxmoe.request import Sequence, Status
 
 
@@ -34,18 +37,19 @@ class Row:
     """One sequence's part of a step: `count` tokens from position `start`.
 
     samples: whether the step's last token of this row is the last known one, so that its draw is
-    kept.
+    kept. saves: (position, slot): where the recurrent state before that position is kept.
     """
 
     seq: Sequence
     start: int
     count: int
     samples: bool
+    saves: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    kind: Literal["prefill", "decode"]
+    kind: Literal["prefill", "decode", "stream"]
     rows: tuple[Row, ...]
 
     @property
@@ -56,8 +60,12 @@ class StepPlan:
 class Scheduler:
     """Owns the queue, the slots and the pages of the sequences it was given.
 
-    prefix: where pages of prompts are shared; None: nowhere. prompt_logprobs_tokens: of a prompt
-    whose log probabilities are wanted, in one step; such a step has no other row.
+    streams: how many of a prompt's tokens left to compute are to be streamed in one pass, 0 for
+    none; None: never any.
+    prefix: where pages of prompts are shared; None: nowhere. states: where recurrent states are
+    kept, which a model that has them needs beside `prefix`; None for others.
+    prompt_logprobs_tokens: of a prompt whose log probabilities are wanted, in one step; such a step
+    has no other row.
     """
 
     def __init__(
@@ -67,16 +75,23 @@ class Scheduler:
         max_num_seqs: int,
         prefill_chunk_tokens: int,
         prefix: PrefixCache | None = None,
+        states: StateCache | None = None,
         prompt_logprobs_tokens: int = 64,
+        streams: Callable[[int], int] | None = None,
     ) -> None:
         self.pages = pages
         self.prefix = prefix
+        self.states = states
         self._prompt_logprobs_tokens = min(prompt_logprobs_tokens, prefill_chunk_tokens)
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self._free_slots = list(range(max_num_seqs))  # a heap
+        self._streams = streams or (lambda tokens: 0)
+        self._streaming: Sequence | None = None
+        self._stream_count = 0
         self._last_kind = "decode"
+        self._last_prefill = "prefill"
 
     @property
     def has_work(self) -> bool:
@@ -101,6 +116,8 @@ class Scheduler:
         """The next step, with all pages it writes to already held; None when there is nothing to
         do.
         """
+        if self.states is not None:
+            self.states.forget_reserved()
         self._admit()
         prefilling = [s for s in self.running if s.status is Status.PREFILL]
         decoding = any(s.status is Status.DECODE for s in self.running)
@@ -123,7 +140,10 @@ class Scheduler:
         for row in plan.rows:
             row.seq.is_new = False
             row.seq.num_computed = row.start + row.count
-            if plan.kind == "prefill":
+            self._release_state(row.seq)
+            if plan.kind == "stream":
+                self._streaming = None
+            if plan.kind != "decode":
                 self._publish(row)
             if row.seq.num_computed >= row.seq.num_prompt:
                 row.seq.status = Status.DECODE
@@ -149,7 +169,7 @@ class Scheduler:
             need = self.pages.pages_for(seq.num_tokens + 1)
             # A prompt that fills the context has no position after its last token.
             need = min(need, self.pages.num_pages)
-            found = self._find(seq)
+            found, state = self._find(seq)
             if self._is_on_its_way(seq, len(found)):
                 self.pages.free(found)
                 return
@@ -160,6 +180,9 @@ class Scheduler:
             seq.num_computed = len(found) * self.pages.page_size
             seq.pages = found + self.pages.allocate(need - len(found))
             seq.slot = heapq.heappop(self._free_slots)
+            seq.state_from = state
+            if self.states is not None and state >= 0:
+                self.states.hold(state)
             seq.is_new = True
             seq.status = Status.PREFILL
             self.running.append(seq)
@@ -168,16 +191,26 @@ class Scheduler:
                 if self.prefix is not None:
                     self.prefix.count(seq.num_prompt, seq.num_cached)
 
-    def _find(self, seq: Sequence) -> list[int]:
-        """Pages with the beginning of the prompt, held; none where every token must be computed."""
+    def _find(self, seq: Sequence) -> tuple[list[int], int]:
+        """Pages with the beginning of the prompt, held, and the slot of the state after them (-1
+        where the model has none); no pages where every token must be computed.
+        """
         if self.prefix is None:
-            return []
+            return [], -1
         if seq.page_keys is None:
             request = seq.request
             seq.page_keys = self.prefix.page_keys(request.prompt_token_ids, request.cache_salt)
+        seq.num_known_pages = 0
         if seq.wants_prompt_logprobs:
-            return []
-        return self.prefix.hold(seq.page_keys, seq.num_prompt)
+            return [], -1
+        pages = self.prefix.hold(seq.page_keys, seq.num_prompt)
+        if self.states is None:
+            return pages, -1
+        seq.num_known_pages = len(pages)
+        usable, state = self.states.find(seq.page_keys[: len(pages)])
+        pages, rest = pages[:usable], pages[usable:]
+        self.pages.free(rest)
+        return pages, state
 
     def _is_on_its_way(self, seq: Sequence, page_idx: int) -> bool:
         """Whether an earlier sequence is computing the page `seq` would have to compute first.
@@ -199,13 +232,64 @@ class Scheduler:
         )
 
     def _publish(self, row: Row) -> None:
-        """Shares the pages whose last position this prefill has written."""
+        """Shares the pages whose last position this prefill has written, and the states it kept."""
         if self.prefix is not None and row.seq.page_keys is not None:
             size = self.pages.page_size
             span = slice(row.start // size, (row.start + row.count) // size)
             self.prefix.publish(row.seq.page_keys[span], row.seq.pages[span])
+            for position, slot in row.saves:
+                assert self.states is not None
+                self.states.publish(row.seq.page_keys[position // size - 1], slot)
+
+    def _saves(self, seq: Sequence, start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """The states worth keeping among those that a prefill of these tokens passes."""
+        if self.states is None or self.prefix is None or not seq.page_keys:
+            return ()
+        size, saves = self.pages.page_size, []
+        # Where prompts part, and where the prompt's next turn goes on.
+        for num_pages in sorted({seq.num_known_pages, (seq.num_prompt - 1) // size}):
+            position = num_pages * size
+            if not start < position <= start + count:
+                continue
+            if seq.page_keys[num_pages - 1] not in self.states:
+                slot = self.states.reserve()
+                if slot >= 0:
+                    saves.append((position, slot))
+        return tuple(saves)
+
+    def _release_state(self, seq: Sequence) -> None:
+        """The sequence goes on from its own state, or ends."""
+        if self.states is not None and seq.state_from >= 0:
+            self.states.release(seq.state_from)
+        seq.state_from = -1
+
+    def _plan_stream(self, prefilling: list[Sequence]) -> StepPlan | None:
+        """One more layer of the prompt that is streamed, or the first of the oldest that is to be;
+        every second time a chunk of the others goes first. Its last token is left for an ordinary
+        prefill, which draws.
+        """
+        if self._streaming not in prefilling:
+            self._streaming = None
+        if self._streaming is None:
+            for seq in prefilling:
+                count = self._streams(seq.num_prompt - seq.num_computed - 1)
+                if count and not seq.wants_prompt_logprobs:
+                    self._streaming, self._stream_count = seq, count
+                    break
+        seq = self._streaming
+        if seq is None or (len(prefilling) > 1 and self._last_prefill == "stream"):
+            self._last_prefill = "prefill"
+            return None
+        self._last_prefill = "stream"
+        row = Row(seq, seq.num_computed, self._stream_count, samples=False)
+        return StepPlan("stream", (row,))
 
     def _plan_prefill(self, prefilling: list[Sequence]) -> StepPlan:
+        streamed = self._plan_stream(prefilling)
+        if streamed is not None:
+            return streamed
+        if self._streaming is not None:
+            prefilling = [s for s in prefilling if s is not self._streaming]
         rows, room = [], self.prefill_chunk_tokens
         if prefilling[0].wants_prompt_logprobs:
             prefilling, room = prefilling[:1], self._prompt_logprobs_tokens
@@ -216,7 +300,15 @@ class Scheduler:
             if count == 0:
                 break
             end = seq.num_computed + count
-            rows.append(Row(seq, seq.num_computed, count, samples=end == seq.num_tokens))
+            rows.append(
+                Row(
+                    seq,
+                    seq.num_computed,
+                    count,
+                    samples=end == seq.num_tokens,
+                    saves=self._saves(seq, seq.num_computed, count),
+                )
+            )
             room -= count
         return StepPlan("prefill", tuple(rows))
 
@@ -253,6 +345,7 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        self._release_state(seq)
         self.pages.free(seq.pages)
         heapq.heappush(self._free_slots, seq.slot)
         seq.slot = -1

@@ -12,7 +12,9 @@ from jaxmoe.serving.errors import ApiError
 
 
 class Admission:
-    """max_requests: in work at once, all keys together; max_per_key: of one key."""
+    """max_requests: in work at once, all keys together; max_per_key: of one key. Where no keys are
+    asked for, all requests are nobody's, and only the first bound holds.
+    """
 
     def __init__(self, max_requests: int, max_per_key: int) -> None:
         self.max_requests = max_requests
@@ -25,8 +27,8 @@ class Admission:
         """Requests in work."""
         return self._requests
 
-    def enter(self, key: str) -> Ticket:
-        """A place for one request; ApiError 429 where there is none."""
+    def enter(self, key: str | None) -> Ticket:
+        """A place for one request of a key, or of nobody; ApiError 429 where there is none."""
         if self._requests >= self.max_requests:
             raise ApiError(
                 429,
@@ -35,7 +37,7 @@ class Admission:
                 code="queue_full",
                 retry_after_s=1.0,
             )
-        if self._by_key[key] >= self.max_per_key:
+        if key is not None and self._by_key[key] >= self.max_per_key:
             raise ApiError(
                 429,
                 f"{self._by_key[key]} requests of this API key are in work, at most "
@@ -44,11 +46,14 @@ class Admission:
                 retry_after_s=1.0,
             )
         self._requests += 1
-        self._by_key[key] += 1
+        if key is not None:
+            self._by_key[key] += 1
         return Ticket(self, key)
 
-    def _leave(self, key: str) -> None:
+    def _leave(self, key: str | None) -> None:
         self._requests -= 1
+        if key is None:
+            return
         self._by_key[key] -= 1
         if not self._by_key[key]:
             del self._by_key[key]
@@ -57,7 +62,7 @@ class Admission:
 class Ticket:
     """A place taken; leaving it twice does nothing."""
 
-    def __init__(self, admission: Admission, key: str) -> None:
+    def __init__(self, admission: Admission, key: str | None) -> None:
         self._admission: Admission | None = admission
         self._key = key
 

@@ -18,7 +18,6 @@ from jaxmoe.serving.replies import JsonReply, Reply
 from jaxmoe.serving.state import Call, ServerState
 
 Handler = Callable[[ServerState, Call], Awaitable[Reply]]
-_ANONYMOUS = "-"
 # Checking takes about 0.1 s a megabyte of token ids, in which nobody else would be answered. Less
 # than this takes some milliseconds, and need not wait for a thread that long texts may be keeping.
 _CHECKED_ON_LOOP_BYTES = 64 << 10
@@ -37,7 +36,7 @@ class PostEndpoint:
         state = self._state
         raw = (await receive()).get("body", b"")  # whole: middleware.Bodies read it
         deadline_s = received_s + self._timeout_s(scope)
-        key = scope.get("key_name") or _ANONYMOUS
+        key = scope.get("key_name")
         try:
             with state.admission.enter(key):
                 if len(raw) > _CHECKED_ON_LOOP_BYTES:

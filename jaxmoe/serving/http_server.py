@@ -156,6 +156,9 @@ class _Connection(TCPServer):
         async with self.send_lock:
             try:
                 self.writer.write(event.data)
+                if self.writer.transport.get_write_buffer_size() <= _WRITE_BUFFER_BYTES:
+                    if not self.writer.transport.is_closing():
+                        return  # `drain` would not wait; a timer for every token costs as much
                 async with asyncio.timeout(self._write_timeout_s):
                     await self.writer.drain()
             except (ConnectionError, RuntimeError, TimeoutError):

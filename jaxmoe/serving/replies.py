@@ -91,58 +91,89 @@ async def send_stream(
     Raises ApiError where the request was refused before the response was opened.
     """
     gone = asyncio.ensure_future(_disconnected(receive))
-    events = reply.events
-    opened = False
-    step: asyncio.Future[bytes] | None = None
-
-    async def open_() -> None:
-        nonlocal opened
-        opened = True
-        await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-        if reply.opening:
-            await put(reply.opening)
-
-    async def put(data: bytes) -> None:
-        await send({"type": "http.response.body", "body": data, "more_body": True})
-
+    stream = _Stream(send, reply)
+    # One task writes everything, so that an event costs no task and no timer of its own.
+    pump = asyncio.ensure_future(stream.pump())
     try:
         while True:
-            if step is None:
-                step = asyncio.ensure_future(anext(events))
-            left = deadline_s - time.monotonic()
-            wait_s = min(ping_s if opened else _OPEN_AFTER_S, max(left, 0.0))
-            await asyncio.wait({step, gone}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
+            now = time.monotonic()
+            silent_s = now - stream.sent_s
+            wait_s = ping_s - silent_s if stream.opened else _OPEN_AFTER_S - silent_s
+            wait_s = min(max(wait_s, 0.0), max(deadline_s - now, 0.0))
+            done, _ = await asyncio.wait(
+                {pump, gone}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if gone in done:
                 return
-            if step.done():
-                try:
-                    data = step.result()
-                except StopAsyncIteration:
-                    break
-                step = None
-                if not opened:
-                    await open_()
-                await put(data)
-            elif left <= 0:
+            if pump in done:
+                pump.result()
+                break
+            now = time.monotonic()
+            if now >= deadline_s:
                 raise ApiError(408, "the request's time is over", code="request_timeout")
-            elif not opened:
-                await open_()
+            if not stream.busy:
+                if not stream.opened:
+                    await stream.open()
+                elif now - stream.sent_s >= ping_s:
+                    await stream.put(_PING)
             else:
-                await put(_PING)
-        if not opened:
-            await open_()
+                stream.sent_s = now  # the client does not read; the connection sees to that
     except Exception as e:
         error = as_api_error(e, engine_is_up=engine_is_up())
         if error is None:
             _log.exception("request %s: an error inside the server", scope["request_id"])
             error = internal_error(scope["request_id"])
-        if not opened:
+        await _end(pump)
+        if not stream.opened:
             raise error from e
-        await put(reply.error_event(error))
+        await stream.put(reply.error_event(error))
     finally:
-        await _end(gone, *([] if step is None else [step]))
-        await events.aclose()
+        await _end(gone, pump)
+        await reply.events.aclose()
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Stream:
+    """What a stream has sent so far. sent_s: when it last sent something; monotonic. Both the pump
+    and whoever fills silence send, in turns.
+    """
+
+    def __init__(self, send: Send, reply: StreamReply) -> None:
+        self._send = send
+        self._reply = reply
+        self.opened = False
+        self._sending = asyncio.Lock()
+        self.sent_s = time.monotonic()
+
+    async def pump(self) -> None:
+        """Sends all events."""
+        async for data in self._reply.events:
+            if not self.opened:
+                await self.open()
+            await self.put(data)
+        if not self.opened:
+            await self.open()
+
+    async def open(self) -> None:
+        self.opened = True
+        start = {"type": "http.response.start", "status": 200, "headers": list(_HEADERS)}
+        async with self._sending:
+            await self._send(start)
+            if self._reply.opening:
+                await self._put(self._reply.opening)
+
+    async def put(self, data: bytes) -> None:
+        async with self._sending:
+            await self._put(data)
+
+    async def _put(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self.sent_s = time.monotonic()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being sent."""
+        return self._sending.locked()
 
 
 async def send_reply(send: Send, reply: JsonReply) -> None:

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 # After the last completion has ended, its answer still has to be written.
 _WRITE_GRACE_S = 1.0
 _CLOSE_S = 10.0  # what an engine may take to end: a step under way comes first
-# What it may take after a second signal: above twice the 0.8 s (process_engine.py, stop_s) after
+# What it may take after a second signal: above twice the 0.6 s (process_engine.py, stop_s) after
 # which an engine process is killed, so that its memory is given back.
 _HURRY_S = 2.0
 _POLL_S = 0.02
@@ -72,6 +72,7 @@ class Server:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
         await self._http.start()
+        self.state.warm_up()
         watch = asyncio.create_task(self._watch(on_status))
         try:
             on_listening(self.url)

@@ -79,7 +79,11 @@ class ServerConfig:
     max_header_kb: int = checked(64, "int", "largest request head in KiB", low=1, high=1024)
     max_connections: int = checked(1024, "int", "open connections", low=1, high=2**16)
     max_requests_per_key: int = checked(
-        128, "int", "requests of one API key in work at once", low=1, high=2**16
+        128,
+        "int",
+        "requests of one API key in work at once; without keys there is no such bound",
+        low=1,
+        high=2**16,
     )
     max_completions: int = checked(
         128, "int", "completions (prompts times n) that one request may ask for", low=1, high=4096
@@ -118,6 +122,22 @@ class ServerConfig:
         "bool",
         "run the engine in a process of its own, which is watched and started again when it dies; "
         "without, a crash of the engine ends the server",
+    )
+    max_engine_restarts: int = checked(
+        3,
+        "int",
+        "times in ten minutes that an engine process is started again; after more, the server ends",
+        low=0,
+        high=10**6,
+    )
+    hang_timeout_s: float = checked(
+        60.0,
+        "float",
+        "seconds without a step, while requests wait, after which an engine process is ended and "
+        "started again; never less than ten times the longest step so far; compiling "
+        "has half an hour, as long as it uses the CPU",
+        low=0.5,
+        high=86400.0,
     )
     chat_page: bool = checked(True, "bool", "serve the chat page at /")
 

@@ -29,7 +29,7 @@ from jaxmoe.text.tokenizer import Tokenizer
 _T = TypeVar("_T")
 # Two: one long text must not hold up the short ones.
 _TEXT_THREADS = 2
-_TEXT_TIMEOUT_S = 60.0
+_TEXT_TIMEOUT_S = 60.0  # a megabyte of text takes a second; templates have limits of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +43,12 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One request to a handler. received_s: monotonic."""
+    """One request to a handler. key: the name of its API key, if one is asked for. received_s:
+    monotonic.
+    """
 
     request_id: str
-    key: str
+    key: str | None
     body: Body
     received_s: float
 
@@ -89,8 +91,15 @@ class ServerState:
         """The name shown in answers."""
         return self.model_names[0]
 
+    def warm_up(self) -> None:
+        """Starts what the first request would wait for; in the background."""
+        if self.texts.chat_template is not None:
+            self._threads.submit(self.texts.chat_template.start)
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self.texts.chat_template is not None:
+            self.texts.chat_template.close()
 
     def info(self) -> EngineInfo:
         """The engine's; ApiError 503 with what is being done while it takes no requests."""

@@ -1,7 +1,8 @@
 """What a body asks of the form of an answer, as the engine's constraint.
 
-Two sources: a format for the content (response_format and its kin), and a tool_choice that forces
-calls. Thoughts are left free in both: the constraint begins after them.
+Two sources: a format for the content (response_format and its kin), and tools: a tool_choice that
+forces calls, or one that leaves them to the model while functions are strict or only one may be
+called. Thoughts are left free in all: the constraint begins after them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from jaxmoe.common.errors import RequestError
 from jaxmoe.serving.errors import bad_field
 from jaxmoe.serving.field_checks import OutputFormat
 from jaxmoe.structured_output import StructuredOutput
-from jaxmoe.text.tool_grammar import tool_grammar
+from jaxmoe.text.tool_grammar import free_grammar, tool_grammar
 
 if TYPE_CHECKING:
     from jaxmoe.serving.chat_prompt import ChatRequest
@@ -26,7 +27,7 @@ def constraint(
     forced = _forced_calls(state, request)
     if forced is not None and request.output_format is not None:
         raise bad_field("response_format", "not together with a tool_choice that forces calls")
-    found = forced or plain_constraint(request.output_format)
+    found = forced or plain_constraint(request.output_format) or _held_calls(state, request)
     if found is None or not request.split_reasoning:
         return found
     return state.texts.formats.after_thoughts(found, prompt, continued)
@@ -62,3 +63,12 @@ def _forced_calls(state: ServerState, request: ChatRequest) -> StructuredOutput 
         state.tokenizer.token_id,
         parallel=parallel,
     )
+
+
+def _held_calls(state: ServerState, request: ChatRequest) -> StructuredOutput | None:
+    """For calls that the model makes by itself."""
+    choice, format = request.tool_choice, state.texts.formats.tools
+    if choice.mode != "auto" or format is None or not request.tools:
+        return None
+    parallel = request.parallel_tool_calls and choice.parallel is not False
+    return free_grammar(format, request.tools, state.tokenizer.token_id, parallel=parallel)

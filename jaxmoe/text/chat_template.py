@@ -4,8 +4,8 @@ render it.
 The template comes with the checkpoint and is compiled once, in a sandbox in which it can neither
 reach attributes of Python objects nor change its arguments. Messages come from anybody, so they are
 checked first and the rendered text is capped; repetition and powers are capped too, for they make
-gigabytes of few characters. What it does not do: bound the time of nested loops (a template that
-loops for ever is the checkpoint's own fault), and take templates from requests.
+gigabytes of few characters. Servers render in processes of their own (template_process.py), which
+bound time and memory whatever the template does. What it does not do: take templates from requests.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import jinja2.sandbox
 
 from jaxmoe.common.errors import CheckpointError, RequestError
 from jaxmoe.common.fields import shown
+from jaxmoe.text.template_process import TemplateProcess
 from jaxmoe.text.tokenizer import check_text, read_json, token_text
 from jaxmoe.text.tools import (
     PROBE,
@@ -43,10 +44,10 @@ _RESERVED = frozenset(
 )
 
 
-class ChatTemplate:
-    """A compiled template and the special tokens it may name."""
+class CompiledTemplate:
+    """A template in the sandbox, for plain variables."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(self, source: str) -> None:
         environment = _Environment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -59,8 +60,56 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as e:
             raise CheckpointError(f"chat template: {_words(e)}") from None
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Raises RequestError where the template refuses them."""
+        pieces, length = [], 0
+        try:
+            for piece in self._template.generate(dict(variables)):
+                length += len(piece)
+                if length > MAX_CHARS:
+                    raise RequestError(
+                        f"the chat template wrote more than {MAX_CHARS} characters; send less text"
+                    )
+                pieces.append(piece)
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as e:
+            raise RequestError(f"the chat template refused the messages: {_words(e)}") from None
+        except (RecursionError, MemoryError):
+            raise RequestError("the messages are nested too deeply for the chat template") from None
+        return "".join(pieces)
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens it may name."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        self._renderer: CompiledTemplate | TemplateProcess = CompiledTemplate(source)
         self.source = source
         self._special_tokens = dict(special_tokens or {})
+
+    def guarded(self) -> ChatTemplate:
+        """The same template, rendered in processes of its own with limits of time and memory
+        (template_process.py); `close` ends them.
+        """
+        guarded = ChatTemplate(self.source, self._special_tokens)
+        guarded._renderer = TemplateProcess(self.source)
+        return guarded
+
+    def start(self) -> None:
+        """Starts the processes, where there are any, before they are needed; CapacityError."""
+        if isinstance(self._renderer, TemplateProcess):
+            self._renderer.start()
+
+    def close(self) -> None:
+        if isinstance(self._renderer, TemplateProcess):
+            self._renderer.close()
 
     @classmethod
     def from_dir(cls, path: str | Path) -> ChatTemplate | None:
@@ -90,7 +139,10 @@ class ChatTemplate:
                 f"{path / 'tokenizer_config.json'}: chat_template is {shown(source)}, wanted text"
             )
         special = {k: t for k, v in config.items() if k.endswith("_token") and (t := token_text(v))}
-        return cls(source, special)
+        try:
+            return cls(source, special)
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from None
 
     def render(
         self,
@@ -140,27 +192,7 @@ class ChatTemplate:
         return "object" if PROBE_VALUE in text and f"'{PROBE_KEY}'" not in text else "text"
 
     def _render(self, variables: Mapping[str, Any]) -> str:
-        pieces, length = [], 0
-        try:
-            for piece in self._template.generate(dict(variables)):
-                length += len(piece)
-                if length > MAX_CHARS:
-                    raise RequestError(
-                        f"the chat template wrote more than {MAX_CHARS} characters; send less text"
-                    )
-                pieces.append(piece)
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as e:
-            raise RequestError(f"the chat template refused the messages: {_words(e)}") from None
-        except (RecursionError, MemoryError):
-            raise RequestError("the messages are nested too deeply for the chat template") from None
-        return "".join(pieces)
+        return self._renderer.render(variables)
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
-"""Grammars that make a model call tools: for tool_choice "required" or a named function.
+"""Grammars that make a model call tools (tool_choice "required" or a named function), or hold the
+calls it makes by itself to what the request allows (strict functions, one call at most).
 
-The text is then exactly one or more calls in the model's own format, each with the name of an
-offered function and arguments valid under its JSON schema, and nothing else. Marks that are single
-tokens of the tokenizer are forced as these tokens; where the tokenizer has none, as text.
+Forced, the text is exactly one or more calls in the model's own format, each with the name of an
+offered function and arguments valid under its JSON schema, and nothing else. Left to the model, it
+is any text, followed by such calls or not. Marks that are single tokens of the tokenizer are forced
+as these tokens; where the tokenizer has none, as text.
 
-`tool_grammar` is for one request; the parsers of tool_calls.py read the result.
+`tool_grammar` and `free_grammar` are for one request; the parsers of tool_calls.py read the result.
 """
 
 from __future__ import annotations
@@ -80,17 +82,61 @@ def tool_grammar(
         return None
     functions = [t["function"] for t in chosen]
     many = parallel and tool_choice == "required"
-    marked = {"deepseek_v3": DEEPSEEK_V3, "deepseek_v31": DEEPSEEK_V31, "kimi_k2": KIMI_K2}
     lark = _Lark(token_id)
-    if format in marked:
-        _marked(lark, marked[format], functions, many)
-    elif format == "hermes":
-        _hermes(lark, functions, many)
-    elif format == "qwen3_coder":
-        _coder(lark, functions, many)
-    else:
-        raise ConfigError(f"tool format: got {format!r}, wanted one of {', '.join(TOOL_FORMATS)}")
+    begin, rest = _calls(lark, format, functions, many)
+    lark.rule("start", f"{lark.mark(begin)} {rest}")
     return StructuredOutput.grammar(lark.text())
+
+
+def free_grammar(
+    format: str,
+    tools: Sequence[Mapping[str, Any]],
+    token_id: Callable[[str], int | None],
+    *,
+    parallel: bool = True,
+) -> StructuredOutput | None:
+    """For tool_choice "auto": any text, then perhaps calls, which follow the schemas of functions
+    that are `strict`, and of which there is one where `parallel` is false. None where a request
+    asks for neither.
+
+    Raises: as tool_grammar.
+    """
+    functions = [t["function"] for t in check_tools(tools)]
+    if not functions or (parallel and not any(f.get("strict") for f in functions)):
+        return None
+    # Others may have any arguments. In XML there are only those that the schema names.
+    if format != "qwen3_coder":
+        anything = {"type": "object"}
+        functions = [f if f.get("strict") else {**f, "parameters": anything} for f in functions]
+    lark = _Lark(token_id)
+    begin, rest = _calls(lark, format, functions, parallel)
+    # A call begins with a mark, so text has none, however its tokens are cut.
+    begins = [begin, *([_MARKED[format].call_begin] if format in _MARKED else [])]
+    marks = "|".join("".join(f"\\{c}" if c in _REGEX_CHARS else c for c in m) for m in begins)
+    text = lark.rule("TEXT", rf"/(.|\n)*/ & ~/(.|\n)*({marks})(.|\n)*/")
+    if token_id(begin) is not None:
+        lark.rule("start", f"{text}? ({lark.mark(begin)} {rest})?")
+    else:
+        called = lark.rule(f"called[suffix={lark_literal(begin)}]", r"/(.|\n)*/")
+        lark.rule("start", f"{text}? | {called} {rest}")
+    return StructuredOutput.grammar(lark.text())
+
+
+_MARKED = {"deepseek_v3": DEEPSEEK_V3, "deepseek_v31": DEEPSEEK_V31, "kimi_k2": KIMI_K2}
+_REGEX_CHARS = set("\\/.^$*+?()[]{}|~&\"'")
+
+
+def _calls(
+    lark: _Lark, format: str, functions: Sequence[Mapping[str, Any]], many: bool
+) -> tuple[str, str]:
+    """The mark that calls begin with, and the rule of all that follows it."""
+    if format in _MARKED:
+        return _marked(lark, _MARKED[format], functions, many)
+    if format == "hermes":
+        return _hermes(lark, functions, many)
+    if format == "qwen3_coder":
+        return _coder(lark, functions, many)
+    raise ConfigError(f"tool format: got {format!r}, wanted one of {', '.join(TOOL_FORMATS)}")
 
 
 class _Lark:
@@ -120,7 +166,9 @@ class _Lark:
         return "\n".join(f"{name}: {body}" for name, body in self._rules.items())
 
 
-def _marked(lark: _Lark, marks: Marks, functions: Sequence[Mapping[str, Any]], many: bool) -> None:
+def _marked(
+    lark: _Lark, marks: Marks, functions: Sequence[Mapping[str, Any]], many: bool
+) -> tuple[str, str]:
     names = []
     for i, function in enumerate(functions):
         arguments = lark.rule(f"arguments_{i}", _json(_parameters(function)))
@@ -143,21 +191,23 @@ def _marked(lark: _Lark, marks: Marks, functions: Sequence[Mapping[str, Any]], m
         )
     between = lark_literal("\n") if marks.fenced else ""
     calls = lark.calls(names, between, many=many)
-    lark.rule("start", f"{lark.mark(marks.section_begin)} {calls} {lark.mark(marks.section_end)}")
+    return marks.section_begin, f"{calls} {lark.mark(marks.section_end)}"
 
 
-def _hermes(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> None:
+def _hermes(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> tuple[str, str]:
+    begin, end = "<tool_call>", lark.mark("</tool_call>")
     names = []
     for i, function in enumerate(functions):
         arguments = lark.rule(f"arguments_{i}", _json(_parameters(function)))
         head = lark_literal('\n{"name": ' + json.dumps(function["name"]) + ', "arguments": ')
         tail = lark_literal("}\n")
-        begin, end = lark.mark("<tool_call>"), lark.mark("</tool_call>")
-        names.append(lark.rule(f"call_{i}", f"{begin} {head} {arguments} {tail} {end}"))
-    lark.rule("start", lark.calls(names, lark_literal("\n"), many=many))
+        names.append(lark.rule(f"call_{i}", f"{head} {arguments} {tail} {end}"))
+    between = f"{lark_literal(chr(10))} {lark.mark(begin)}"
+    return begin, lark.calls(names, between, many=many)
 
 
-def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> None:
+def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> tuple[str, str]:
+    begin, end = "<tool_call>", lark.mark("</tool_call>")
     names = []
     for i, function in enumerate(functions):
         schema = _parameters(function)
@@ -177,12 +227,12 @@ def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> N
                 f"parameter_{i}_{j}", f"{lark_literal(f'<parameter={key}>{chr(10)}')} {body}"
             )
             parts.append(part if key in required else f"{part}?")
-        begin, end = lark.mark("<tool_call>"), lark.mark("</tool_call>")
         head = lark_literal(f"\n<function={function['name']}>\n")
         body = " ".join(parts)
         tail = lark_literal("</function>\n")
-        names.append(lark.rule(f"call_{i}", f"{begin} {head} {body} {tail} {end}"))
-    lark.rule("start", lark.calls(names, lark_literal("\n"), many=many))
+        names.append(lark.rule(f"call_{i}", f"{head} {body} {tail} {end}"))
+    between = f"{lark_literal(chr(10))} {lark.mark(begin)}"
+    return begin, lark.calls(names, between, many=many)
 
 
 def _string_value(lark: _Lark, name: str, schema: Mapping[str, Any]) -> str:

@@ -1,5 +1,8 @@
 """Writes a checkpoint in the prepared form, piece by piece.
 
+Weights keep their bits, unless the routed experts are asked for in another format: then they are
+rounded to it, and what that changed is counted, reported, and said at every start.
+
 A piece is some leaves, or some experts of one layer: at most `piece_bytes` of memory (more only
 where one leaf or one expert is larger). A conversion that was killed goes on where it stopped: the
 plan is written first, pieces appear whole or not at all, finished ones are checked and kept, and
@@ -14,16 +17,20 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from jaxmoe.common.errors import CheckpointError
+from jaxmoe.common.errors import CheckpointError, ConfigError
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.quant.dequantize import dequantize
+from jaxmoe.quant.formats import FORMATS, check_columns, data_shape, scale_shape
+from jaxmoe.quant.int4 import Int4, Int4Format, quantize_int4
 from jaxmoe.weights import memory
-from jaxmoe.weights.loader import check_finite, leaf_bytes, plan_load, read_leaf, read_matrix
+from jaxmoe.weights.host_store import ExpertLayout
+from jaxmoe.weights.loader import leaf_bytes, plan_load, read_leaf, read_matrix, read_scale
 from jaxmoe.weights.model_registry import ModelRegistry
 from jaxmoe.weights.open_files import OpenFiles
 from jaxmoe.weights.orbax_store import PieceWriter
@@ -35,14 +42,17 @@ from jaxmoe.weights.prepared import (
     StackedArray,
     piece_folder,
     piece_tensors,
+    prepared_form,
     read_manifest,
     write_manifest,
 )
-from jaxmoe.weights.prepared_marks import MANIFEST, UNFINISHED
+from jaxmoe.weights.prepared_marks import MANIFEST, ROUNDING, UNFINISHED
 from jaxmoe.weights.progress import ByteProgress
-from jaxmoe.weights.safetensors_header import pread_exactly
+from jaxmoe.weights.rounding_log import Rounded, RoundingLog
+from jaxmoe.weights.safetensors_header import fail, pread_exactly
 from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import FORMAT_WORDS, NUMPY_DTYPES
+from jaxmoe.weights.stored_form import Forms
 from jaxmoe.weights.tensor_table import MATRICES, LeafPlan, MatrixPlan
 
 PIECE_BYTES = 256 << 20
@@ -57,12 +67,14 @@ class ConvertReport:
     total_bytes: int
     seconds: float
     peak_rss_bytes: int
+    rounding: str = ""
 
     def describe(self) -> str:
         kept = f", {self.kept_pieces} of them kept from before" if self.kept_pieces else ""
         return (
             f"{self.pieces} pieces{kept}; {memory.gib(self.total_bytes)} in {self.seconds:.1f} s; "
             f"peak {memory.gib(self.peak_rss_bytes)} resident"
+            + (f"; {self.rounding}" if self.rounding else "")
         )
 
 
@@ -82,6 +94,7 @@ def convert(
     output: Path,
     *,
     piece_bytes: int = PIECE_BYTES,
+    expert_format: Int4Format | None = None,
     progress: bool | None = None,
 ) -> ConvertReport:
     """Writes `source` into `output`, or goes on with a conversion that was interrupted there.
@@ -92,42 +105,78 @@ def convert(
       models: `jaxmoe.models.registry`.
       output: a new or empty directory, or one where the same conversion stopped.
       piece_bytes: most bytes of weights in memory at once.
+      expert_format: round the routed experts to it; None keeps them as they are.
       progress: draw a bar on stderr; None does where it is a terminal.
 
     Raises:
       CheckpointError: the source is damaged or not of its config, or the output is something else.
+      ConfigError: the experts cannot be rounded to `expert_format`.
     """
     if isinstance(source, PreparedCheckpoint):
         raise CheckpointError(f"{source.directory}: is prepared already; give the original")
     plan = plan_load(source, config, models, "bfloat16", num_threads=1)
+    if expert_format is not None:
+        _require_roundable(plan.table.layouts, expert_format)
     pieces = _plan_pieces(plan.table.leaves, plan.table.matrices, config, piece_bytes)
-    manifest = {piece.name: _arrays_of(piece, config) for piece in pieces}
+    manifest = {piece.name: _arrays_of(piece, config, expert_format) for piece in pieces}
     fingerprint = _fingerprint(source)
-    total = plan.leaf_bytes + plan.expert_bytes
+    total = sum(map(_piece_bytes, manifest.values()))
+    log = RoundingLog(output / ROUNDING) if expert_format is not None else None
     finished = _begin(output, fingerprint, manifest)
+    if log is not None:
+        finished &= {piece.name for piece in pieces if piece.leaves} | log.read()
     _require_disk(output, total - sum(map(_piece_bytes, (manifest[name] for name in finished))))
     with PieceWriter() as writer, ByteProgress(total, "writing weights", progress) as bar:
         for piece in pieces:
             if piece.name not in finished:
-                arrays = _read_piece(source, piece, manifest[piece.name])
+                rounded = None if log is None else log.begin(piece.name)
+                arrays = _read_piece(source, piece, manifest[piece.name], expert_format, rounded)
                 writer.save(piece_folder(output, piece.name), arrays)
                 del arrays
                 # Also tells whether this Orbax still writes what prepared.py can read.
                 _check_piece(output, piece.name, manifest)
+                if log is not None and rounded is not None and piece.experts:
+                    log.add(rounded)
             bar.add(_piece_bytes(manifest[piece.name]))
         for name, path in source.companions().items():
             _copy(path, output / name)
         for info in {info.file: info for info in source.tensors.values()}.values():
             source.check_unchanged(info)
-        _write_json(output / MANIFEST, write_manifest(fingerprint, manifest))
+        rounding = ""
+        if log is not None and expert_format is not None:
+            rounding = log.describe(_from(plan.table.layouts), expert_format)
+        _write_json(output / MANIFEST, write_manifest(fingerprint, manifest, rounding))
         (output / UNFINISHED).unlink()
+        if log is not None:
+            log.file.unlink(missing_ok=True)
     return ConvertReport(
         pieces=len(pieces),
         kept_pieces=len(finished),
         total_bytes=total,
         seconds=bar.seconds,
         peak_rss_bytes=memory.peak_rss_bytes(),
+        rounding=rounding,
     )
+
+
+def _require_roundable(layouts: Sequence[ExpertLayout], expert_format: Int4Format) -> None:
+    if not layouts:
+        raise ConfigError(f"expert format {expert_format}: the model has no routed experts")
+    for layout in layouts:
+        if FORMATS[layout.format].bits < 8:
+            raise ConfigError(
+                f"expert format {expert_format}: the experts are {layout.format} already; wanted "
+                "BF16, F32 or FP8 ones"
+            )
+        for which in MATRICES:
+            try:
+                check_columns(expert_format, layout.shape(which)[1])
+            except ValueError as error:
+                raise ConfigError(f"{which} of the routed experts: {error}") from None
+
+
+def _from(layouts: Sequence[ExpertLayout]) -> str:
+    return ", ".join(sorted({layout.format for layout in layouts}))
 
 
 def _plan_pieces(
@@ -165,55 +214,76 @@ def _groups(items: list[tuple[T, int]], limit: int) -> Iterator[list[T]]:
         yield group
 
 
-def _arrays_of(piece: _PiecePlan, config: ModelConfig) -> dict[str, StackedArray]:
+def _arrays_of(
+    piece: _PiecePlan, config: ModelConfig, expert_format: Int4Format | None
+) -> dict[str, StackedArray]:
     """The manifest's entry: leaves as they are, an expert matrix stacked over the experts."""
-    names = PreparedNames({leaf.path: leaf.spec for leaf in piece.leaves})
+    specs = {leaf.path: leaf.spec for leaf in piece.leaves}
     arrays = {}
+    names = PreparedNames(specs, Forms(lambda path: prepared_form("bf16")))
     for leaf in piece.leaves:
         (tensor,) = names.tensors_for(leaf.path).tensors
         arrays[leaf.path] = StackedArray((leaf.path,), tensor.dtypes[0], tensor.shape, False)
     for position, which in enumerate(MATRICES if piece.experts else ()):
         plans = [expert[position] for expert in piece.experts]
         first, count = plans[0], len(plans)
+        form = prepared_form(expert_format or first.form.format)
         layer = config.moe_layers[first.moe_layer_idx]
         weights = tuple(names.expert_tensor(layer, plan.expert, which) for plan in plans)
-        info = first.weight
-        arrays[f"{which}.data"] = StackedArray(weights, info.dtype, (count, *first.shape), True)
-        if first.scale is not None:
-            scales = tuple(map(names.scale_tensor, weights))
-            shape = (count, *first.scale.shape)
-            arrays[f"{which}.scale_inv"] = StackedArray(scales, "F32", shape, True)
+        shape = (count, *data_shape(form.format, *first.shape))
+        arrays[f"{which}.data"] = StackedArray(weights, form.weight_dtype, shape, True)
+        scales = scale_shape(form.format, *first.shape)
+        if scales is not None:
+            scale_names = tuple(map(form.scale_name, weights))
+            dtype = form.scale_dtypes[0]
+            arrays[f"{which}.scale_inv"] = StackedArray(scale_names, dtype, (count, *scales), True)
     return arrays
 
 
 def _read_piece(
-    source: Checkpoint, piece: _PiecePlan, arrays: dict[str, StackedArray]
+    source: Checkpoint,
+    piece: _PiecePlan,
+    arrays: dict[str, StackedArray],
+    expert_format: Int4Format | None,
+    rounded: Rounded | None,
 ) -> dict[str, np.ndarray]:
+    """The values of a piece. rounded: where what rounding changed is counted."""
     values = {leaf.path: read_leaf(source, leaf) for leaf in piece.leaves}
     for position, which in enumerate(MATRICES if piece.experts else ()):
-        array = arrays[f"{which}.data"]
+        array, scale_array = arrays[f"{which}.data"], arrays.get(f"{which}.scale_inv")
         stack = np.empty(array.shape, NUMPY_DTYPES[array.dtype])
+        scales = None
+        if scale_array is not None:
+            scales = np.empty(scale_array.shape, NUMPY_DTYPES[scale_array.dtype])
+            values[f"{which}.scale_inv"] = scales
         for i, expert in enumerate(piece.experts):
             plan = expert[position]
+            if expert_format is not None:
+                assert rounded is not None and scales is not None
+                made = _round(source, plan, expert_format)
+                stack[i], scales[i] = made.data, made.scale
+                rounded.add(made)
+                continue
             if plan.cut is None:
                 source.read_into(plan.weight, stack[i])
             else:
                 stack[i] = read_matrix(source, plan)
+            if scales is not None:
+                scales[i] = read_scale(source, plan)
         values[f"{which}.data"] = stack
-        if f"{which}.scale_inv" in arrays:
-            scales = np.empty(arrays[f"{which}.scale_inv"].shape, np.float32)
-            for i, expert in enumerate(piece.experts):
-                info = expert[position].scale
-                assert info is not None
-                stored = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
-                source.read_into(info, stored)
-                check_finite(info, stored)
-                scales[i] = stored
-            values[f"{which}.scale_inv"] = scales
     for name, value in values.items():
         given = (FORMAT_WORDS[value.dtype], value.shape)
         assert given == (arrays[name].dtype, arrays[name].shape), (name, given)
     return values
+
+
+def _round(source: Checkpoint, plan: MatrixPlan, expert_format: Int4Format) -> Int4:
+    scale = None if plan.scale is None else read_scale(source, plan)
+    weights = dequantize(plan.form.format, read_matrix(source, plan), scale)
+    try:
+        return quantize_int4(weights, expert_format)
+    except ValueError as error:
+        fail(plan.weight.file, str(error), plan.weight.name)
 
 
 def _piece_bytes(arrays: dict[str, StackedArray]) -> int:
@@ -226,7 +296,7 @@ def _begin(output: Path, fingerprint: str, manifest: Manifest) -> set[str]:
         raise CheckpointError(f"{output}: holds a finished conversion; give a new directory")
     plan = output / UNFINISHED
     if plan.exists():
-        was, planned = read_manifest(plan)
+        was, planned, _ = read_manifest(plan)
         if was != fingerprint:
             raise CheckpointError(
                 f"{output}: holds the unfinished conversion of another checkpoint, or the source "
@@ -234,8 +304,8 @@ def _begin(output: Path, fingerprint: str, manifest: Manifest) -> set[str]:
             )
         if planned != manifest:
             raise CheckpointError(
-                f"{output}: holds an unfinished conversion with another piece size; give the same "
-                "one again or remove the directory"
+                f"{output}: holds an unfinished conversion with another piece size or format of "
+                "experts; give the same ones again or remove the directory"
             )
         return {name for name in manifest if _is_whole(output, name, manifest)}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

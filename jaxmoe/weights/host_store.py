@@ -1,7 +1,7 @@
 """The one resident copy of the routed experts: Python face of the native store (design: HostStore).
 
 A store holds, for every MoE layer and expert, three row-major matrices (gate and up `[F, D]`, down
-`[D, F]`) in the checkpoint's own format, and for FP8 their float32 block scales. Compiled programs
+`[D, F]`) in the checkpoint's own format (quant/formats.py), and their scales. Compiled programs
 reach it by its registry `id`; nothing here ever makes a second copy.
 
 Backings:
@@ -24,8 +24,9 @@ import numpy as np
 
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.host_store import NativeHostStore, native_host_store
+from jaxmoe.quant.formats import FORMATS, data_shape, scale_shape
 from jaxmoe.weights.name_map import Matrix
-from jaxmoe.weights.param_spec import DTYPE_OF_FORMAT, WeightFormat, num_blocks
+from jaxmoe.weights.param_spec import DTYPE_OF_FORMAT, WeightFormat
 from jaxmoe.weights.shared_store import StoreName
 
 Backing = Literal["arena", "mmap"]
@@ -44,26 +45,34 @@ class ExpertLayout(NamedTuple):
     format: WeightFormat
 
     def shape(self, which: Matrix) -> tuple[int, int]:
-        """`[N, K]` of a matrix."""
+        """`[N, K]` of a matrix, in weights."""
         if which == "down":
             return self.hidden, self.intermediate
         return self.intermediate, self.hidden
 
+    def data_shape(self, which: Matrix) -> tuple[int, int]:
+        """Of a matrix as it is stored: rows, and elements of the format's dtype in one."""
+        return data_shape(self.format, *self.shape(which))
+
     @property
     def matrix_bytes(self) -> int:
-        return self.intermediate * self.hidden * NUMPY_OF_FORMAT[self.format].itemsize
+        return self.intermediate * self.hidden * FORMATS[self.format].bits // 8
 
     def scale_shape(self, which: Matrix) -> tuple[int, int] | None:
-        """Block scales of a matrix, or None where the format has none."""
-        if self.format != "fp8_block":
-            return None
-        n, k = self.shape(which)
-        return num_blocks(n), num_blocks(k)
+        """Of the scales of a matrix, or None where the format has none."""
+        return scale_shape(self.format, *self.shape(which))
+
+    @property
+    def scale_dtype(self) -> np.dtype | None:
+        """Of the scales of a matrix, or None where the format has none."""
+        name = FORMATS[self.format].scale_dtype
+        return None if name is None else np.dtype(jnp.dtype(name))
 
     @property
     def total_bytes(self) -> int:
         """Weights and scales of all experts."""
-        scales = 4 * sum(int(np.prod(self.scale_shape(w) or (0,))) for w in _WHICH)
+        size = 0 if self.scale_dtype is None else self.scale_dtype.itemsize
+        scales = size * sum(int(np.prod(self.scale_shape(w) or (0,))) for w in _WHICH)
         return self.num_experts * (3 * self.matrix_bytes + scales)
 
 
@@ -130,7 +139,10 @@ class HostStore:
         self.native.set_mapped(layer, expert, _WHICH[which], file_idx, offset)
 
     def set_scale(self, layer: int, expert: int, which: Matrix, scale: np.ndarray) -> None:
-        """Copies a matrix's block scales, float32 `[ceil(N/128), ceil(K/128)]`."""
+        """Copies a matrix's scales, in the dtype and shape of the format.
+
+        Raises ValueError for others, and for an e8m0 scale of 255 (NaN).
+        """
         self.native.set_scale(layer, expert, _WHICH[which], scale)
 
     def matrix(self, layer: int, expert: int, which: Matrix) -> np.ndarray:
@@ -140,7 +152,8 @@ class HostStore:
     def writable_rows(
         self, layer: int, expert: int, which: Matrix
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The matrix's memory for one that fills it: first row and values `[rows, K]`, per node.
+        """The matrix's memory for one that fills it: first row and values `[rows, K]`, per node,
+        or bytes `[rows, K/2]` of a four-bit format.
 
         Only an arena is writable. The matrix counts as loaded once all its rows were yielded.
         """
@@ -150,7 +163,7 @@ class HostStore:
         self.native.mark_loaded(layer, expert, _WHICH[which])
 
     def scale(self, layer: int, expert: int, which: Matrix) -> np.ndarray:
-        """The block scales of a matrix: a view."""
+        """The scales of a matrix, read-only: a view where one NUMA node holds them, else a copy."""
         return self.native.scale(layer, expert, _WHICH[which])
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES
 from jaxmoe.weights.shared_store import StoreName
 from jaxmoe.weights.store_name import store_name
+from jaxmoe.weights.stored_form import FormError
 from jaxmoe.weights.tensor_table import (
     LeafPlan,
     MatrixPlan,
@@ -105,7 +106,7 @@ def load_model(
     num_threads = default_threads() if num_threads is None else num_threads
     plan = plan_load(checkpoint, config, models, compute_dtype, num_threads)
     planned = plan.memory_bytes(backing)
-    name, notes = None, []
+    name, notes = None, list(checkpoint.notes)
     if shared and backing == "arena" and plan.table.layouts:
         name = store_name(checkpoint, plan.table)
         removed = shared_store.remove_unused(keep=[name.name])
@@ -125,7 +126,7 @@ def load_model(
         read_bytes, found_bytes = plan.table.read_bytes, 0
         if store is not None and name is not None:
             found = [m for m in plan.table.matrices if _is_loaded(store, m)]
-            found_bytes = sum(m.weight.nbytes + (m.scale.nbytes if m.scale else 0) for m in found)
+            found_bytes = sum(map(_matrix_bytes, found))
             read_bytes -= found_bytes
         if backing == "mmap":
             read_bytes -= sum(matrix.weight.nbytes for matrix in plan.table.matrices)
@@ -212,10 +213,12 @@ def plan_load(
         formats = checkpoint.formats(config, models)
         description = models.describe_model(config, compute_dtype, formats)
         layouts = expert_layouts(config, formats)
+    except FormError as error:
+        raise CheckpointError(f"{checkpoint.directory}: {error}") from error
     except CheckpointError as error:
         _list_all_problems(checkpoint, config, models, compute_dtype)
         raise CheckpointError(f"{checkpoint.directory}: {error}") from error
-    names = checkpoint.name_map(config, models, description.specs)
+    names = checkpoint.name_map(config, models, description.specs, formats)
     table = build_table(checkpoint, config, description.specs, names, layouts)
     # A transform may hold its inputs, a copy and its result.
     transient = [3 * max(leaf_bytes(leaf.spec), _stored_bytes(leaf)) for leaf in table.leaves]
@@ -227,7 +230,7 @@ def plan_load(
         transient_bytes=sum(
             sorted(
                 [t for t, leaf in zip(transient, table.leaves, strict=True) if _is_made(leaf)]
-                + [2 * m.weight.nbytes for m in table.matrices if m.cut is not None]
+                + [2 * _matrix_bytes(m) for m in table.matrices if m.cut is not None]
             )[-num_threads:]
         ),
     )
@@ -242,12 +245,17 @@ def _list_all_problems(
     """Where the formats already failed, tells all there is to tell, judged by config.json alone."""
     formats = models.configured_formats(config)
     specs = models.describe_model(config, compute_dtype, formats).specs
-    names = checkpoint.name_map(config, models, specs)
+    names = checkpoint.name_map(config, models, specs, formats)
     build_table(checkpoint, config, specs, names, expert_layouts(config, formats))
 
 
 def leaf_bytes(spec: ParamSpec) -> int:
     return math.prod(spec.shape) * np.dtype(jax.numpy.dtype(spec.dtype)).itemsize
+
+
+def _matrix_bytes(plan: MatrixPlan) -> int:
+    """Of a matrix and its scales as they are stored."""
+    return plan.weight.nbytes + (plan.scale.nbytes if plan.scale else 0)
 
 
 def _stored_bytes(leaf: LeafPlan) -> int:
@@ -298,13 +306,12 @@ def read_leaf(
 ) -> np.ndarray:
     """One leaf's values in a buffer jax can adopt."""
     stored = []
-    has_scale = leaf.spec.kind == "scale_inv" or len(leaf.infos) > 1
-    for info in leaf.infos:
+    for i, info in enumerate(leaf.infos):
         array = aligned_empty(info.shape, NUMPY_DTYPES[info.dtype])
         checkpoint.read_into(info, array)
         if bar is not None:
             bar.add(info.nbytes)
-        if has_scale and info.dtype in ("F32", "BF16"):
+        if leaf.spec.kind == "scale_inv" or i > 0:  # of a leaf of two, the second is of scales
             check_finite(info, array)
         stored.append(array)
     made = leaf.source.transform(*stored)
@@ -318,7 +325,9 @@ def read_leaf(
 
 
 def check_finite(info: TensorInfo, scale: np.ndarray) -> None:
-    """Block scales must be numbers: one NaN or Inf would spoil every token's output."""
+    """Scales must be numbers: one NaN or Inf would spoil every token's output."""
+    if scale.dtype == np.uint8:
+        scale = scale.view(NUMPY_DTYPES["F8_E8M0"])  # whose only NaN is code 255
     finite = np.isfinite(scale.astype(np.float32, copy=False))
     if not finite.all():
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -339,6 +348,7 @@ def _read_matrix(
         for first_row, rows in store.writable_rows(plan.moe_layer_idx, plan.expert, plan.which):
             rows[...] = made[first_row : first_row + len(rows)]
         bar.add(info.nbytes)
+        _read_scale(checkpoint, store, plan, bar)
         return
     with checkpoint.use(info) as fd:
         try:
@@ -355,10 +365,22 @@ def _read_matrix(
 
 
 def read_matrix(checkpoint: Checkpoint, plan: MatrixPlan) -> np.ndarray:
-    """One expert's matrix as it is used, `[N, K]`."""
+    """The values of one expert's matrix as they are held."""
     stored = np.empty(plan.weight.shape, NUMPY_DTYPES[plan.weight.dtype])
     checkpoint.read_into(plan.weight, stored)
-    return stored if plan.cut is None else plan.cut(stored)
+    return plan.form.hold_weight(stored if plan.cut is None else plan.cut(stored))
+
+
+def read_scale(checkpoint: Checkpoint, plan: MatrixPlan) -> np.ndarray:
+    """The scales of one expert's matrix as they are held, all of them numbers."""
+    info = plan.scale
+    assert info is not None
+    stored = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
+    checkpoint.read_into(info, stored)
+    check_finite(info, stored)
+    if plan.cut_scale is not None:
+        stored = np.ascontiguousarray(plan.cut_scale(stored))
+    return plan.form.hold_scale(stored)
 
 
 def _map(checkpoint: Checkpoint, store: HostStore, info: TensorInfo) -> int:
@@ -397,12 +419,8 @@ def _map_matrix(
 def _read_scale(
     checkpoint: Checkpoint, store: HostStore, plan: MatrixPlan, bar: ByteProgress
 ) -> None:
-    info = plan.scale
-    if info is None:
+    if plan.scale is None:
         return
-    scale = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
-    checkpoint.read_into(info, scale)
-    check_finite(info, scale)
-    scale = np.asarray(scale, np.float32)  # BF16 widens exactly
+    scale = read_scale(checkpoint, plan)
     store.set_scale(plan.moe_layer_idx, plan.expert, plan.which, scale)
-    bar.add(info.nbytes)
+    bar.add(plan.scale.nbytes)

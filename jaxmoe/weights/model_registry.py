@@ -13,14 +13,15 @@ import jax
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.weights.name_map import NameMap
 from jaxmoe.weights.param_spec import Description, Formats, ParamSpec
+from jaxmoe.weights.stored_form import Forms, HasShape
 
 
 class ModelRegistry(Protocol):
-    def stored_formats(self, config: ModelConfig, dtypes: Mapping[str, str]) -> Formats:
-        """How a checkpoint with these tensors (name to safetensors dtype) holds each linear map."""
+    def stored_formats(self, config: ModelConfig, tensors: Mapping[str, HasShape]) -> Forms:
+        """How a checkpoint with these tensors holds each linear map."""
         ...
 
-    def configured_formats(self, config: ModelConfig) -> Formats:
+    def configured_formats(self, config: ModelConfig) -> Forms:
         """How a checkpoint of this configuration would."""
         ...
 
@@ -30,8 +31,10 @@ class ModelRegistry(Protocol):
         """The model's structure and leaves; allocates nothing."""
         ...
 
-    def name_map(self, config: ModelConfig, specs: Mapping[str, ParamSpec]) -> NameMap:
-        """Where the leaves come from in a checkpoint as shipped."""
+    def name_map(
+        self, config: ModelConfig, specs: Mapping[str, ParamSpec], formats: Forms | None = None
+    ) -> NameMap:
+        """Where the leaves come from in a checkpoint as shipped, of these formats."""
         ...
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jaxmoe.weights.stored_form import StoredForm  # which is made of the tensors below
 
 Matrix = Literal["gate", "up", "down"]
 
@@ -30,10 +33,12 @@ class TensorSource:
     transform: takes the stored tensors as numpy arrays, in order and in their stored dtypes
     (ml_dtypes), and
         returns the leaf in its shape and dtype: a copy or a view of its input.
+    others: names of tensors that may go with these and are not needed.
     """
 
     tensors: tuple[StoredTensor, ...]
     transform: Callable[..., np.ndarray]
+    others: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,11 +50,16 @@ class PackedExperts:
     """A tensor that holds a matrix of all experts of a layer, `[E, *slab]`.
 
     cut: makes one expert's matrix `[N, K]`, as the layer applies it, of its slab: a copy or a view.
+    first_row: where the matrix is rows of the slab as they lie there, the first of them; its bytes
+        are then read without a cut.
+    scale: where their scales lie; a matrix's are made as it is.
     """
 
     tensor: str
     slab: tuple[int, ...]
     cut: Callable[[np.ndarray], np.ndarray]
+    first_row: int | None = None
+    scale: PackedExperts | None = None
 
 
 class NameMap(Protocol):
@@ -58,15 +68,21 @@ class NameMap(Protocol):
         ...
 
     def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
-        """The weight of one routed expert: gate and up `[F, D]`, down `[D, F]`."""
+        """The weight of one routed expert, gate and up `[F, D]`, down `[D, F]`, by the name it has
+        where it is not quantized.
+        """
+        ...
+
+    def expert_form(self, layer: int) -> StoredForm:
+        """How the routed experts of a layer are stored."""
         ...
 
     def packed_experts(self, layer: int, which: Matrix) -> PackedExperts | None:
         """Where all experts of a layer lie in one tensor; None where each has its own."""
         ...
 
-    def scale_tensor(self, weight: str) -> str:
-        """The block scales that belong to an FP8 weight."""
+    def weight_of_scale(self, name: str) -> str | None:
+        """The weight whose scales a tensor of that name would be; None where it is no such name."""
         ...
 
     def ignored(self, name: str) -> bool:

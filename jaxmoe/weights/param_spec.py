@@ -19,22 +19,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-SCALE_BLOCK = 128
+from jaxmoe.quant.formats import FORMATS, SCALE_BLOCK, WeightFormat
 
-WeightFormat = Literal["bf16", "f32", "fp8_block"]
 # Says how the linear map (or embedding) at a module path such as "layers.3.attention.q_b" is
 # stored. The path "layers.3.mlp.experts" stands for the routed experts of a layer.
 Formats = Callable[[str], WeightFormat]
 
-# matrix [N, K], head_map [G, N, K]: linear maps, outputs first; scale_inv: the float32 block scales
-# of one of those; embedding [V, D]; norm: RMS-norm weights; bias: of a linear map; router_bias: the
-# router's score correction.
-ParamKind = Literal["matrix", "head_map", "scale_inv", "embedding", "norm", "bias", "router_bias"]
+# matrix [N, K], head_map [G, N, K]: linear maps, outputs first, as their format lays them out
+# (quant/formats.py); scale_inv: the scales of one of those; embedding [V, D]; norm: RMS-norm
+# weights, or norm_offset: what they are beyond 1; bias: of a linear map; router_bias: the router's
+# score correction; conv [W, C]: a convolution over W tokens, channel by channel.
+ParamKind = Literal[
+    "matrix",
+    "head_map",
+    "scale_inv",
+    "embedding",
+    "norm",
+    "norm_offset",
+    "bias",
+    "router_bias",
+    "conv",
+]
 
 DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
-    "bf16": "bfloat16",
-    "f32": "float32",
-    "fp8_block": "float8_e4m3fn",
+    word: info.data_dtype for word, info in FORMATS.items()
 }
 
 

@@ -15,6 +15,7 @@ widened; loading transforms nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +25,11 @@ import numpy as np
 
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.quant.formats import FORMATS, WeightFormat, format_of
 from jaxmoe.weights.model_registry import ModelRegistry, experts_path
 from jaxmoe.weights.name_map import Matrix, PackedExperts, StoredTensor, TensorSource
 from jaxmoe.weights.open_files import OpenFiles
-from jaxmoe.weights.param_spec import Formats, ParamSpec, WeightFormat
+from jaxmoe.weights.param_spec import ParamSpec
 from jaxmoe.weights.prepared_marks import MANIFEST, refuse_unfinished
 from jaxmoe.weights.safetensors_header import (
     TensorInfo,
@@ -38,10 +40,11 @@ from jaxmoe.weights.safetensors_header import (
 )
 from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.safetensors_writer import NUMPY_DTYPES
+from jaxmoe.weights.stored_form import Forms, StoredForm
 
 VERSION = 1
 FOLDER = "weights"
-_FORMAT_OF_WORD: dict[str, WeightFormat] = {"BF16": "bf16", "F32": "f32", "F8_E4M3": "fp8_block"}
+_SCALE = ".scale_inv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +77,13 @@ Manifest = Mapping[str, Piece]  # piece name → its arrays
 class PreparedNames:
     """The name map of a prepared checkpoint: a leaf's name is its path, its values are final."""
 
-    def __init__(self, specs: Mapping[str, ParamSpec]) -> None:
+    def __init__(self, specs: Mapping[str, ParamSpec], forms: Forms) -> None:
         self._specs = specs
+        self._forms = forms
 
     def tensors_for(self, path: str) -> TensorSource:
         spec = self._specs[path]
-        word = next(w for w, dtype in NUMPY_DTYPES.items() if dtype.name == spec.dtype)
-        return TensorSource((StoredTensor(path, spec.shape, (word,)),), _unchanged)
+        return TensorSource((StoredTensor(path, spec.shape, (_word(spec.dtype),)),), _unchanged)
 
     def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
         return f"{experts_path(layer)}.{expert}.{which}"
@@ -88,8 +91,11 @@ class PreparedNames:
     def packed_experts(self, layer: int, which: Matrix) -> PackedExperts | None:
         return None
 
-    def scale_tensor(self, weight: str) -> str:
-        return f"{weight}.scale_inv"
+    def expert_form(self, layer: int) -> StoredForm:
+        return self._forms.stored(experts_path(layer))
+
+    def weight_of_scale(self, name: str) -> str | None:
+        return name.removesuffix(_SCALE) if name.endswith(_SCALE) else None
 
     def ignored(self, name: str) -> bool:
         return False
@@ -102,11 +108,17 @@ def _unchanged(array: np.ndarray) -> np.ndarray:
 class PreparedCheckpoint(Checkpoint):
     """A prepared directory, behind the same face as one that was shipped."""
 
+    rounding = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self.rounding,) if self.rounding else ()
+
     @classmethod
     def open_prepared(cls, directory: Path) -> PreparedCheckpoint:
         """Checks manifest, array headers and file sizes. Raises CheckpointError."""
         refuse_unfinished(directory)
-        _, manifest = read_manifest(directory / MANIFEST)
+        _, manifest, rounding = read_manifest(directory / MANIFEST)
         tensors: dict[str, TensorInfo] = {}
         files = OpenFiles()
         try:
@@ -118,24 +130,52 @@ class PreparedCheckpoint(Checkpoint):
         except BaseException:
             files.close()
             raise
-        return cls(directory, tensors, files)
+        checkpoint = cls(directory, tensors, files)
+        checkpoint.rounding = rounding
+        return checkpoint
 
-    def formats(self, config: ModelConfig, models: ModelRegistry) -> Formats:
-        def stored(path: str) -> WeightFormat:
-            name = f"{path}.0.gate" if path.endswith(".mlp.experts") else f"{path}.data"
+    def formats(self, config: ModelConfig, models: ModelRegistry) -> Forms:
+        def stored(path: str) -> StoredForm:
+            if path.endswith(".mlp.experts"):
+                name = f"{path}.0.gate"
+                scale_name = name + _SCALE
+            else:
+                name, scale_name = f"{path}.data", path + _SCALE
             if name not in self.tensors:
                 raise CheckpointError(f"tensor '{name}' is missing from the prepared checkpoint")
-            info = self.tensors[name]
-            if info.dtype not in _FORMAT_OF_WORD:
-                fail(info.file, f"stored as {info.dtype}, wanted BF16, F32 or F8_E4M3", name)
-            return _FORMAT_OF_WORD[info.dtype]
+            info, scale = self.tensors[name], self.tensors.get(scale_name)
+            try:
+                found = format_of(
+                    NUMPY_DTYPES[info.dtype].name,
+                    info.shape,
+                    None if scale is None else NUMPY_DTYPES[scale.dtype].name,
+                    None if scale is None else scale.shape,
+                )
+            except ValueError as error:
+                fail(info.file, str(error), name)
+            return prepared_form(found)
 
-        return stored
+        return Forms(functools.cache(stored))
 
     def name_map(
-        self, config: ModelConfig, models: ModelRegistry, specs: Mapping[str, ParamSpec]
+        self,
+        config: ModelConfig,
+        models: ModelRegistry,
+        specs: Mapping[str, ParamSpec],
+        formats: Forms,
     ) -> PreparedNames:
-        return PreparedNames(specs)
+        return PreparedNames(specs, formats)
+
+
+def prepared_form(weight_format: WeightFormat) -> StoredForm:
+    """How the routed experts of a format are stored: as they are held."""
+    info = FORMATS[weight_format]
+    scales = () if info.scale_dtype is None else (_word(info.scale_dtype),)
+    return StoredForm(weight_format, _word(info.data_dtype), scale=_SCALE, scale_dtypes=scales)
+
+
+def _word(dtype: str) -> str:
+    return next(word for word, of in NUMPY_DTYPES.items() if of.name == dtype)
 
 
 def piece_folder(directory: Path, piece_name: str) -> Path:
@@ -182,8 +222,8 @@ def _zarr_dtype(word: str) -> str:
     return dtype.str if dtype.str[1] in "fiu" and dtype.isbuiltin else dtype.name
 
 
-def write_manifest(fingerprint: str, manifest: Manifest) -> dict[str, Any]:
-    """The JSON of a manifest."""
+def write_manifest(fingerprint: str, manifest: Manifest, rounding: str = "") -> dict[str, Any]:
+    """The JSON of a manifest. rounding: in words, what was not taken over exactly."""
     pieces = {
         piece_name: {
             name: {
@@ -196,11 +236,12 @@ def write_manifest(fingerprint: str, manifest: Manifest) -> dict[str, Any]:
         }
         for piece_name, piece in manifest.items()
     }
-    return {"version": VERSION, "fingerprint": fingerprint, "pieces": pieces}
+    content = {"version": VERSION, "fingerprint": fingerprint, "pieces": pieces}
+    return content | ({"rounding": rounding} if rounding else {})
 
 
-def read_manifest(file: Path) -> tuple[str, Manifest]:
-    """Fingerprint and pieces of a manifest; every field is checked."""
+def read_manifest(file: Path) -> tuple[str, Manifest, str]:
+    """Fingerprint, pieces and rounding of a manifest; every field is checked."""
     content = read_json_file(file, "manifest")
     version = content.get("version")
     if version != VERSION:
@@ -208,13 +249,17 @@ def read_manifest(file: Path) -> tuple[str, Manifest]:
     fingerprint, pieces = content.get("fingerprint"), content.get("pieces")
     if not isinstance(fingerprint, str) or not isinstance(pieces, dict) or not pieces:
         fail(file, "manifest lacks its fingerprint or pieces; convert again")
-    return fingerprint, {
+    rounding = content.get("rounding", "")
+    if not isinstance(rounding, str) or not rounding.isprintable() or len(rounding) > 1000:
+        fail(file, f"rounding is {show(rounding)}, wanted a line of text; convert again")
+    manifest = {
         _plain(name, file): {
             _plain(array_name, file): _array(entry, file, array_name)
             for array_name, entry in _object(piece, file, name).items()
         }
         for name, piece in pieces.items()
     }
+    return fingerprint, manifest, rounding
 
 
 def _object(value: Any, file: Path, name: str) -> dict[str, Any]:

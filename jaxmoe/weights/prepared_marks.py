@@ -8,6 +8,7 @@ from jaxmoe.weights.safetensors_header import fail
 
 MANIFEST = "jaxmoe_prepared.json"  # of the prepared form (prepared.py), which `open` tells apart
 UNFINISHED = "jaxmoe_unfinished.json"  # its place while a conversion is under way
+ROUNDING = "jaxmoe_rounding.jsonl"  # meanwhile, what rounding changed in the pieces there are
 
 
 def refuse_unfinished(directory: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.quant.formats import FORMATS
 from jaxmoe.weights import memory
 from jaxmoe.weights.buffers import aligned_empty, to_jax
 from jaxmoe.weights.host_store import ExpertLayout, HostStore
@@ -23,7 +24,7 @@ from jaxmoe.weights.loader import leaf_bytes
 from jaxmoe.weights.model_registry import ModelRegistry
 from jaxmoe.weights.name_map import Matrix
 from jaxmoe.weights.progress import ByteProgress
-from jaxmoe.weights.random_values import RandomValues, fan_in_of
+from jaxmoe.weights.random_values import RandomValues, fan_in_of, format_at
 from jaxmoe.weights.read_pool import run_all
 from jaxmoe.weights.tensor_table import MATRICES, expert_layouts
 
@@ -38,11 +39,12 @@ def fill_expert_matrix(
     fan_in = layout.shape(which)[1]
     num_bytes = 0
     for first_row, rows in store.writable_rows(layer, expert, which):
-        values.fill_weights(rows, name, fan_in, first_row * fan_in)
+        values.fill_weights(rows, name, fan_in, first_row * rows.shape[1])
         num_bytes += rows.nbytes
-    scale_shape = layout.scale_shape(which)
-    if scale_shape is not None:
-        store.set_scale(layer, expert, which, values.scale_inv(scale_shape, name, fan_in))
+    shape, dtype = layout.scale_shape(which), FORMATS[layout.format].scale_dtype
+    if shape is not None and dtype is not None:
+        scales = values.scales(layout.format, shape, name, fan_in, jax.numpy.dtype(dtype))
+        store.set_scale(layer, expert, which, scales)
     return num_bytes
 
 
@@ -101,7 +103,9 @@ def random_model(
     def make_leaf(path: str) -> None:
         spec = description.specs[path]
         buffer = aligned_empty(spec.shape, np.dtype(jax.numpy.dtype(spec.dtype)))
-        values.fill(buffer, path, spec.kind, fan_in_of(path, spec, description.specs))
+        specs = description.specs
+        fan_in, weight_format = fan_in_of(path, spec, specs), format_at(path, spec, specs)
+        values.fill(buffer, path, spec.kind, fan_in, weight_format)
         buffers[path] = buffer
         bar.add(buffer.nbytes)
 

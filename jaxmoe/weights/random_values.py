@@ -14,11 +14,16 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from jaxmoe.quant.formats import FORMATS, WeightFormat, format_of
 from jaxmoe.weights.param_spec import ParamKind, ParamSpec
 
 _BLOCK = 4_194_301  # values; prime, so that no row length divides it and rows differ
 _FP8_STD = 16.0  # E4M3 reaches 448: 28 standard deviations, and small values keep their precision
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+# Root mean square of what random codes of a format stand for: FP8 codes are drawn from a normal
+# distribution, those of 4 bits all alike.
+_CODE_RMS = {"fp8": _FP8_STD, "mxfp8": _FP8_STD, "int4": 4.64, "mxfp4": 2.93}
+_BYTES = np.dtype(np.uint8)
 
 
 class RandomValues:
@@ -31,27 +36,53 @@ class RandomValues:
         self._lock = threading.Lock()
 
     def fill_weights(self, out: np.ndarray, name: str, fan_in: int, first: int = 0) -> None:
-        """Fills a linear map's values, from value `first` on; FP8 codes want `scale_inv` too."""
+        """Fills a linear map's values, from value `first` of the array on; those of formats with
+        scales want `scales` too. Integers are packed 4-bit values.
+        """
+        if out.dtype.kind in "iu":
+            first *= out.itemsize
+            self._fill(out.view(_BYTES), name, 0.0, first)
+            return
         self._fill(out, name, _FP8_STD if out.dtype == _FP8 else fan_in**-0.5, first)
 
-    def scale_inv(self, shape: tuple[int, ...], name: str, fan_in: int) -> np.ndarray:
-        """Float32 block scales that bring `fill_weights`' FP8 codes to the wanted size."""
-        spread = self._generator(name).uniform(0.8, 1.2, shape)
-        return (spread * (fan_in**-0.5 / _FP8_STD)).astype(np.float32)
+    def scales(
+        self,
+        weight_format: WeightFormat,
+        shape: tuple[int, ...],
+        name: str,
+        fan_in: int,
+        dtype: np.dtype,
+    ) -> np.ndarray:
+        """Scales that bring `fill_weights`' codes to the wanted size; bytes are e8m0."""
+        rms = _CODE_RMS[weight_format.partition("_")[0]]
+        scales = self._generator(name).uniform(0.8, 1.2, shape) * (fan_in**-0.5 / rms)
+        if FORMATS[weight_format].scale_dtype == "uint8":
+            return (np.rint(np.log2(scales)) + 127).astype(np.uint8).view(dtype)
+        return scales.astype(np.float32).astype(dtype)
 
-    def fill(self, out: np.ndarray, name: str, kind: ParamKind, fan_in: int) -> None:
-        """Fills a tensor as its kind wants it."""
+    def fill(
+        self,
+        out: np.ndarray,
+        name: str,
+        kind: ParamKind,
+        fan_in: int,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        """Fills a tensor as its kind wants it; scales as their `weight_format` does."""
         if kind in ("matrix", "head_map"):
             self.fill_weights(out, name, fan_in)
         elif kind == "scale_inv":
-            out[...] = self.scale_inv(out.shape, name, fan_in).astype(out.dtype)
+            assert weight_format is not None
+            out[...] = self.scales(weight_format, out.shape, name, fan_in, out.dtype)
         elif kind == "embedding":
             self._fill(out, name, 0.5)
         elif kind == "norm":
             out[...] = (1 + 0.1 * self._generator(name).standard_normal(out.shape)).astype(
                 out.dtype
             )
-        else:  # bias, router_bias
+        elif kind == "conv":
+            self._fill(out, name, 0.5)  # of about four tokens
+        else:  # bias, router_bias, norm_offset
             out[...] = (0.01 * self._generator(name).standard_normal(out.shape)).astype(out.dtype)
 
     def _generator(self, name: str) -> np.random.Generator:
@@ -70,8 +101,11 @@ class RandomValues:
             done, start = done + len(piece), 0
 
     def _block(self, dtype: np.dtype, std: float) -> np.ndarray:
-        """The bytes of the normal block, scaled and rounded."""
+        """The bytes of the normal block, scaled and rounded; of bytes, any."""
         with self._lock:
+            if dtype == _BYTES and (dtype, std) not in self._blocks:
+                generator = np.random.default_rng((self._seed, 1))
+                self._blocks[dtype, std] = generator.integers(0, 256, _BLOCK, np.uint8)
             if (dtype, std) not in self._blocks:
                 block = (self._normal * np.float32(std)).astype(dtype)
                 self._blocks[dtype, std] = block.view(np.uint8)
@@ -79,7 +113,16 @@ class RandomValues:
 
 
 def fan_in_of(path: str, spec: ParamSpec, specs: Mapping[str, ParamSpec]) -> int:
-    """Inputs of the linear map a leaf belongs to; block scales take their weight's."""
+    """Inputs of the linear map a leaf belongs to; scales take their weight's."""
     if spec.kind == "scale_inv":
         spec = specs[path.removesuffix("scale_inv") + "data"]
-    return spec.shape[-1]
+    packed = 2 if spec.dtype == "uint8" else 1
+    return spec.shape[-1] * packed
+
+
+def format_at(path: str, spec: ParamSpec, specs: Mapping[str, ParamSpec]) -> WeightFormat | None:
+    """The format of the weight whose scales a leaf holds; None for other leaves."""
+    if spec.kind != "scale_inv":
+        return None
+    data = specs[path.removesuffix("scale_inv") + "data"]
+    return format_of(data.dtype, data.shape, spec.dtype, spec.shape)

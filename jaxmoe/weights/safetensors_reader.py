@@ -26,7 +26,7 @@ from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.weights.model_registry import ModelRegistry
 from jaxmoe.weights.name_map import NameMap
 from jaxmoe.weights.open_files import OpenFiles
-from jaxmoe.weights.param_spec import Formats, ParamSpec
+from jaxmoe.weights.param_spec import ParamSpec
 from jaxmoe.weights.prepared_marks import MANIFEST, UNFINISHED
 from jaxmoe.weights.safetensors_header import (
     TensorInfo,
@@ -35,6 +35,7 @@ from jaxmoe.weights.safetensors_header import (
     read_json_file,
     show,
 )
+from jaxmoe.weights.stored_form import Forms
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,6 +92,11 @@ class Checkpoint:
         return cls(directory, tensors, files)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the start-up report has to say of it."""
+        return ()
+
+    @property
     def total_bytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
@@ -143,16 +149,19 @@ class Checkpoint:
         found = {name: self.directory / name for name in COMPANION_FILES}
         return {name: path for name, path in found.items() if path.is_file()}
 
-    def formats(self, config: ModelConfig, models: ModelRegistry) -> Formats:
+    def formats(self, config: ModelConfig, models: ModelRegistry) -> Forms:
         """How each linear map is stored."""
-        dtypes = {name: info.dtype for name, info in self.tensors.items()}
-        return models.stored_formats(config, dtypes)
+        return models.stored_formats(config, self.tensors)
 
     def name_map(
-        self, config: ModelConfig, models: ModelRegistry, specs: Mapping[str, ParamSpec]
+        self,
+        config: ModelConfig,
+        models: ModelRegistry,
+        specs: Mapping[str, ParamSpec],
+        formats: Forms,
     ) -> NameMap:
         """Where each leaf comes from."""
-        return models.name_map(config, specs)
+        return models.name_map(config, specs, formats)
 
     def close(self) -> None:
         self._files.close()

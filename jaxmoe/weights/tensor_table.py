@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-from jaxmoe.common.errors import CheckpointError
+from jaxmoe.common.errors import CheckpointError, ConfigError
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.quant.formats import check_columns, data_shape, scale_shape
 from jaxmoe.weights.host_store import ExpertLayout
 from jaxmoe.weights.model_registry import experts_path
 from jaxmoe.weights.name_map import (
@@ -24,18 +25,13 @@ from jaxmoe.weights.name_map import (
     StoredTensor,
     TensorSource,
 )
-from jaxmoe.weights.param_spec import Formats, ParamSpec, WeightFormat, num_blocks
+from jaxmoe.weights.param_spec import Formats, ParamSpec
 from jaxmoe.weights.safetensors_header import TensorInfo, show
 from jaxmoe.weights.safetensors_reader import Checkpoint
+from jaxmoe.weights.stored_form import StoredForm
 
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
 _LISTED = 8  # problems named in full; the rest are counted
-_DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
-    "bf16": "BF16",
-    "f32": "F32",
-    "fp8_block": "F8_E4M3",
-}
-_SCALE_DTYPES = ("F32", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +48,9 @@ class LeafPlan:
 class MatrixPlan:
     """One matrix of one routed expert. `moe_layer_idx` counts MoE layers only.
 
-    weight: the expert's own tensor, or its part of one of all experts. cut: what makes the matrix,
-    of `shape [N, K]`, of that part; None where it is stored as it is used.
+    weight, scale: the expert's own tensors, or its parts of those of all experts, stored in `form`.
+    shape: `[N, K]` of the linear map. cut, cut_scale: what makes the matrix, as it is held, of its
+    part and the scales of theirs; None where they are stored as they are used.
     """
 
     moe_layer_idx: int
@@ -61,8 +58,10 @@ class MatrixPlan:
     which: Matrix
     weight: TensorInfo
     scale: TensorInfo | None
+    form: StoredForm
     shape: tuple[int, int]
     cut: Callable[[np.ndarray], np.ndarray] | None = None
+    cut_scale: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,56 +80,72 @@ class TensorTable:
 
 
 def expert_layouts(config: ModelConfig, formats: Formats) -> tuple[ExpertLayout, ...]:
-    """Sizes and format of every MoE layer's experts."""
-    return tuple(
-        ExpertLayout(
+    """Sizes and format of every MoE layer's experts; ConfigError where they do not go together."""
+    layouts = []
+    for layer in config.moe_layers:
+        layout = ExpertLayout(
             config.moe.router.num_experts,
             config.moe.expert_intermediate,
             config.hidden_size,
             formats(experts_path(layer)),
         )
-        for layer in config.moe_layers
-    )
+        for which in MATRICES:
+            try:
+                check_columns(layout.format, layout.shape(which)[1])
+            except ValueError as error:
+                raise ConfigError(f"{which} of the experts of layer {layer}: {error}") from None
+        layouts.append(layout)
+    return tuple(layouts)
 
 
 def expert_tensors(
     layout: ExpertLayout, names: NameMap, layer: int, expert: int
 ) -> dict[Matrix, tuple[StoredTensor, StoredTensor | None]]:
-    """The weights of one expert, and their block scales, as a checkpoint must hold them."""
+    """The weights of one expert, and their scales, as a checkpoint must hold them."""
     wanted: dict[Matrix, tuple[StoredTensor, StoredTensor | None]] = {}
+    form = names.expert_form(layer)
     for which in MATRICES:
         if names.packed_experts(layer, which) is not None:
             continue
         name = names.expert_tensor(layer, expert, which)
-        n, k = layout.shape(which)
-        scale = None
-        if layout.format == "fp8_block":
-            shape = (num_blocks(n), num_blocks(k))
-            scale = StoredTensor(names.scale_tensor(name), shape, _SCALE_DTYPES)
-        wanted[which] = (StoredTensor(name, (n, k), (_DTYPE_OF_FORMAT[layout.format],)), scale)
+        weight = form.weight_tensor(name, data_shape(form.format, *layout.shape(which)))
+        scales = scale_shape(form.format, *layout.shape(which))
+        wanted[which] = weight, None if scales is None else form.scale_tensor(name, scales)
     return wanted
 
 
-def packed_tensors(
-    layout: ExpertLayout, names: NameMap, layer: int
-) -> dict[Matrix, tuple[StoredTensor, PackedExperts]]:
-    """The tensors that hold a matrix of all experts; gate and up may share one.
+class PackedTensors(NamedTuple):
+    """The tensors that hold a matrix, and its scales, of all experts."""
+
+    packed: PackedExperts
+    weight: StoredTensor
+    scale: StoredTensor | None
+
+
+def packed_tensors(layout: ExpertLayout, names: NameMap, layer: int) -> dict[Matrix, PackedTensors]:
+    """Where a matrix of all experts lies; gate and up may share a tensor.
 
     Raises:
-      CheckpointError: for formats whose scales would have to be cut too.
+      CheckpointError: for formats whose scales the family cannot cut.
     """
-    wanted: dict[Matrix, tuple[StoredTensor, PackedExperts]] = {}
+    wanted: dict[Matrix, PackedTensors] = {}
+    form = names.expert_form(layer)
     for which in MATRICES:
         packed = names.packed_experts(layer, which)
         if packed is None:
             continue
-        if layout.format == "fp8_block":
+        has_scale = scale_shape(form.format, *layout.shape(which)) is not None
+        if has_scale != (packed.scale is not None):
             raise CheckpointError(
-                f"tensor '{packed.tensor}' packs FP8 experts; supported for packed ones: BF16, F32"
+                f"tensor '{packed.tensor}' packs {form.format} experts, which this family is not "
+                "known to have"
             )
         shape = (layout.num_experts, *packed.slab)
-        stored = StoredTensor(packed.tensor, shape, (_DTYPE_OF_FORMAT[layout.format],))
-        wanted[which] = stored, packed
+        weight, scale = StoredTensor(packed.tensor, shape, (form.weight_dtype,)), None
+        if packed.scale is not None:
+            shape = (layout.num_experts, *packed.scale.slab)
+            scale = StoredTensor(packed.scale.tensor, shape, form.scale_dtypes)
+        wanted[which] = PackedTensors(packed, weight, scale)
     return wanted
 
 
@@ -139,6 +154,17 @@ def _slab(info: TensorInfo, expert: int) -> TensorInfo:
     nbytes = info.nbytes // info.shape[0]
     return dataclasses.replace(
         info, shape=info.shape[1:], offset=info.offset + expert * nbytes, nbytes=nbytes
+    )
+
+
+def _rows(info: TensorInfo, first: int, count: int) -> TensorInfo:
+    """Some rows of a matrix."""
+    row_bytes = info.nbytes // info.shape[0]
+    return dataclasses.replace(
+        info,
+        shape=(count, *info.shape[1:]),
+        offset=info.offset + first * row_bytes,
+        nbytes=count * row_bytes,
     )
 
 
@@ -160,26 +186,57 @@ def build_table(
         source = names.tensors_for(path)
         infos = [finder.find(tensor) for tensor in source.tensors]
         leaves.append(LeafPlan(path, spec, source, tuple(i for i in infos if i is not None)))
+        finder.expect(source.others)
     matrices = []
     for moe_layer_idx, (layer, layout) in enumerate(zip(config.moe_layers, layouts, strict=True)):
-        for which, (stored, packed) in packed_tensors(layout, names, layer).items():
+        form = names.expert_form(layer)
+
+        def plan(
+            expert: int,
+            which: Matrix,
+            weight: TensorInfo,
+            scale: TensorInfo | None,
+            packed: PackedExperts | None = None,
+            *,
+            idx: int = moe_layer_idx,
+            form: StoredForm = form,
+            layout: ExpertLayout = layout,
+        ) -> MatrixPlan:
+            cut = packed.cut if packed else None
+            cut_scale = packed.scale.cut if packed and packed.scale else None
+            shape = layout.shape(which)
+            return MatrixPlan(idx, expert, which, weight, scale, form, shape, cut, cut_scale)
+
+        for which, (packed, stored, stored_scale) in packed_tensors(layout, names, layer).items():
             info = finder.find(stored)
+            scale_info = None
+            if stored_scale is not None:
+                scale_info = finder.find(stored_scale, scale_of=stored.name)
             if info is None or info.shape != stored.shape:
                 continue  # a problem, and noted as one
+            if stored_scale is not None and (
+                scale_info is None or scale_info.shape != stored_scale.shape
+            ):
+                continue
             for expert in range(layout.num_experts):
+                scale = None if scale_info is None else _slab(scale_info, expert)
                 part = _slab(info, expert)
-                plan = MatrixPlan(
-                    moe_layer_idx, expert, which, part, None, layout.shape(which), packed.cut
-                )
-                matrices.append(plan)
+                if packed.first_row is None:
+                    matrices.append(plan(expert, which, part, scale, packed))
+                else:
+                    part = _rows(part, packed.first_row, layout.shape(which)[0])
+                    matrices.append(plan(expert, which, part, scale))
         for expert in range(layout.num_experts):
-            for which, (weight, scale) in expert_tensors(layout, names, layer, expert).items():
+            for which, (weight, stored_scale) in expert_tensors(
+                layout, names, layer, expert
+            ).items():
                 info = finder.find(weight)
-                scale_info = None if scale is None else finder.find(scale, scale_of=weight.name)
+                scale_info = None
+                if stored_scale is not None:
+                    scale_info = finder.find(stored_scale, scale_of=weight.name)
                 if info is not None:
-                    shape = layout.shape(which)
-                    plan = MatrixPlan(moe_layer_idx, expert, which, info, scale_info, shape)
-                    matrices.append(plan)
+                    matrices.append(plan(expert, which, info, scale_info))
+                finder.expect(form.others(names.expert_tensor(layer, expert, which)))
     ignored = finder.check_rest(names)
     finder.refuse()
     return TensorTable(tuple(leaves), tuple(matrices), layouts, ignored)
@@ -191,7 +248,12 @@ class _Finder:
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self._wanted: dict[str, StoredTensor] = {}
+        self._others: set[str] = set()
         self._problems: list[str] = []
+
+    def expect(self, others: tuple[str, ...]) -> None:
+        """Tensors that may be there and are not needed."""
+        self._others.update(others)
 
     def find(self, wanted: StoredTensor, scale_of: str | None = None) -> TensorInfo | None:
         known = wanted.name in self._wanted  # a tensor two leaves are cut from is judged once
@@ -202,7 +264,7 @@ class _Finder:
         if info is None:
             problem = f"{self._checkpoint.directory}: tensor {show(wanted.name)} is missing"
             if scale_of in self._checkpoint.tensors:
-                problem += f": the block scales of FP8 {show(scale_of)}"
+                problem += f": the scales of {show(scale_of)}"
             self._problems.append(problem)
             return None
         if info.dtype not in wanted.dtypes:
@@ -219,20 +281,19 @@ class _Finder:
     def check_rest(self, names: NameMap) -> tuple[str, ...]:
         """Tensors nobody asked for are refused unless the family knows them as not needed."""
         rest = [name for name in self._checkpoint.tensors if name not in self._wanted]
-        ignored = tuple(name for name in rest if names.ignored(name))
+        ignored = tuple(name for name in rest if name in self._others or names.ignored(name))
         unknown = set(rest).difference(ignored)
         if not unknown:
             return ignored
-        weights = {names.scale_tensor(name): name for name in self._wanted}
         for name in rest:
             if name not in unknown:
                 continue
             what = "is not part of this model; config.json may be of another one"
-            weight = weights.get(name)
-            if weight is not None:
+            weight = names.weight_of_scale(name)
+            if weight in self._wanted:
                 stored = self._checkpoint.tensors.get(weight)
                 state = f"stored as {stored.dtype}" if stored else "missing"
-                what = f"holds block scales, but its weight {show(weight)} is {state}"
+                what = f"holds scales, but its weight {show(weight)} is {state}"
             self._complain(self._checkpoint.tensors[name], what)
         return ignored
 

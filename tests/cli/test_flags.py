@@ -76,6 +76,24 @@ def test_precedence_is_toml_then_environment_then_flags(tmp_path):
     assert collect(env=env | {"JAXMOE_CONFIG": str(file)}).engine["max_num_seqs"] == 1
 
 
+def test_misspelt_variables_are_named():
+    env = {
+        "JAXMOE_PROT": "1",
+        "JAXMOE_MAX_NUM_SEQ": "1",
+        "JAXMOE_SOMETHING_ELSE": "1",
+        "JAXMOE_PORT": "1",
+        "JAXMOE_SEED": "1",
+        "JAXMOE_API_KEY": "k",
+        "JAXMOE_CONFIG": "c",
+        "JAXMOE_ENGINE_SEED": "1",
+        "PATH": "x",
+    }
+    words = "\n".join(flags.unknown_variables(env))
+    assert "JAXMOE_PROT is no option of jaxmoe (did you mean 'JAXMOE_PORT'?)" in words
+    assert "did you mean 'JAXMOE_MAX_NUM_SEQS'" in words and "JAXMOE_SOMETHING_ELSE" in words
+    assert len(words.splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     "argv,env,words",
     [

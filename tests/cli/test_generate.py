@@ -5,6 +5,7 @@ reversed.
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmoe.cli import generate
+from jaxmoe.cli import command, generate
 from jaxmoe.cli.batch_lines import LineError, parse_line
 from jaxmoe.cli.batch_output import BatchOutput
 from jaxmoe.common.errors import ConfigError
@@ -112,6 +113,22 @@ def test_a_pipe_is_refused_since_the_input_is_read_twice(run, tmp_path):
     os.close(keep)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "is a pipe or a terminal, not a regular file" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--max_model_len=8"], "the prompt has .* tokens, but the context holds 8"),
+        (["--max_model_len=64", "--max_tokens=64"], "lower max_tokens to"),
+        (["--chat", "--max_model_len=8"], "the prompt has .* tokens, but the context holds 8"),
+    ],
+)
+def test_a_prompt_too_long_is_refused_before_a_weight_is_read(argv, words, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load", None)  # would be a TypeError
+    prompt = "In the beginning God created the heaven and the earth."
+    assert generate.main(["jaxmoe_generate", f"--prompt={prompt}", *argv]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and re.search(words, err) and len(err.splitlines()) == 1
 
 
 def test_a_missing_model_is_one_line(capsys):

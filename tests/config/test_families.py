@@ -9,7 +9,13 @@ import pytest
 from support import tiny_models
 
 from jaxmoe.common.errors import ConfigError
-from jaxmoe.config.model_config import ClampedSwiglu, GqaConfig, MlaConfig, ModelConfig
+from jaxmoe.config.model_config import (
+    ClampedSwiglu,
+    GatedDeltaConfig,
+    GqaConfig,
+    MlaConfig,
+    ModelConfig,
+)
 from jaxmoe.layers.rope import attention_factor
 
 MIXTRAL: dict[str, Any] = {
@@ -133,7 +139,23 @@ GPT_OSS_20B = tiny_models.hf_config("gpt_oss") | {
 DEEPSEEK_V32 = tiny_models.hf_config("deepseek_v32_fp8") | {"index_topk": 2048}
 GLM_5 = tiny_models.hf_config("glm_moe_dsa") | {"index_topk": 2048}
 KIMI_K25 = tiny_models.hf_config("kimi_k25")
+QWEN3_NEXT = tiny_models.hf_config("qwen3_next") | {
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "shared_expert_intermediate_size": 512,
+    "vocab_size": 151936,
+}
+QWEN35 = tiny_models.hf_config("qwen3_5_moe")
 BASES = {
+    "next": QWEN3_NEXT,
+    "qwen35": QWEN35,
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
     "glm": GLM_45,
@@ -239,6 +261,13 @@ def test_gpt_oss():
     assert ModelConfig.from_hf(without) == config
 
 
+def test_gpt_oss_as_published():
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": [*kept, "lm_head"]}
+    quant = ModelConfig.from_hf(GPT_OSS_20B | {"quantization_config": quantization}).quant
+    assert (quant.format, quant.only_experts) == ("mxfp4", True)
+
+
 def test_sparse_models_are_dense_ones_up_to_what_the_indexer_takes():
     config = ModelConfig.from_hf(DEEPSEEK_V32)
     assert config.max_position == 2048 and "index_topk = 2048" in config.max_position_reason
@@ -251,6 +280,47 @@ def test_sparse_models_are_dense_ones_up_to_what_the_indexer_takes():
     config = ModelConfig.from_hf(GLM_5 | shared)
     assert config.attention == MlaConfig(4, 192, 512, 192, 64, 256, 256**-0.5)
     assert config.max_position == 2048 and config.rope.theta == 1e6
+
+
+def test_qwen3_next():
+    config = ModelConfig.from_hf(QWEN3_NEXT)
+    assert config.attention == GqaConfig(16, 2, 256, 1 / 16, "head", output_gate=True)
+    assert config.linear_attention == GatedDeltaConfig(16, 32, 128, 128, 4, True)
+    assert config.linear_attention.conv_channels == 8192
+    assert config.linear_layers == tuple(i for i in range(48) if i % 4 != 3)
+    assert config.rope.dim == 64 and config.rope.theta == 1e7 and not config.rope.interleaved
+    assert config.norm_offset == 1.0
+    moe = config.moe
+    assert (moe.shared_intermediate, moe.shared_gate, moe.router.renormalize) == (512, True, True)
+    assert config.moe_layers == tuple(range(48))
+    by_layer = QWEN3_NEXT | {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12}
+    del by_layer["full_attention_interval"]
+    assert ModelConfig.from_hf(by_layer) == config
+    some_dense = ModelConfig.from_hf(QWEN3_NEXT | {"mlp_only_layers": [5]})
+    assert some_dense.mlp_types[5] == "dense" and some_dense.dense_intermediate == 5120
+
+
+def test_qwen35_is_its_text_model():
+    config = ModelConfig.from_hf(QWEN35)
+    assert config.architecture == "Qwen3_5MoeForConditionalGeneration"
+    assert config.linear_attention == GatedDeltaConfig(2, 4, 128, 128, 4, False)
+    assert config.linear_layers == (0, 1, 2) and config.rope.dim == 64
+    assert config.moe.router.renormalize and config.eos_token_ids == (511,)
+    assert ModelConfig.from_hf(QWEN35 | {"eos_token_id": [7, 8]}).eos_token_ids == (7, 8)
+    assert ModelConfig.from_hf(QWEN35 | {"tie_word_embeddings": True}).tie_embeddings
+    quantized = tiny_models.hf_config("qwen3_5_moe_fp8")
+    assert ModelConfig.from_hf(quantized).quant.format == "fp8_block"
+    quant = quantized.pop("quantization_config")
+    inside = quantized | {"text_config": quantized["text_config"] | {"quantization_config": quant}}
+    assert ModelConfig.from_hf(inside).quant.format == "fp8_block"
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+    rope = QWEN35["text_config"]["rope_parameters"] | yarn
+    extended = ModelConfig.from_hf(qwen35_text(rope_parameters=rope, max_position_embeddings=2**20))
+    assert extended.rope.scaling is not None and extended.rope.dim == 64
+
+
+def qwen35_text(**changes: Any) -> dict[str, Any]:
+    return QWEN35 | {"text_config": QWEN35["text_config"] | changes}
 
 
 def text_of(**changes: Any) -> dict[str, Any]:
@@ -270,7 +340,7 @@ REFUSED = [
     (
         "glm",
         {"quantization_config": {"quant_method": "compressed-tensors"}},
-        ["compressed-tensors"],
+        ["lacks 'config_groups'"],
     ),
     ("flash", {"attention_bias": True}, ["attention_bias"]),
     ("flash", {"mlp_layer_types": ["dense"]}, ["mlp_layer_types", "47"]),
@@ -282,7 +352,7 @@ REFUSED = [
     ("minimax", {"use_routing_bias": False}, ["use_routing_bias"]),
     ("minimax", {"shared_intermediate_size": 64}, ["shared_intermediate_size"]),
     ("minimax", {"scoring_func": "softmax"}, ["scoring_func"]),
-    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4"]),
+    ("gpt_oss", {"quantization_config": {"quant_method": "quark"}}, ["quark", "mxfp4"]),
     ("gpt_oss", {"attention_bias": False}, ["attention_bias", "True"]),
     ("gpt_oss", {"layer_types": ["chunked_attention"] * 24}, ["layer_types", "chunked"]),
     ("gpt_oss", {"layer_types": ["full_attention"] * 23}, ["layer_types", "24"]),
@@ -291,6 +361,23 @@ REFUSED = [
     ("v32", {"layer_types": ["linear_attention"]}, ["layer_types", "linear_attention"]),
     ("v32", {"model_type": "deepseek_v3"}, ["model_type", "deepseek_v32"]),
     ("glm5", {"hc_mult": 4}, ["hc_mult"]),
+    ("next", {"linear_num_value_heads": 24}, ["linear_num_value_heads", "16 key heads"]),
+    ("next", {"linear_value_head_dim": 40}, ["linear_value_head_dim", "16"]),
+    ("next", {"linear_key_head_dim": 24}, ["linear_key_head_dim", "16"]),
+    ("next", {"linear_conv_kernel_dim": 9}, ["linear_conv_kernel_dim", "8"]),
+    ("next", {"layer_types": ["linear_attention"] * 48}, ["layer_types", "full_attention"]),
+    ("next", {"layer_types": ["full_attention"] * 3}, ["layer_types", "48"]),
+    ("next", {"use_sliding_window": True}, ["use_sliding_window"]),
+    ("next", {"attention_bias": True}, ["attention_bias"]),
+    ("next", {"attn_output_gate": False}, ["attn_output_gate"]),
+    ("next", {"shared_expert_intermediate_size": 0}, ["shared_expert_intermediate_size"]),
+    ("qwen35", {"text_config": None}, ["lacks 'text_config'"]),
+    ("qwen35", qwen35_text(model_type="qwen3_5_text"), ["qwen3_5_text", "qwen3_5_moe_text"]),
+    ("qwen35", qwen35_text(mamba_ssm_dtype="bfloat16"), ["mamba_ssm_dtype", "float32"]),
+    ("qwen35", qwen35_text(mlp_only_layers=[1]), ["mlp_only_layers"]),
+    ("qwen35", qwen35_text(norm_topk_prob=False), ["norm_topk_prob"]),
+    ("qwen35", qwen35_text(hidden_act="gelu"), ["text_config", "hidden_act"]),
+    ("qwen35", {"quantization_config": {"quant_method": "awq"}}, ["awq"]),
     ("kimi", {"text_config": None}, ["lacks 'text_config'"]),
     ("kimi", {"tie_word_embeddings": True}, ["tie_word_embeddings"]),
     ("kimi", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "inside"]),
@@ -299,7 +386,7 @@ REFUSED = [
     (
         "kimi",
         text_of(quantization_config={"quant_method": "compressed-tensors"}),
-        ["text_config", "compressed-tensors"],
+        ["text_config", "lacks 'config_groups'"],
     ),
 ]
 

@@ -103,3 +103,45 @@ def test_logprobs_come_only_where_asked(step):
     assert with_logprobs.top_ids == list(np.argsort(-raw)[:3])
     np.testing.assert_allclose(with_logprobs.top_logprobs, np.sort(logp)[::-1][:3], rtol=1e-4)
     assert list(without.top_ids) == []
+
+
+class AlwaysTwo:
+    """A policy that tells what it was asked and told."""
+
+    def __init__(self):
+        self.asked, self.told, self.skipped = [], [], 0
+
+    def choose(self, contexts):
+        self.asked.append(list(contexts))
+        return 2
+
+    def observe(self, seconds):
+        self.told.append(seconds)
+
+    def skip(self):
+        self.skipped += 1
+
+
+def test_the_policy_splits_decodes_only_and_learns_from_compiled_programs_only(step):
+    tiny = tiny_engine.model(tiny_engine.config())
+    policy = AlwaysTwo()
+    split = tiny_engine.step(tiny, LAYOUT, num_slots=4, chunk_tokens=16, policy=policy)
+    texts, pages = [[3, 1, 4, 1, 5], [2, 7, 1, 8]], [[9, 2], [5, 11]]
+    drawn = {}
+    for name, one in (("merged", step), ("split", split)):
+        for slot in range(2):
+            one.assign(slot)
+        one.run("prefill", at([row(texts[i], 0, 3, pages[i], i) for i in range(2)]))
+        drawn[name] = []
+        for i in (0, 0, 0):  # the same step again, so that its program is there
+            rows = at([row(texts[0], 3 + i, 1, pages[0], 0), row(texts[1], 3 + i, 1, pages[1], 1)])
+            drawn[name].append([r.token_id for r in one.run("decode", rows)])
+        alone = at([row(texts[0], 4, 1, pages[0], 0)])
+        drawn[name].append([r.token_id for r in one.run("decode", alone)])
+    assert drawn["split"] == drawn["merged"]
+    assert policy.asked == [[3, 3]] * 3 + [[4]]
+    assert policy.skipped == 2 and len(policy.told) == 2 and min(policy.told) > 0
+    # Of the same step merged, and asked for: no other program's results.
+    rows = at([row(texts[0], 3, 1, pages[0], 0), row(texts[1], 3, 1, pages[1], 1)])
+    assert [r.token_id for r in split.run("decode", rows, num_microbatches=1)] == drawn["merged"][0]
+    assert split.last_compiled and len(policy.asked) == 4

@@ -30,7 +30,7 @@ def write(path: Path, case: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["deepseek_v3_fp8", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["deepseek_v3_fp8", "qwen3_moe", "qwen3_next"])
 def directory(request, tmp_path_factory):
     return write(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -109,6 +109,22 @@ def test_same_bits_in_any_mix_with_windows_sinks_and_biases(tmp_path, case):
     with load(write(tmp_path, case)) as llm:
         alone = [results(llm.generate(p, params))[0] for p in prompts]
         assert results(llm.generate(prompts[::-1], params)) == alone[::-1]
+
+
+def test_recurrent_states_are_reported_and_without_room_prompts_are_computed_whole(tmp_path):
+    prompt, params = TEXT[:60], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    write(tmp_path, "qwen3_next")
+    texts = []
+    for options in ({}, {"state_cache_gb": 0}, {"state_cache_gb": 0, "prefix_cache": False}):
+        with load(tmp_path, **options) as llm:
+            texts += [llm.generate(prompt, params)[0].outputs[0].token_ids for _ in range(2)]
+            kept, engine = "state_cache_gb" not in options, llm.engine
+            assert (engine.prefix is not None) is kept
+            hits = (len(llm.prompt_ids(prompt)) - 1) // 8 * 8
+            assert not kept or engine.prefix.hit_tokens == hits > 0
+            assert "recurrent states: 0.8 MiB each, 4 for running sequences and " in llm.report
+            assert ("prefix cache off" in llm.report) is (options == {"state_cache_gb": 0})
+    assert len(set(texts)) == 1
 
 
 def test_the_start_up_report_says_what_runs_where(directory, caplog):

@@ -16,16 +16,19 @@ TEXT = (
 )
 
 
+OPTIONS = dict(
+    max_num_seqs=4,
+    max_model_len=128,
+    prefill_chunk_tokens=16,
+    page_size=4,
+    cache_dir=str(PROGRAMS),
+    show_progress=False,
+)
+
+
 @pytest.fixture(scope="module")
 def llm():
-    with LLM(
-        max_num_seqs=4,
-        max_model_len=128,
-        prefill_chunk_tokens=16,
-        page_size=4,
-        cache_dir=str(PROGRAMS),
-        show_progress=False,
-    ) as llm:
+    with LLM(**OPTIONS) as llm:
         yield llm
 
 
@@ -91,6 +94,16 @@ def test_some_mixes(llm):
 
 
 @pytest.mark.slow
-def test_two_hundred_mixes(llm):
-    hits, preemptions = check_mixes(llm, range(200), 14, penalties=True)
+def test_two_hundred_mixes_and_restarts():
+    """Each engine's mixes hold to answers that the one before gave, too."""
+    hits = preemptions = 0
+    known = None
+    for begin in range(0, 200, 40):
+        with LLM(**OPTIONS) as llm:
+            asked = list(requests(llm, random.Random(7), 20, True))
+            answers = [answer(llm, *request) for request in asked]
+            known = known or answers
+            assert answers == known
+            met = check_mixes(llm, range(begin, begin + 40), 14, penalties=True)
+            hits, preemptions = hits + met[0], preemptions + met[1]
     assert hits > 1000 and preemptions > 50

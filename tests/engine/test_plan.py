@@ -61,6 +61,7 @@ CASES = {
     ),
     "v3_fp8": ("deepseek_v3_fp8", MLA | {"n_routed_experts": 64}, "fp8", TWO),
     "v2_lite_bf16": ("deepseek_v2_lite", MLA | {"n_routed_experts": 32}, "bf16", TWO),
+    "next_fp8": ("qwen3_next", GQA | {"num_experts": 64}, "fp8", TWO | {"state_cache_gb": 0.05}),
     "kimi_fp8": ("kimi_k2_fp8", MLA | {"n_routed_experts": 64}, "fp8", ONE | {"kv_cache_gb": 0.3}),
 }
 
@@ -156,6 +157,24 @@ def test_temporaries_are_what_xla_says_at_real_dimensions(name):
     planned = temporary_bytes(tokens, model)
     print(f"{name}: planned {planned >> 10} KiB, XLA {stated >> 10} KiB")
     assert abs(planned / stated - 1) <= 0.10
+
+
+def test_recurrent_states_are_counted(tmp_path):
+    tiny_models.write_checkpoint(tmp_path / "tiny", "qwen3_next")
+    plans = {}
+    for name, options in (
+        ("default", {}),
+        ("small", {"state_cache_gb": 0.01}),
+        ("off", {"prefix_cache": False}),
+        ("more", {"prefix_cache": False, "max_num_seqs": 9}),
+    ):
+        config = EngineConfig.of({"model": str(tmp_path / "tiny"), "kv_cache_gb": 0.01} | options)
+        items = {item.name: item.nbytes for item in make_plan(config).items}
+        plans[name] = items["recurrent states"]
+    one = 3 * 4 * (4 * 128 * 128 + 3 * (2 * 2 * 128 + 4 * 128))
+    assert plans["off"] == 8 * one and plans["more"] == 9 * one
+    assert plans["small"] == (8 + int(0.01 * 2**30) // one) * one
+    assert plans["default"] == (8 + 2**30 // one) * one
 
 
 @pytest.fixture

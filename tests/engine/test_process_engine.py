@@ -67,7 +67,7 @@ def test_requests_stats_and_refusals():
                 assert items[0] == PrefillProgress(str(i), 2, 2)
                 assert [c.text for c in last.output.outputs] == [TEXT, TEXT]
                 assert last.output.prompt_token_ids == (7, i)
-                assert last.logprobs[0].top == ((1, -0.5), (7, -1.0))
+                assert last.logprobs[-1].top == ((1, -0.5), (7, -1.0))
                 assert last.output.outputs[0].timings.output_tokens == 31
             stats = front.stats()
             assert stats["generation_tokens_total"] == 20 * 31

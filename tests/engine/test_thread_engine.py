@@ -42,9 +42,9 @@ class Gate:
 
 
 @contextlib.asynccontextmanager
-async def serving(bounds=None, script=lambda prompt: LONG, **more):
+async def serving(bounds=None, script=lambda prompt: LONG, hold_s=0.0, **more):
     engine, step = fake_step.make_engine(script, **more)
-    front = ThreadEngine.on_engine(engine, model="fake", bounds=bounds)
+    front = ThreadEngine.on_engine(engine, model="fake", bounds=bounds, hold_s=hold_s)
     await front.wait_ready()
     front.engine, front.step, front.gate = engine, step, Gate(step)
     yield front
@@ -212,6 +212,49 @@ def test_a_slow_reader_gets_larger_pieces():
             assert tuple(t for d in items for t in d.token_ids) == last.output.outputs[0].token_ids
             entries = tuple(e for d in items for e in d.logprobs)
             assert entries == last.output.outputs[0].logprobs
+
+    run(test())
+
+
+def test_a_slow_reader_of_several_completions_gets_larger_pieces():
+    async def test():
+        text = b"0123456789" * 20
+        async with serving(script=lambda p: text, max_model_len=300, num_pages=400) as front:
+            stream = front.generate("a", [7], SamplingParams(temperature=0, n=4))
+            await anext(stream)
+            await settle(front)
+            await asyncio.sleep(0.05)
+            assert len(stream._items) < 60  # of 800 tokens
+            items = [item async for item in stream]
+            for i in range(4):
+                got = "".join(d.text for d in items if isinstance(d, Delta) and d.index == i)
+                assert text.decode().endswith(got) and len(got) > 190
+            last = items[-1]
+            assert [c.text for c in last.output.outputs] == [text.decode()] * 4
+
+    run(test())
+
+
+def test_short_steps_share_a_message_and_long_ones_do_not():
+    async def test():
+        async with serving(script=lambda p: LONG, hold_s=10.0) as front:
+            text, last, items = await collect(front.generate("a", [7], GREEDY))
+            assert text == LONG.decode() and last.output.text == text
+            # The first token at once, the rest when the last one came.
+            deltas = [i for i in items if isinstance(i, Delta)]
+            assert [len(d.token_ids) for d in deltas] == [1, len(LONG)]
+            # A chunk of another prompt does not hold them back either.
+            front.gate.open.clear()
+            stream = front.generate("b", [7], GREEDY)
+            front.gate.allowed.release(3)
+            assert (await anext(stream)).computed_tokens == 1
+            assert (await anext(stream)).text == "0"
+            other = front.generate("c", [8], GREEDY)
+            front.gate.allowed.release(1)
+            assert (await anext(stream)).text.startswith("1")
+            front.gate.open.set()
+            await collect(stream)
+            await collect(other)
 
     run(test())
 

@@ -6,8 +6,25 @@ from jaxmoe.engine.pulse import Pulse
 from jaxmoe.engine.watchdog import Patience, Watchdog
 
 
-def at(dog, now, steps=0, pending=True, compiling=False, longest=0.0):
-    return dog.hung(now, pending=pending, steps=steps, compiling=compiling, longest_step_s=longest)
+def at(dog, now, steps=0, pending=True, compiling=False, longest=0.0, cpu=None):
+    """cpu: of the process so far; by default it works all the time."""
+    return dog.hung(
+        now,
+        pending=pending,
+        steps=steps,
+        compiling=compiling,
+        longest_step_s=longest,
+        cpu_s=now if cpu is None else cpu,
+    )
+
+
+def test_a_compiler_that_stands_still_hangs():
+    dog = Watchdog(Patience(least_s=10), 0.0)
+    assert not at(dog, 0.0, compiling=True, cpu=5.0)
+    for now in range(1, 100):
+        assert not at(dog, now, compiling=True, cpu=5.0 + now / 2)
+    assert not at(dog, 109.0, compiling=True, cpu=54.5)
+    assert at(dog, 109.1, compiling=True, cpu=54.5)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from support.native import FORMATS, Layer, bits, make_store
+from support.native import FORMATS, MATRICES, UNGROUPED, Layer, bits, make_store, padded_columns
 
 from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi import reference
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.experts import experts_group
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Weight
 from jaxmoe.ffi.registry import NATIVE_ERRORS
@@ -42,15 +43,25 @@ def close(got, want, rounded):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize(
-    "num_experts, f, d, num_tokens, per_token",
-    [(1, 8, 16, 1, 1), (4, 50, 70, 5, 2), (16, 136, 300, 1, 8), (6, 128, 256, 70, 3)],
+    "weight_format, num_experts, f, d, num_tokens, per_token",
+    [
+        (word, *sizes)
+        for word in FORMATS
+        for sizes in [
+            (4, 50, 70, 5, 2),
+            (1, 8, 16, 1, 1),
+            (16, 136, 300, 1, 8),
+            (6, 128, 256, 70, 3),
+        ]
+        if word in UNGROUPED or sizes[0] == 4
+    ],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_experts(
     isa_runtime, family, weight_format, num_experts, f, d, num_tokens, per_token, dtype
 ):
+    f, d = padded_columns(weight_format, f), padded_columns(weight_format, d)
     layer = Layer.random(np.random.default_rng(f), weight_format, num_experts, f, d)
     args = inputs(num_tokens, num_tokens, d, num_experts, per_token, dtype)
     want = reference.ReferenceOps([layer.weights]).experts(*args, 0)
@@ -63,10 +74,17 @@ def test_experts(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("activation", [None, ClampedSwiglu(1.702, 2.0)])
+@pytest.mark.parametrize(
+    "weight_format, activation",
+    [
+        (word, activation)
+        for word in FORMATS
+        for activation in [ClampedSwiglu(1.702, 2.0), None]
+        if word in UNGROUPED or activation is not None
+    ],
+)
 def test_biases_and_clamped_swiglu(isa_runtime, family, weight_format, activation):
-    num_experts, f, d = 6, 50, 70
+    num_experts, f, d = 6, padded_columns(weight_format, 50), padded_columns(weight_format, 70)
     rng = np.random.default_rng(0)
     layer = Layer.random(rng, weight_format, num_experts, f, d)
     x, ids, weights = inputs(5, 9, d, num_experts, 3)
@@ -137,10 +155,11 @@ def test_every_fp8_code(isa_runtime, family, num_tokens, which):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("weight_format", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("weight_format", ["bf16", "fp8_block", "int4_g32", "mxfp4"])
 def test_a_token_is_the_same_bits_in_any_batch(isa_runtime, family, weight_format):
-    layer = Layer.random(np.random.default_rng(1), weight_format, 8, 140, 200)
-    x, ids, weights = inputs(3, 33, 200, 8, 3)
+    f, d = padded_columns(weight_format, 140), padded_columns(weight_format, 200)
+    layer = Layer.random(np.random.default_rng(1), weight_format, 8, f, d)
+    x, ids, weights = inputs(3, 33, d, 8, 3)
     with make_store(isa_runtime, layer) as store:
         ops = NativeOps(isa_runtime, store, family)
         whole = bits(ops.experts(x, ids, weights, 0))
@@ -149,7 +168,7 @@ def test_a_token_is_the_same_bits_in_any_batch(isa_runtime, family, weight_forma
             np.testing.assert_array_equal(bits(part), whole[begin:end])
         # Buckets: the same tokens with rows of padding after them.
         padded = ops.experts(
-            jnp.concatenate([x, jnp.full((31, 200), jnp.nan, x.dtype)]),
+            jnp.concatenate([x, jnp.full((31, d), jnp.nan, x.dtype)]),
             jnp.concatenate([ids, jnp.full((31, 3), -1, jnp.int32)]),
             jnp.concatenate([weights, jnp.full((31, 3), jnp.nan)]),
             0,
@@ -159,10 +178,13 @@ def test_a_token_is_the_same_bits_in_any_batch(isa_runtime, family, weight_forma
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_threads_and_numa_nodes_do_not_change_a_bit(family):
+@pytest.mark.parametrize("weight_format, counted", [("fp8_block", 1), ("int4_g32", 0.5625)])
+def test_threads_and_numa_nodes_do_not_change_a_bit(family, weight_format, counted):
+    """counted: bytes a weight, with the scales that are placed with the rows."""
     cpus = sorted(os.sched_getaffinity(0))
-    layer = Layer.random(np.random.default_rng(2), "fp8_block", 6, 200, 264)
-    args = inputs(4, 9, 264, 6, 2)
+    f, d = padded_columns(weight_format, 200), padded_columns(weight_format, 264)
+    layer = Layer.random(np.random.default_rng(2), weight_format, 6, f, d)
+    args = inputs(4, 9, d, 6, 2)
     topologies = [
         {"num_threads": 1},
         {"num_threads": 3},
@@ -175,7 +197,7 @@ def test_threads_and_numa_nodes_do_not_change_a_bit(family):
         with CpuRuntime(**topology) as runtime, make_store(runtime, layer) as store:
             nodes = len(topology.get("numa_nodes", [0]))
             assert len(store.bytes_per_node()) == nodes
-            assert sum(store.bytes_per_node()) == store.total_bytes == 3 * 6 * 200 * 264
+            assert sum(store.bytes_per_node()) == store.total_bytes == 3 * 6 * f * d * counted
             results.append(bits(NativeOps(runtime, store, family).experts(*args, 0)))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
@@ -222,6 +244,112 @@ def test_submit_and_wait_give_what_experts_gives(runtime):
             one, two = ops.experts(*first, layer), ops.experts(*second, layer)
             for y, want in ((y1, one), (y2, two), (y3, one)):
                 np.testing.assert_array_equal(bits(y), bits(want))
+
+
+@pytest.mark.parametrize(
+    "weight_format, num_tokens", [("bf16", 1), ("fp8_block", 1), *((x, 40) for x in FORMATS)]
+)
+def test_groups_of_experts_add_up_to_the_bits_of_the_whole(isa_runtime, weight_format, num_tokens):
+    num_experts, held = 7, 3  # the last group has one
+    f, d = padded_columns(weight_format, 50), padded_columns(weight_format, 70)
+    rng = np.random.default_rng(num_tokens)
+    layer = Layer.random(rng, weight_format, num_experts, f, d)
+    args = inputs(3, num_tokens, d, num_experts, 4)
+    biases = tuple(jnp.array(rng.standard_normal((num_experts, f)), jnp.float32) for _ in "gu")
+    arrays = [layer.weights[m].data for m in MATRICES]
+    if layer.weights["gate"].scale_inv is not None:
+        arrays += [layer.weights[m].scale_inv for m in MATRICES]
+    plain = {}
+    clamped = {"activation": ClampedSwiglu(1.702, 2.0), "biases": biases}
+    with make_store(isa_runtime, layer) as store:
+        for family in FAMILIES:
+            for options in (plain, clamped):
+
+                @jax.jit
+                def grouped(x, ids, weights, family=family, options=options):
+                    y = jnp.zeros(x.shape, jnp.float32)
+                    for first in range(0, num_experts, held):
+                        part = slice(first, first + held)
+                        y = experts_group(
+                            isa_runtime,
+                            family,
+                            y,
+                            x,
+                            ids,
+                            weights,
+                            [a[part] for a in arrays],
+                            first,
+                            activation=options.get("activation"),
+                            biases=tuple(b[part] for b in biases) if options else None,
+                        )
+                    return y
+
+                whole = NativeOps(isa_runtime, store, family).experts(*args, 0, **options)
+                assert np.abs(np.asarray(whole)).max() > 0
+                np.testing.assert_array_equal(bits(grouped(*args)), bits(whole))
+
+
+def test_errors_of_a_group(runtime):
+    layer = Layer.random(np.random.default_rng(8), "fp8_block", 3, 16, 32)
+    args = inputs(9, 2, 32, 3, 2)
+    y = jnp.zeros((2, 32), jnp.float32)
+    data = [layer.weights[m].data for m in MATRICES]
+    scales = [layer.weights[m].scale_inv for m in MATRICES]
+
+    def raises(match, y, arrays, kind=NATIVE_ERRORS, **options):
+        with pytest.raises(kind, match=match):
+            experts_group(runtime, "vector", y, *args, arrays, 0, **options).block_until_ready()
+
+    swapped = [data[2], data[1], data[0]]
+    raises(r"gate is float8_e4m3fn\[3, 32, 16\].*\[3, 32, 32\]", y, swapped + scales)
+    raises(
+        r"down's scales is float32\[2, 1, 1\].*\[3, 1, 1\]", y, data + [*scales[:2], scales[2][:2]]
+    )
+    raises(r"y is bfloat16", y.astype(jnp.bfloat16), data + scales)
+    raises(
+        r"the up bias is float32\[3, 8\]",
+        y,
+        data + scales,
+        biases=(jnp.zeros((3, 16)), jnp.zeros((3, 8))),
+    )
+    raises("4 arrays", y, [*data, scales[0]], kind=ValueError)
+    raises("without scales", y, data, kind=ValueError)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_submit_takes_biases_activations_and_packed_operands(runtime, dtype):
+    """In one program, so that one's staging is not the other's."""
+    rng = np.random.default_rng(11)
+    layer = Layer.random(rng, "bf16", 6, 50, 70)
+    args = inputs(5, 9, 70, 6, 3, dtype)
+    biases = tuple(jnp.array(4.0 * rng.standard_normal((6, 50)), jnp.float32) for _ in "gu")
+    options = [{}, {"biases": biases, "activation": ClampedSwiglu(1.702, 2.0)}]
+    with make_store(runtime, layer) as store:
+        forms = [NativeOps(runtime, store, "vector", packed=packed) for packed in (False, True)]
+
+        @jax.jit
+        def halves(args, other):
+            results = []
+            for option in options:
+                tickets = []
+                for slot, ops in enumerate(forms):
+                    ticket, other = ops.experts_submit(*args, 0, other, slot=slot, **option)
+                    tickets.append(ticket)
+                for slot, ops in enumerate(forms):
+                    y, other = ops.experts_wait(tickets[slot], 9, 70, other, slot=slot)
+                    results.append(y)
+            return results, other
+
+        got, other = halves(args, jnp.arange(3))
+        want = [forms[0].experts(*args, 0, **option) for option in options]
+        for y, w in zip(got, (want[0], want[0], want[1], want[1]), strict=True):
+            np.testing.assert_array_equal(bits(y), bits(w))
+        assert not np.array_equal(bits(want[0]), bits(want[1]))
+        np.testing.assert_array_equal(other, np.arange(3))
+        odd = (args[0][:, :69], *args[1:])
+        if dtype == jnp.bfloat16:
+            with pytest.raises(ValueError, match="even number of columns"):
+                forms[1].experts_submit(*odd, 0)
 
 
 def test_what_is_passed_through_is_not_copied(runtime):

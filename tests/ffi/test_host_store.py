@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.native import Layer, bits, make_store
+from support.native import Layer, bits, make_store, padded_columns
 
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
@@ -14,6 +14,14 @@ from jaxmoe.ffi.host_store import native_host_store
 from jaxmoe.ffi.native_ops import NativeOps
 
 GATE, UP, DOWN = range(3)
+
+
+@pytest.fixture(params=["fp8_block", "fp8_channel", "int4_g32", "mxfp4"])
+def any_layer(request):
+    k = padded_columns(request.param, 136)
+    return Layer.random(
+        np.random.default_rng(0), request.param, 3, padded_columns(request.param, 40), k
+    )
 
 
 @pytest.fixture
@@ -31,13 +39,14 @@ def matrices(layer):
 
 @pytest.mark.parametrize("backing", ["arena", "mmap"])
 @pytest.mark.parametrize("nodes", [None, [[0], [0]]])
-def test_filled_from_a_file(tmp_path, layer, backing, nodes):
+def test_filled_from_a_file(tmp_path, any_layer, backing, nodes):
+    layer = any_layer
     path = tmp_path / "weights"
     path.write_bytes(b"\0" * 7 + b"".join(data for _, _, data, _ in matrices(layer)))
-    x = jnp.ones((2, 136), jnp.bfloat16)
+    x = jnp.ones((2, layer.dims[2]), jnp.bfloat16)
     ids = jnp.array([[0, 2], [1, -1]], jnp.int32)
     with CpuRuntime(num_threads=2, numa_nodes=nodes) as runtime:
-        store = native_host_store(runtime, [(*layer.dims, "fp8_block")], backing)
+        store = native_host_store(runtime, [(*layer.dims, layer.weight_format)], backing)
         file_idx = store.map_file(str(path)) if backing == "mmap" else -1
         with open(path, "rb") as file:
             offset = 7
@@ -48,14 +57,19 @@ def test_filled_from_a_file(tmp_path, layer, backing, nodes):
                     store.read_matrix(0, e, which, file.fileno(), offset)
                 store.set_scale(0, e, which, scale)
                 offset += len(data)
-        assert store.total_bytes == sum(store.bytes_per_node()) == offset - 7
+        counted = offset - 7
+        if not layer.weight_format.startswith("fp8"):
+            counted += sum(scale.nbytes for _, _, _, scale in matrices(layer))
+        assert store.total_bytes == sum(store.bytes_per_node()) == counted
         for e, which, data, scale in matrices(layer):
             rows = store.segments(0, e, which)
             assert b"".join(view.tobytes() for _, _, view in rows) == data
             assert [view.flags.writeable for _, _, view in rows] == [backing == "arena"] * len(rows)
             if nodes is None or backing == "mmap":
                 assert store.matrix(0, e, which).tobytes() == data
-            np.testing.assert_array_equal(store.scale(0, e, which), scale)
+            got = store.scale(0, e, which)
+            assert got.dtype == scale.dtype and not got.flags.writeable
+            np.testing.assert_array_equal(got, scale)
         got = NativeOps(runtime, store, "vector").experts(x, ids, jnp.ones((2, 2)), 0)
         with make_store(runtime, layer) as other:
             want = NativeOps(runtime, other, "vector").experts(x, ids, jnp.ones((2, 2)), 0)
@@ -120,7 +134,8 @@ def test_ids_are_reused_lowest_first(runtime, layer):
     "layers, backing, match",
     [
         ([(3, 0, 8, "bf16")], "arena", "layer 0 .* intermediate 0"),
-        ([(3, 8, 8, "int3")], "arena", '"int3"; wanted "bf16", "f32" or "fp8_block"'),
+        ([(3, 8, 8, "int3")], "arena", '"int3"; wanted "f32", "bf16", .* or "mxfp8"'),
+        ([(3, 8, 32, "mxfp4")], "arena", "layer 0 of format mxfp4 has rows of 8 weights"),
         ([(3, 8, 8, "bf16")], "disk", '"disk"; wanted "arena" or "mmap"'),
         ([(1 << 16, 1 << 20, 1 << 20, "f32")], "arena", "more than a petabyte"),
         ([(1 << 30, 8, 8, "f32")], "arena", "num_experts 1073741824.*wanted 1 to 65536"),
@@ -137,8 +152,14 @@ def test_scales_are_checked(runtime, layer):
         store.set_scale(0, 0, GATE, np.ones((1, 1), np.float32))
     with pytest.raises(ValueError, match="2"):
         store.set_scale(0, 0, GATE, np.ones(2, np.float32))
-    with pytest.raises(ValueError, match="not fp8_block"):
+    with pytest.raises(ValueError, match="its format is bf16"):
         store.set_scale(1, 0, GATE, np.ones((1, 1), np.float32))
+    with pytest.raises(ValueError, match="is float64; wanted float32, bfloat16 or uint8"):
+        store.set_scale(0, 0, GATE, np.ones((1, 2)))
+    with pytest.raises(ValueError, match="is uint8 .*; wanted float32 for format fp8_block"):
+        store.set_scale(0, 0, GATE, np.ones((1, 2), np.uint8))
+    with pytest.raises(ValueError, match="C-contiguous"):
+        store.set_scale(0, 0, GATE, np.ones((2, 4), np.float32)[:1, ::2])
     with pytest.raises(ValueError, match="no scales"):
         store.scale(1, 0, GATE)
     store.close()

@@ -8,6 +8,7 @@ import pytest
 
 from jaxmoe.ffi import reference
 from jaxmoe.ffi.ops import StepInputs, Weight
+from jaxmoe.quant.formats import scale_shape
 
 
 def fp8_weight(rng: np.random.Generator, *shape: int) -> Weight:
@@ -28,6 +29,48 @@ def test_dequantize_covers_every_fp8_code_exactly():
     want = data.astype(np.float32) * np.repeat(np.repeat(scale, 128, 0), 128, 1)[:130]
     np.testing.assert_array_equal(got, want)
     assert np.isnan(got[0, [0x7F, 0xFF]]).all() and np.isfinite(np.delete(got[0], [127, 255])).all()
+
+
+@pytest.mark.parametrize(
+    "word, values",
+    [
+        ("int4_g32", [*range(-8, 8)]),
+        ("int4_g128", [*range(-8, 8)]),
+        ("mxfp4", [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]),
+    ],
+)
+def test_dequantize_covers_every_nibble_in_every_group(word, values):
+    """Low nibbles are even columns; each group has its own scale."""
+    rng = np.random.default_rng(4)
+    nibbles = np.stack([rng.permutation(np.tile(np.arange(16), 16)) for _ in range(6)])  # [6, 256]
+    data = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).astype(np.uint8)
+    shape = scale_shape(word, 6, 256)
+    if word == "mxfp4":
+        scale = rng.integers(1, 250, shape).astype(np.uint8)
+        factor = np.exp2(scale.astype(np.float64) - 127)
+    else:
+        scale = rng.standard_normal(shape).astype(jnp.bfloat16)
+        factor = scale.astype(np.float64)
+    got = np.asarray(reference.dequantize(Weight(jnp.array(data), jnp.array(scale))))
+    want = np.array(values, np.float64)[nibbles] * np.repeat(factor, 256 // shape[1], 1)
+    normal = np.abs(want) >= np.finfo(np.float32).tiny  # XLA may flush what is not
+    np.testing.assert_array_equal(got[normal], want[normal])
+    assert normal.mean() > 0.8
+
+
+def test_dequantize_of_exponents_and_rows():
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    data, value = np.tile(codes, (3, 1)), codes.astype(np.float64)
+    powers = np.array([[127] * 8, [100, 127, 130, 20, 150, 200, 126, 128], [254] * 8], np.uint8)
+    got = np.asarray(reference.dequantize(Weight(jnp.array(data), jnp.array(powers))))
+    with np.errstate(over="ignore"):
+        want = (value * np.repeat(np.exp2(powers.astype(np.float64) - 127), 32, 1)).astype("f4")
+    np.testing.assert_array_equal(got, want)
+    rows = np.array([[0.3], [-2.0], [5e-3]], np.float32)
+    got = np.asarray(reference.dequantize(Weight(jnp.array(data), jnp.array(rows))))
+    np.testing.assert_array_equal(got, codes.astype(np.float32) * rows)
+    nan = Weight(jnp.array(data), jnp.full((3, 8), 255, jnp.uint8))
+    assert np.isnan(np.asarray(reference.dequantize(nan))).all()
 
 
 @pytest.mark.parametrize("make", [fp8_weight, float_weight])

@@ -6,54 +6,60 @@ import dataclasses
 
 import numpy as np
 import pytest
-from support import tiny_models
+from support import tiny_models, tiny_quant
 from support.tiny_runner import stored_formats
 
 from jaxmoe import models
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.models import deepseek_names
-from jaxmoe.models.names import dequantize
+from jaxmoe.quant.dequantize import dequantize
+from jaxmoe.quant.formats import data_shape, scale_shape
 
 
 @pytest.mark.parametrize("case", tiny_models.CASES)
 def test_every_tensor_is_used_or_known_as_not_needed(case: str):
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
     tensors = tiny_models.make_tensors(case)
-    described = models.describe_model(config, "bfloat16", stored_formats(config, tensors))
-    names = models.name_map(config, described.specs)
-    used = set()
+    formats = stored_formats(config, tensors)
+    described = models.describe_model(config, "bfloat16", formats)
+    names = models.name_map(config, described.specs, formats)
+    used, others = set(), set()
     for path, spec in described.specs.items():
         source = names.tensors_for(path)
         for tensor in source.tensors:
             array = tensors[tensor.name]
             assert array.shape == tensor.shape
-            assert {"bfloat16": "BF16", "float32": "F32"}.get(
-                array.dtype.name, "F8_E4M3"
-            ) in tensor.dtypes
+            assert tiny_models.DTYPE_NAMES[array.dtype] in tensor.dtypes
             used.add(tensor.name)
+        others.update(source.others)
         leaf = source.transform(*(tensors[name] for name in source.names))
         assert leaf.shape == spec.shape and leaf.dtype.name == spec.dtype
     for layer in config.moe_layers:
+        form = names.expert_form(layer)
         for expert in range(config.moe.router.num_experts):
             for which in ("gate", "up", "down"):
                 name = names.expert_tensor(layer, expert, which)
-                used.add(name)
+                used.add(form.weight_name(name))
+                others.update(form.others(name))
+                if form.scale is not None:
+                    used.add(form.scale_name(name))
                 packed = names.packed_experts(layer, which)
                 if packed is not None:
-                    assert packed.tensor == name
-                    assert packed.cut(tensors[name][expert]).shape == (
-                        (config.hidden_size, config.moe.expert_intermediate)
-                        if which == "down"
-                        else (config.moe.expert_intermediate, config.hidden_size)
-                    )
-                if config.quant.format == "fp8_block":
-                    used.add(names.scale_tensor(name))
+                    n, k = config.moe.expert_intermediate, config.hidden_size
+                    n, k = (k, n) if which == "down" else (n, k)
+                    assert packed.tensor == form.weight_name(name)
+                    cut = packed.cut(tensors[packed.tensor][expert])
+                    assert cut.shape == data_shape(form.format, n, k)
+                    if packed.scale is not None:
+                        cut = packed.scale.cut(tensors[packed.scale.tensor][expert])
+                        assert cut.shape == scale_shape(form.format, n, k)
     assert used <= tensors.keys()
-    rest = tensors.keys() - used
+    assert not used & others
+    rest = tensors.keys() - used - others
     assert all(names.ignored(name) for name in rest)
     assert not any(names.ignored(name) for name in used)
     if config.architecture == "DeepseekV3ForCausalLM" and config.model_type != "kimi_k2":
-        assert "model.layers.4.eh_proj.weight" in rest
+        assert f"model.layers.{config.num_layers}.eh_proj.weight" in rest
 
 
 def test_strangers_are_not_ignored():
@@ -97,21 +103,21 @@ def test_kv_b_split_keeps_every_value(nope: int, v: int):
     attention = MlaConfig(3, None, 200, nope, 64, v, 1.0)
     rng = np.random.default_rng(0)
     w = rng.normal(size=(3 * (nope + v), 200)).astype(np.float32)
-    data, scale = tiny_models.fp8_quantize(w, tiny_models.F32)
-    exact = dequantize(data, scale)
+    data, scale = tiny_quant.fp8_block(w, tiny_models.F32)
+    exact = dequantize("fp8_block", data, scale)
     whole = deepseek_names.split_kv_b(exact, attention)
     for n in range(3):
         rows = exact[n * (nope + v) : (n + 1) * (nope + v)]
         np.testing.assert_array_equal(whole["w_uk"][n], rows[:nope].T)
         np.testing.assert_array_equal(whole["w_uv"][n], rows[nope:])
-    held = deepseek_names.head_map_format(attention, "fp8_block")
+    held = deepseek_names.head_map_format(attention, "fp8_block", "w_uk")
     assert held == ("fp8_block" if nope % 128 == 0 and v % 128 == 0 else "f32")
     if held == "fp8_block":
         parts = deepseek_names.split_kv_b(data, attention)
         scales = deepseek_names.split_kv_b_scale(scale, attention)
         for which, expected in whole.items():
             for n in range(3):
-                got = dequantize(parts[which][n], scales[which][n])
+                got = dequantize("fp8_block", parts[which][n], scales[which][n])
                 np.testing.assert_array_equal(got, expected[n])
 
 
@@ -124,12 +130,12 @@ def test_heads_across_scale_blocks_are_dequantized_with_a_warning(
     described = models.describe_model(config, "bfloat16", formats)
     path = "layers.0.attention.w_uk.data"
     assert described.specs[path].dtype == "float32"
-    assert "four times" in caplog.text
-    names = models.name_map(config, described.specs)
+    assert "4 times its stored bytes" in caplog.text
+    names = models.name_map(config, described.specs, formats)
     source = names.tensors_for(path)
     assert [t.name.rpartition(".")[2] for t in source.tensors] == ["weight", "weight_scale_inv"]
     w = np.random.default_rng(0).normal(size=(4 * 320, 512)).astype(np.float32)
-    data, scale = tiny_models.fp8_quantize(w, tiny_models.F32)
+    data, scale = tiny_quant.fp8_block(w, tiny_models.F32)
     leaf = source.transform(data, scale)
     assert leaf.shape == described.specs[path].shape
-    np.testing.assert_array_equal(leaf[1], dequantize(data, scale)[320 : 320 + 192].T)
+    np.testing.assert_array_equal(leaf[1], dequantize("fp8_block", data, scale)[320 : 320 + 192].T)

@@ -53,11 +53,16 @@ ALIKE = (
     *("mixtral", "olmoe", "glm4_moe_lite", "minimax_m2_fp8", "kimi_k25"),
     *("deepseek_v32_fp8", "glm_moe_dsa"),
 )
+# Other formats of the models above, one case a format or spelling of it.
+OTHER_FORMATS = (
+    *("glm4_moe_fp8", "kimi_k2_int4", "gpt_oss_mxfp4", "deepseek_v31_fp8", "qwen3_moe_mxfp4"),
+    *("qwen3_moe_int4", "minimax_m2_mxfp8"),
+)
 
 
 def float32_runs() -> list[Any]:
     def is_slow(case: str, backend: str) -> bool:
-        return case == "minimax_m2" or (backend == "reference" and case in ALIKE)
+        return case == "minimax_m2" or (backend == "reference" and case in (*ALIKE, *OTHER_FORMATS))
 
     return runs(is_slow)
 
@@ -96,11 +101,13 @@ def test_float32(case: str, backend: str, folder: Path):
 def bfloat16_runs() -> list[Any]:
     """On the reference, which is slow, one of each kind of model."""
     ordinary = ("deepseek_v2", "deepseek_v3_fp8", "qwen3_moe_fp8")
+    like_float32 = ("deepseek_v31_fp8", "qwen3_moe_int4", "qwen3_moe_mxfp4")
 
     def is_slow(case: str, backend: str) -> bool:
         if backend == "reference":
             return case not in ordinary
-        return case == "minimax_m2" or (case in ALIKE and case != "minimax_m2_fp8")
+        is_alike = case in (*ALIKE, *like_float32) and case != "minimax_m2_fp8"
+        return case == "minimax_m2" or is_alike
 
     return runs(is_slow)
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from support.compare import relative_error
 from support.parity import load_fixture
-from support.tiny_runner import reference_runner
+from support.tiny_runner import change_stored, reference_runner
 
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.ffi import reference
 
 MUST_EXCEED = 2e-3  # 20 times what the parity test allows
 NUM_TOKENS = 32
@@ -63,6 +64,10 @@ MUTATIONS = {
         "minimax_m2",
         edit(moe__router__correction_bias=False),
     ),
+    "norms by their stored weights": ("qwen3_next", edit(norm_offset=0.0)),
+    "whole heads of 256 turned": ("qwen3_next", edit(rope__dim=256)),
+    "ungated shared expert": ("qwen3_next", edit(moe__shared_gate=False)),
+    "no renormalisation of Qwen3.5": ("qwen3_5_moe", edit(moe__router__renormalize=False)),
     "no YaRN mscale at K2.5's factor": ("kimi_k25", edit(attention__softmax_scale=192**-0.5)),
 }
 
@@ -71,7 +76,7 @@ MUTATIONS = {
 SLOW = (
     *("no renormalisation of two", "no clipping", "scale of the part without rope"),
     *("no YaRN mscale at K2.5's factor", "no expert biases", "no router bias"),
-    "no YaRN concentration",
+    *("no YaRN concentration", "no renormalisation of Qwen3.5", "whole heads of 256 turned"),
 )
 
 
@@ -85,6 +90,122 @@ def test_mutation_is_noticed(mutation: str):
     prompt = fixture.prompts[0][:NUM_TOKENS]
     runner = reference_runner(case, "float32", change)
     (logits,) = runner.step([prompt], NUM_TOKENS)
+    assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED
+
+
+def change(suffix: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[..., None]:
+    """Changes all tensors whose names end like that."""
+
+    def apply(tensors: dict[str, np.ndarray]) -> None:
+        tensors.update({name: make(t) for name, t in tensors.items() if name.endswith(suffix)})
+
+    return apply
+
+
+def swap_nibbles(words: np.ndarray) -> np.ndarray:
+    values = words.view(np.uint8)
+    return ((values >> 4) | (values << 4)).view(words.dtype)
+
+
+def shift_groups(scale: np.ndarray) -> np.ndarray:
+    return np.roll(scale, 1, axis=-1)
+
+
+def shift_rows_of_gate_up(blocks: np.ndarray) -> np.ndarray:
+    return np.roll(blocks, 1, axis=1) if blocks.shape[1] == 320 else blocks  # not of down
+
+
+def shift_rows(scale: np.ndarray) -> np.ndarray:
+    return np.roll(scale, 1, axis=-2)
+
+
+def ungated(q: np.ndarray) -> np.ndarray:
+    """Every attention output's gate the same: a half."""
+    heads = q.copy().reshape(-1, 2, 256, q.shape[1])
+    heads[:, 1] = 0
+    return heads.reshape(q.shape)
+
+
+def last_token_only(conv: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros_like(conv[..., :-1]), conv[..., -1:]], axis=-1)
+
+
+# Of weights, where no field of the config turns a detail off.
+WEIGHT_MUTATIONS = {
+    "no output gate": ("qwen3_next", change("self_attn.q_proj.weight", ungated)),
+    "no decay": ("qwen3_next", change(".A_log", lambda a: np.full_like(a, -100.0))),
+    "no bias of the decay": ("qwen3_5_moe", change(".dt_bias", np.zeros_like)),
+    "no convolution": ("qwen3_5_moe", change(".conv1d.weight", last_token_only)),
+    "an offset in linear attention's norm": (
+        "qwen3_5_moe",
+        change("linear_attn.norm.weight", lambda w: w + w.dtype.type(1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", WEIGHT_MUTATIONS)
+def test_changed_weights_are_noticed(mutation: str):
+    case, edit_tensors = WEIGHT_MUTATIONS[mutation]
+    fixture = load_fixture(case)
+    prompt = fixture.prompts[0][:NUM_TOKENS]
+    runner = reference_runner(case, "float32", edit_tensors=edit_tensors)
+    (logits,) = runner.step([prompt], NUM_TOKENS)
+    assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED
+
+
+FORMAT_MUTATIONS = {
+    "INT4's nibbles swapped": ("kimi_k2_int4", change(".weight_packed", swap_nibbles)),
+    "INT4's scales of the next group": ("kimi_k2_int4", change(".weight_scale", shift_groups)),
+    "scales of the next 128": ("qwen3_moe_int4", change(".weight_scale", shift_groups)),
+    "MXFP4's nibbles swapped": ("gpt_oss_mxfp4", change("_blocks", swap_nibbles)),
+    "MXFP4's scales of the next group": ("gpt_oss_mxfp4", change("_scales", shift_groups)),
+    "gate and up the other way round": (
+        "gpt_oss_mxfp4",
+        change("_proj_blocks", shift_rows_of_gate_up),
+    ),
+    "packed MXFP4's nibbles swapped": ("qwen3_moe_mxfp4", change(".weight_packed", swap_nibbles)),
+    "e8m0 off by one": ("qwen3_moe_mxfp4", change(".weight_scale", lambda s: s + np.uint8(1))),
+    "MXFP8's scales of the next group": (
+        "minimax_m2_mxfp8",
+        change(".weight_scale_inv", shift_groups),
+    ),
+    "scales of the next row": ("glm4_moe_fp8", change(".weight_scale", shift_rows)),
+    "e8m0 scales of the next block": (
+        "deepseek_v31_fp8",
+        change(".weight_scale_inv", shift_groups),
+    ),
+}
+# For the slow run: of cases whose reading is held to the bytes in other tests too.
+SLOW_FORMATS = ("qwen3_moe_int4", "deepseek_v31_fp8")
+FORMAT_CASES = list(dict.fromkeys(case for case, _ in FORMAT_MUTATIONS.values()))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case in SLOW_FORMATS else [])
+        for case in FORMAT_CASES
+    ],
+)
+def test_another_reading_of_the_bytes_is_noticed(case: str):
+    fixture = load_fixture(case)
+    prompt = fixture.prompts[0][:NUM_TOKENS]
+    runner = reference_runner(case, "float32")
+    (logits,) = runner.step([prompt], NUM_TOKENS)
+    assert relative_error(logits, fixture.logits[: len(prompt)]) <= 1e-4
+    for name, (of, edit_tensors) in FORMAT_MUTATIONS.items():
+        if of == case:
+            change_stored(runner, case, "float32", edit_tensors)
+            (logits,) = runner.step([prompt], NUM_TOKENS)
+            assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED, name
+
+
+def test_another_zero_of_int4_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    values = dict(reference._NIBBLE_VALUES) | {"int4_g32": np.arange(-7, 9).astype(np.float32)}
+    monkeypatch.setattr(reference, "_NIBBLE_VALUES", values)
+    fixture = load_fixture("kimi_k2_int4")
+    prompt = fixture.prompts[0][:NUM_TOKENS]
+    (logits,) = reference_runner("kimi_k2_int4", "float32").step([prompt], NUM_TOKENS)
     assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxmoe
+from jaxmoe.common import limited_child
 from jaxmoe.common.errors import CapacityError, RequestError
 from jaxmoe.sampling import grammar as grammar_module
 from jaxmoe.sampling import grammar_check
@@ -331,12 +332,12 @@ def test_the_child_imports_nothing_from_the_working_directory(tmp_path, monkeypa
 def test_the_child_ends_with_its_owner():
     own = compiler()
     own.prepare(Spec.regex("ab"))
-    child = own._checker._child
+    child = own._checker._child._child
     assert child.poll() is None
     own.close()
     assert child.poll() is not None
     own.prepare(Spec.regex("abc"))
-    child = own._checker._child
+    child = own._checker._child._child
     del own
     gc.collect()
     assert child.poll() is not None
@@ -344,7 +345,7 @@ def test_the_child_ends_with_its_owner():
 
 @pytest.mark.parametrize("program", ["/bin/false", "/no/such/file"])
 def test_a_child_that_cannot_start_is_an_error_of_ours(program, monkeypatch):
-    monkeypatch.setattr(grammar_check.sys, "executable", program)
+    monkeypatch.setattr(limited_child.sys, "executable", program)
     with pytest.raises(CapacityError, match="did not start"):
         compiler().prepare(Spec.regex("ab"))
 

@@ -1,7 +1,8 @@
 """The scheduler driven by an engine computable by hand: the next token is a hash of all tokens
 before it, read back from a dictionary keyed by (page, offset), so a wrong page, position or replay
 gives a wrong text. Every entry also says which kind of step wrote it and for whom: a sequence
-must meet nothing but what it would have written itself.
+must meet nothing but what it would have written itself. With `states` a sequence has a recurrent
+state too, in slots: all the tokens so far.
 """
 
 import random
@@ -10,6 +11,7 @@ import pytest
 
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
+from jaxmoe.kv_cache.states import StateCache
 from jaxmoe.request import Request, Sequence, Status
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.scheduler.scheduler import Scheduler
@@ -30,7 +32,9 @@ def alone(prompt, count):
 
 
 class FakeEngine:
-    def __init__(self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8, prefix=False):
+    def __init__(
+        self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8, prefix=False, states=None
+    ):
         self.allocator = PageAllocator(pages, page_size)
         self.prefix = PrefixCache(self.allocator) if prefix else None
         self.scheduler = Scheduler(
@@ -38,7 +42,10 @@ class FakeEngine:
             max_num_seqs=max_num_seqs,
             prefill_chunk_tokens=chunk,
             prefix=self.prefix,
+            states=None if states is None else StateCache(max_num_seqs, states),
         )
+        self.num_slots = max_num_seqs
+        self.states = {}  # slot -> origins of the tokens it has taken in
         self.origin = {}
         self.num_prefilled = 0
         self.memory = {}
@@ -84,6 +91,8 @@ class FakeEngine:
                 assert self.origin[slot] == (kind, salt, tuple(tokens[: position + 1]))
             seen = [self.memory[(seq.pages[p // size], p % size)] for p in range(end)]
             drawn.append(next_token(seen))
+            if self.prefix is None or self.scheduler.states is not None:
+                self.move_state(plan.kind, row, tokens)
         self.scheduler.advance(plan)
         for row, token in zip(plan.rows, drawn, strict=True):
             if not row.samples:
@@ -100,7 +109,28 @@ class FakeEngine:
         assert all(self.allocator.holders(p) == held.count(p) for p in held)
         if self.prefix is not None:
             self.prefix.check()
+        if self.scheduler.states is not None:
+            self.scheduler.states.check()
         return plan
+
+    def move_state(self, kind, row, tokens):
+        """As Ops.gated_delta would: from a slot to the sequence's own, and to where it is kept."""
+        seq = row.seq
+        source = seq.slot if seq.state_from < 0 else seq.state_from
+        assert seq.is_new or seq.state_from < 0
+        state = self.states[source] if row.start else ()
+        before = [
+            ("prefill" if p < seq.num_prompt else "decode", seq.token(p)) for p in range(row.start)
+        ]
+        assert list(state) == before, "the state of another text"
+        saves = dict(row.saves)
+        for position in range(row.start, row.start + row.count):
+            state = (*state, (kind, tokens[position]))
+            if (slot := saves.pop(position + 1, None)) is not None:
+                assert slot >= self.num_slots and kind == "prefill"
+                self.states[slot] = state
+        assert not saves
+        self.states[seq.slot] = state
 
     def drain(self, limit=10_000):
         for _ in range(limit):
@@ -292,10 +322,64 @@ def test_preemption_finds_its_own_prompt_again():
     assert engine.prefix.hit_tokens == 0
 
 
+def test_a_chat_goes_on_from_the_state_of_its_last_turn():
+    engine = FakeEngine(prefix=True, pages=400, chunk=64, states=2)
+    first = engine.add("first", range(100), 30)
+    engine.drain()
+    turn = [*range(100), *first.output_token_ids, 1, 2, 3]
+    second = engine.add("second", turn, 4)
+    engine.drain()
+    # A whole page ends at 96 within the first turn, whose last token is always computed.
+    assert second.num_cached == 96 and engine.num_prefilled == 100 + 37
+    assert second.output_token_ids == alone(turn, 4)
+
+
+def test_where_prompts_part_the_second_keeps_a_state_for_the_third():
+    engine = FakeEngine(prefix=True, states=3)
+    cached = []
+    for i, name in enumerate("abc"):
+        seq = engine.add(name, [*range(17), *[i] * 14], 2)
+        engine.drain()
+        cached.append(seq.num_cached)
+        assert seq.output_token_ids == alone([*range(17), *[i] * 14], 2)
+    assert cached == [0, 0, 16]
+
+
+def test_completions_of_one_prompt_start_from_one_state():
+    engine = FakeEngine(prefix=True, states=1)
+    seqs = [engine.add(str(i), range(33), 3) for i in range(3)]
+    engine.drain()
+    assert [s.num_cached for s in seqs] == [0, 32, 32] and engine.num_prefilled == 33 + 2
+
+
+def test_pages_whose_state_is_gone_are_computed_again():
+    engine = FakeEngine(prefix=True, states=1)
+    for name, start in (("a", 0), ("b", 50)):
+        engine.add(name, range(start, start + 17), 1)
+        engine.drain()
+    seq = engine.add("c", range(17), 1)
+    engine.drain()
+    assert seq.num_cached == 0 and seq.output_token_ids == alone(range(17), 1)
+
+
+def test_a_plan_that_was_not_run_keeps_no_slot():
+    engine = FakeEngine(prefix=True, states=1)
+    engine.add("a", range(9), 1)
+    for _ in range(3):
+        saves = engine.scheduler.plan().rows[0].saves
+        engine.scheduler._last_kind = "decode"
+        if saves:
+            assert [position for position, _ in saves] == [8]
+    engine.drain()
+    assert len(engine.scheduler.states) == 1
+
+
+@pytest.mark.parametrize("states", [None, 0, 1, 4])
 @pytest.mark.parametrize("seed", range(30))
-def test_random_traffic_with_shared_beginnings(seed):
+def test_random_traffic_with_shared_beginnings(seed, states):
     rng = random.Random(seed)
     engine = FakeEngine(
+        states=states,
         pages=rng.choice([12, 14, 30]),
         page_size=3,
         max_num_seqs=4,
@@ -319,7 +403,8 @@ def test_random_traffic_with_shared_beginnings(seed):
     for seq, prompt in live:
         assert seq.output_token_ids == alone(prompt, seq.request.max_tokens)
     assert engine.allocator.num_free == engine.allocator.num_pages
-    assert engine.prefix.hit_tokens > 0
+    if states != 0:
+        assert engine.prefix.hit_tokens > 0
 
 
 def test_the_only_one_that_decodes_gives_way_to_prompts_before_it():

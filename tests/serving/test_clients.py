@@ -280,11 +280,39 @@ def test_litellm(demo_server, monkeypatch):
     chunks = litellm.completion(model=f"openai/{MODEL}", api_base=base, stream=True, **more)
     text = "".join(c.choices[0].delta.content or "" for c in chunks)
     assert text == answer.choices[0].message.content
+    ask = {"model": f"openai/{MODEL}", "api_base": base, **more}
+
+    async def asynchronous():
+        whole = await litellm.acompletion(**ask)
+        streamed = ""
+        async for c in await litellm.acompletion(**ask, stream=True):
+            streamed += c.choices[0].delta.content or ""
+        return whole.choices[0].message.content, streamed
+
+    assert asyncio.run(asynchronous()) == (text, text)
+    several = litellm.completion(**ask, n=2, logprobs=True, top_logprobs=2)
+    assert [c.message.content for c in several.choices] == [text, text]
+    entries = several.choices[0].logprobs.content
+    assert "".join(e.token for e in entries) == text and len(entries[0].top_logprobs) == 2
+    more["max_tokens"] = 80
+    called = litellm.completion(**{**ask, **more}, tools=TOOLS, tool_choice="required")
+    (call,) = called.choices[0].message.tool_calls[:1]
+    assert json.loads(call.function.arguments)["city"] in ("Ur", "Uz")
+    schema = {"name": "verse", "schema": Verse.model_json_schema(), "strict": True}
+    formed = litellm.completion(
+        **{**ask, **more}, response_format={"type": "json_schema", "json_schema": schema}
+    )
+    assert Verse.model_validate_json(formed.choices[0].message.content).chapter in range(1, 10)
+    # Functions that are strict, called or not as the model likes.
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    free = litellm.completion(**{**ask, **more}, tools=strict, parallel_tool_calls=False)
+    assert len(free.choices[0].message.tool_calls or []) <= 1
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_langchain(demo_server):
     langchain = pytest.importorskip("langchain_openai", reason="pip install .[serve_test]")
+    messages = pytest.importorskip("langchain_core.messages")
     model = langchain.ChatOpenAI(
         model=MODEL, base_url=demo_server.url + "/v1", api_key="-", temperature=0, max_tokens=8
     )
@@ -295,6 +323,18 @@ def test_langchain(demo_server):
     assert forced.tool_calls[0]["args"]["city"] in ("Ur", "Uz")
     structured = model.with_structured_output(Verse, method="json_schema")
     assert structured.invoke("Which?", max_tokens=60).book in ("Ruth", "Job")
+
+    async def asynchronous():
+        whole = await model.ainvoke("Who are you?")
+        streamed = "".join([c.content async for c in model.astream("Who are you?")])
+        return whole.content, streamed
+
+    assert asyncio.run(asynchronous()) == (answer.content, answer.content)
+    told = model.bind(logprobs=True, top_logprobs=2).invoke("Who are you?")
+    entries = told.response_metadata["logprobs"]["content"]
+    assert "".join(e["token"] for e in entries) == answer.content
+    (several,) = model.generate([[messages.HumanMessage("Who are you?")]], n=2).generations
+    assert [g.message.content for g in several] == [answer.content] * 2
 
 
 def test_no_torch_was_loaded(demo_server):

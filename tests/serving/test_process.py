@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.front import parse_events
-from support.serve_process import serve
+from support.serve_process import children, engine_pid, serve
 
 from jaxmoe.cli import serve as command
 
@@ -53,18 +53,6 @@ class Stream(threading.Thread):
         return [value for _, value in parse_events(self.text)]
 
 
-def children(pid):
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
 def get(server, path):
     return httpx.get(server.url + path, timeout=10)
 
@@ -86,7 +74,7 @@ def test_an_engine_that_dies_and_a_drain(tmp_path):
         for words in ("http://127.0.0.1:", "jaxmoe-demo", "memory planned", "ISA ", "KV cache"):
             assert words in report, report
         answer = httpx.post(server.url + CHAT, json=ASK, timeout=60).json()
-        (engine,) = children(server.process.pid)
+        engine = engine_pid(server.process.pid)
         maps = Path(f"/proc/{server.process.pid}/maps").read_text()
         assert "jaxlib" not in maps  # the front does without
 

@@ -69,7 +69,17 @@ def test_metrics_parse_and_count():
             assert http == {(CHAT, "200"): 1, (CHAT, "400"): 1, ("?", "404"): 1}
             assert families["jaxmoe_generation_tokens"].samples[0].value == 4
             assert families["jaxmoe_time_to_first_token_seconds"].type == "histogram"
-            for name in ("kv_pages_used", "requests_running", "prefix_cache_hit_tokens"):
+            assert families["jaxmoe_time_per_output_token_seconds"].type == "histogram"
+            assert families["jaxmoe_queue_seconds"].type == "histogram"
+            for name in (
+                *("requests_running", "requests_waiting", "waiting_prompt_tokens"),
+                *("prompt_tokens", "cached_prompt_tokens", "generation_tokens"),
+                *("kv_pages", "kv_pages_used", "kv_pages_free", "kv_pages_cached"),
+                *("prefix_cache_query_tokens", "prefix_cache_hit_tokens"),
+                *("weight_bytes_read", "kv_bytes_read", "decode_bytes_read"),
+                *("last_decode_step_weight_bytes", "last_decode_step_kv_bytes"),
+                *("read_ceiling_bytes_per_second", "dram_fraction_of_ceiling"),
+            ):
                 assert f"jaxmoe_{name}" in families
 
     run(test())

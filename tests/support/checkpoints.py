@@ -99,7 +99,7 @@ def store_bytes(model: LoadedModel) -> bytes:
         for expert in range(layout.num_experts):
             for which in MATRICES:
                 parts.append(store.matrix(layer, expert, which).tobytes())
-                if layout.format == "fp8_block":
+                if layout.scale_shape(which) is not None:
                     parts.append(store.scale(layer, expert, which).tobytes())
     return b"".join(parts)
 

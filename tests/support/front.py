@@ -109,7 +109,7 @@ async def serving(
     """
     engine_args = {"num_pages": max_model_len * 2, "max_num_seqs": 4} | more.pop("engine", {})
     engine, step = fake_step.make_engine(script, max_model_len=max_model_len, **engine_args)
-    fake = ThreadEngine.on_engine(engine, model=MODEL)
+    fake = ThreadEngine.on_engine(engine, model=MODEL, hold_s=0.0)  # a step of its own each
     await fake.wait_ready()
     config = ServerConfig(port=0, **more)
     texts = Texts(ByteTokenizer(256), ChatTemplate(template), OutputFormats.of(template))

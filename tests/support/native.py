@@ -5,30 +5,50 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import cast
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxmoe.ffi import reference
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.host_store import NativeHostStore, native_host_store
 from jaxmoe.ffi.ops import Weight
+from jaxmoe.quant import formats
 
-FORMATS = ("bf16", "f32", "fp8_block")
+FORMATS = tuple(formats.FORMATS)
+# Those whose shapes are free of groups; the others share all code but the kernels, which the C++
+# tests take through every shape.
+UNGROUPED = ("bf16", "f32", "fp8_block")
 MATRICES = ("gate", "up", "down")
 
 
 def random_weight(rng: np.random.Generator, weight_format: str, *shape: int) -> Weight:
-    """`[..., N, K]` of a format; FP8 has random block scales."""
-    values = rng.standard_normal(shape).astype(np.float32)
-    if weight_format == "f32":
-        return Weight(jnp.array(values))
-    if weight_format == "bf16":
-        return Weight(jnp.array(values, jnp.bfloat16))
-    blocks = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
-    scale = rng.uniform(0.5, 2.0, blocks).astype(np.float32)
-    return Weight(jnp.array(values.astype(ml_dtypes.float8_e4m3fn)), jnp.array(scale))
+    """`[..., N, K]` of a format, values around 1, with random scales."""
+    *lead, n, k = shape
+    word = cast(formats.WeightFormat, weight_format)
+    info = formats.FORMATS[word]
+    if info.bits == 4:
+        data = rng.integers(0, 256, (*lead, *formats.data_shape(word, n, k)), np.uint8)
+    else:
+        values = rng.standard_normal(shape).astype(np.float32)
+        data = values.astype(jnp.dtype(info.data_dtype))
+    wanted = formats.scale_shape(word, n, k)
+    if wanted is None:
+        return Weight(jnp.array(data))
+    if info.scale_dtype == "uint8":
+        scale = rng.integers(125, 129, (*lead, *wanted)).astype(np.uint8)
+    else:
+        scale = rng.uniform(0.5, 2.0, (*lead, *wanted)).astype(jnp.dtype(info.scale_dtype))
+        if info.bits == 4:
+            scale = scale / np.array(4, scale.dtype)  # nibbles reach to -8
+    return Weight(jnp.array(data), jnp.array(scale))
+
+
+def padded_columns(weight_format: str, k: int) -> int:
+    """The least number of columns from `k` on that the format can have."""
+    info = formats.FORMATS[cast(formats.WeightFormat, weight_format)]
+    return -(-k // info.group_cols) * info.group_cols if info.whole_groups else k
 
 
 @dataclasses.dataclass
@@ -48,7 +68,8 @@ class Layer:
 
     @property
     def dims(self) -> tuple[int, int, int]:
-        return tuple(self.weights["gate"].data.shape)
+        gate = self.weights["gate"]
+        return (*gate.data.shape[:-1], gate.num_columns)
 
 
 @contextlib.contextmanager

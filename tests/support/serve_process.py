@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -46,12 +47,14 @@ def demo_with_tools(folder: Path) -> Path:
 
 
 class ServeProcess:
-    """url: what it printed. out, err: its lines so far."""
+    """url: what it printed. out, err: its lines so far. within: a command that starts the one
+    behind it in a smaller world.
+    """
 
-    def __init__(self, *flags: str, **environment: str) -> None:
+    def __init__(self, *flags: str, within: Sequence[str] = (), **environment: str) -> None:
         argv = [sys.executable, "-m", "jaxmoe.cli.serve", "--port=0", f"--cache_dir={CACHE}"]
         self.process = subprocess.Popen(
-            [*argv, *flags],
+            [*within, *argv, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -101,14 +104,37 @@ class ServeProcess:
         return code
 
 
+def children(pid: int) -> list[int]:
+    """Living processes that `pid` started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def engine_pid(pid: int) -> int | None:
+    """The engine process of a server, if there is one now."""
+    for child in children(pid):
+        with contextlib.suppress(OSError):
+            if b"engine_process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    return None
+
+
 @contextlib.contextmanager
-def serve(*flags: str, **environment: str):
+def serve(*flags: str, within: Sequence[str] = (), **environment: str):
     """A server that is ready; killed at the end if it is still there."""
-    server = ServeProcess(*flags, **environment)
+    server = ServeProcess(*flags, within=within, **environment)
     try:
         yield server.start()
     finally:
         if server.process.poll() is None:
+            # Its engine too: a stopped one would not notice, and keep the pipes open.
+            for pid in children(server.process.pid):
+                os.kill(pid, signal.SIGKILL)
             server.process.kill()
             server.process.wait(10)
         for stream in (server.process.stdout, server.process.stderr):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config.model_config import ModelConfig
-from jaxmoe.decode.hybrid_step import HybridStep
+from jaxmoe.decode.hybrid_step import BatchPolicy, HybridStep
 from jaxmoe.ffi.ops import Weight
 from jaxmoe.ffi.reference import ReferenceOps
 from jaxmoe.kv_cache import store
@@ -63,7 +63,14 @@ def model(model_config: ModelConfig, seed: int = 0) -> TinyModel:
     return TinyModel(model_config, description.graphdef, state, ops)
 
 
-def step(tiny: TinyModel, layout: CacheLayout, *, num_slots: int, chunk_tokens: int) -> HybridStep:
+def step(
+    tiny: TinyModel,
+    layout: CacheLayout,
+    *,
+    num_slots: int,
+    chunk_tokens: int,
+    policy: BatchPolicy | None = None,
+) -> HybridStep:
     caches = store.allocate(cache_spec(tiny.config, "float32"), layout.num_pages, layout.page_size)
     return HybridStep(
         tiny.graphdef,
@@ -75,4 +82,5 @@ def step(tiny: TinyModel, layout: CacheLayout, *, num_slots: int, chunk_tokens: 
         num_slots=num_slots,
         chunk_tokens=chunk_tokens,
         vocab_size=tiny.config.vocab_size,
+        policy=policy,
     )

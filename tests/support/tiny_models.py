@@ -18,8 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+
+from support import tiny_quant
+from support.tiny_quant import BF16, E8M0, F32, FP8
 
 CONFIG_DIR = Path(__file__).parents[2] / "configs" / "tiny"
 CASES = (
@@ -41,16 +43,51 @@ CASES = (
     "gpt_oss",
     "deepseek_v32_fp8",
     "glm_moe_dsa",
+    "qwen3_next",
+    "qwen3_next_fp8",
+    "qwen3_5_moe",
+    "qwen3_5_moe_fp8",
+    "glm4_moe_fp8",
+    "kimi_k2_int4",
+    "gpt_oss_mxfp4",
+    "deepseek_v31_fp8",
+    "qwen3_moe_mxfp4",
+    "qwen3_moe_int4",
+    "minimax_m2_mxfp8",
 )
+# The format of the routed experts in the quantized ones.
+FORMATS = {
+    **dict.fromkeys(
+        (
+            *("deepseek_v3_fp8", "kimi_k2_fp8", "qwen3_moe_fp8", "minimax_m2_fp8"),
+            *("deepseek_v32_fp8", "deepseek_v31_fp8", "qwen3_next_fp8", "qwen3_5_moe_fp8"),
+        ),
+        "fp8_block",
+    ),
+    "glm4_moe_fp8": "fp8_channel",
+    "kimi_k2_int4": "int4_g32",
+    "qwen3_moe_int4": "int4_g128",
+    "gpt_oss_mxfp4": "mxfp4",
+    "qwen3_moe_mxfp4": "mxfp4",
+    "minimax_m2_mxfp8": "mxfp8",
+}
 # Written as several files with an index; the others are one file.
-SHARDED = ("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25")
+SHARDED = (
+    *("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25", "kimi_k2_int4"),
+    "qwen3_5_moe",
+)
+# With a vision tower, and the text model's tensors under a part of their own.
+_QWEN35 = ("qwen3_5_moe", "qwen3_5_moe_fp8")
+_GATED_DELTA = ("qwen3_next", "qwen3_5_moe_text")  # model types with linear attention
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-F32 = np.dtype(np.float32)
-_DTYPE_NAMES = {BF16: "BF16", FP8: "F8_E4M3", F32: "F32"}
-_BLOCK = 128
-_FP8_MAX = 448.0
+DTYPE_NAMES = {
+    BF16: "BF16",
+    FP8: "F8_E4M3",
+    F32: "F32",
+    E8M0: "F8_E8M0",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.uint8): "U8",
+}
 
 
 def hf_config(case: str) -> dict[str, Any]:
@@ -67,34 +104,14 @@ def _normal(name: str, seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return (centred.astype(np.float64) * (3**0.5 / 65536)).astype(np.float32).reshape(shape)
 
 
-def fp8_quantize(w: np.ndarray, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 `[N, K]` to E4M3 data and `scale_inv [ceil(N/128), ceil(K/128)]`."""
-    n, k = w.shape
-    blocks_n, blocks_k = -(-n // _BLOCK), -(-k // _BLOCK)
-    padded = np.zeros((blocks_n * _BLOCK, blocks_k * _BLOCK), np.float32)
-    padded[:n, :k] = w
-    tiles = padded.reshape(blocks_n, _BLOCK, blocks_k, _BLOCK)
-    scale = (np.abs(tiles).max(axis=(1, 3)) / _FP8_MAX).astype(scale_dtype)
-    scaled = tiles / scale.astype(np.float32)[:, None, :, None]
-    data = np.clip(scaled, -_FP8_MAX, _FP8_MAX).reshape(padded.shape)[:n, :k].astype(FP8)
-    return data, scale
-
-
-def dequantize(data: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
-    """The exact float32 value of block-scaled FP8; partial blocks at the edges are ordinary."""
-    n, k = data.shape
-    scale = scale_inv.astype(np.float32).repeat(_BLOCK, axis=0)[:n].repeat(_BLOCK, axis=1)[:, :k]
-    return data.astype(np.float32) * scale
-
-
 class _Builder:
     def __init__(self, config: Mapping[str, Any], seed: int):
         self.config = config
         self.seed = seed
         self.tensors: dict[str, np.ndarray] = {}
-        self.fp8 = "quantization_config" in config
-        is_qwen = config["model_type"] == "qwen3_moe"
-        self.scale_dtype = BF16 if is_qwen else F32
+        self.scheme = tiny_quant.Scheme(config)
+        # Norm weights of these are stored as what they are beyond 1.
+        self.norm_centre = 0.0 if config["model_type"] in _GATED_DELTA else 1.0
 
     def matrix(
         self,
@@ -111,19 +128,27 @@ class _Builder:
         `plain`: not quantized, whatever the case, but of `dtype`.
         """
         w = _normal(name, self.seed, (n, k)) * np.float32(gain / k**0.5)
-        if self.fp8 and not plain:
-            data, scale = fp8_quantize(w, self.scale_dtype)
-            self.tensors[f"{name}.weight"] = data
-            self.tensors[f"{name}.weight_scale_inv"] = scale
-        else:
-            self.tensors[f"{name}.weight"] = w.astype(dtype)
+        quantized = None if plain else self.scheme.tensors(name, w)
+        if quantized is None:
+            quantized = {".weight": w.astype(dtype)}
+        self.tensors |= {name + suffix: array for suffix, array in quantized.items()}
 
     def norm(self, name: str, size: int) -> None:
-        w = 1.0 + 0.3 * _normal(name, self.seed, (size,))
+        w = self.norm_centre + 0.3 * _normal(name, self.seed, (size,))
         self.tensors[f"{name}.weight"] = w.astype(BF16)
 
     def vector(self, name: str, shape: tuple[int, ...], size: float = 0.5) -> None:
         self.tensors[name] = (size * _normal(name, self.seed, shape)).astype(BF16)
+
+    def packed(self, name: str, num_experts: int, n: int, k: int, gain: float) -> None:
+        """All experts in one tensor: inputs first, or in MXFP4 outputs first, in groups."""
+        if not self.scheme.is_mxfp4_experts:
+            self.vector(name, (num_experts, k, n), gain / k**0.5)
+            return
+        w = _normal(name, self.seed, (num_experts * n, k)) * np.float32(gain / k**0.5)
+        blocks, scales = tiny_quant.mxfp4_blocks(w)
+        self.tensors[f"{name}_blocks"] = blocks.reshape(num_experts, n, k // 32, 16)
+        self.tensors[f"{name}_scales"] = scales.reshape(num_experts, n, k // 32)
 
     def mlp(self, prefix: str, hidden: int, width: int) -> None:
         self.matrix(f"{prefix}.gate_proj", width, hidden, 1.5)
@@ -134,8 +159,10 @@ class _Builder:
 @functools.lru_cache(maxsize=2)
 def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     """All tensors of a case by their published names, with those a loader has to ignore."""
-    config = hf_config(case)
-    config = config.get("text_config", config)
+    whole = hf_config(case)
+    config = whole.get("text_config", whole)
+    if "quantization_config" in whole:  # outside the text model's
+        config = config | {"quantization_config": whole["quantization_config"]}
     b = _Builder(config, seed)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     b.tensors["model.embed_tokens.weight"] = _normal("embed", seed, (vocab, hidden)).astype(BF16)
@@ -145,12 +172,16 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
         prefix = f"model.layers.{i}"
         b.norm(f"{prefix}.input_layernorm", hidden)
         b.norm(f"{prefix}.post_attention_layernorm", hidden)
-        if "kv_lora_rank" in config:
+        if config["model_type"] in _GATED_DELTA and (i + 1) % config["full_attention_interval"]:
+            _gated_delta(b, f"{prefix}.linear_attn")
+        elif "kv_lora_rank" in config:
             _mla(b, f"{prefix}.self_attn")
         else:
             _gqa(b, f"{prefix}.self_attn")
         if i < config.get("first_k_dense_replace", 0):
             b.mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
+        elif case == "qwen3_5_moe":
+            _packed_rows_moe(b, f"{prefix}.mlp")
         elif config["model_type"] == "gpt_oss":
             _packed_moe(b, f"{prefix}.mlp")
         elif config["model_type"] in ("mixtral", "minimax_m2"):
@@ -174,6 +205,16 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
         b.tensors = {f"language_model.{name}": array for name, array in b.tensors.items()}
         b.matrix("vision_tower.encoder.blocks.0.wqkv", 192, 64)
         b.matrix("mm_projector.linear_1", 64, 64)
+    if case in _QWEN35:
+        trunk = "model.language_model."
+        b.tensors = {
+            trunk + name.removeprefix("model.") if name.startswith("model.") else name: array
+            for name, array in b.tensors.items()
+        }
+        b.matrix("model.visual.blocks.0.attn.qkv", 192, 64, plain=True)
+    if config["model_type"] in _GATED_DELTA:  # the draft head of training
+        b.norm("mtp.norm", hidden)
+        b.matrix("mtp.fc", hidden, 2 * hidden, plain=True)
     return b.tensors
 
 
@@ -205,7 +246,8 @@ def _gqa(b: _Builder, prefix: str) -> None:
     hidden, num_heads = c["hidden_size"], c["num_attention_heads"]
     head_dim = c.get("head_dim") or hidden // num_heads
     q_row, kv_row = num_heads * head_dim, c["num_key_value_heads"] * head_dim
-    for which, row in (("q", q_row), ("k", kv_row), ("v", kv_row)):
+    q_and_gate = 2 * q_row if c["model_type"] in _GATED_DELTA else q_row
+    for which, row in (("q", q_and_gate), ("k", kv_row), ("v", kv_row)):
         b.matrix(f"{prefix}.{which}_proj", row, hidden)
         if c.get("attention_bias"):
             b.vector(f"{prefix}.{which}_proj.bias", (row,))
@@ -213,12 +255,35 @@ def _gqa(b: _Builder, prefix: str) -> None:
     if c["model_type"] == "gpt_oss":
         b.vector(f"{prefix}.o_proj.bias", (hidden,))
         b.vector(f"{prefix}.sinks", (num_heads,), 2.0)
-    if c["model_type"] in ("qwen3_moe", "glm4_moe"):
+    if c["model_type"] in ("qwen3_moe", "glm4_moe", *_GATED_DELTA):
         b.norm(f"{prefix}.q_norm", head_dim)
         b.norm(f"{prefix}.k_norm", head_dim)
     elif c["model_type"] in ("olmoe", "minimax_m2"):
         b.norm(f"{prefix}.q_norm", q_row)
         b.norm(f"{prefix}.k_norm", kv_row)
+
+
+def _gated_delta(b: _Builder, prefix: str) -> None:
+    c = b.config
+    hidden, keys, values = c["hidden_size"], c["linear_num_key_heads"], c["linear_num_value_heads"]
+    key_row, value_row = keys * c["linear_key_head_dim"], values * c["linear_value_head_dim"]
+    if c["model_type"] == "qwen3_next":
+        b.matrix(f"{prefix}.in_proj_qkvz", 2 * key_row + 2 * value_row, hidden)
+        b.matrix(f"{prefix}.in_proj_ba", 2 * values, hidden, plain=True)
+    else:
+        b.matrix(f"{prefix}.in_proj_qkv", 2 * key_row + value_row, hidden)
+        b.matrix(f"{prefix}.in_proj_z", value_row, hidden)
+        b.matrix(f"{prefix}.in_proj_b", values, hidden, plain=True)
+        b.matrix(f"{prefix}.in_proj_a", values, hidden, plain=True)
+    b.vector(f"{prefix}.conv1d.weight", (2 * key_row + value_row, 1, c["linear_conv_kernel_dim"]))
+    # Half-lives from a token to a few dozen, so that old tokens and decay both show.
+    name, bias = f"{prefix}.A_log", f"{prefix}.dt_bias"
+    dtype = BF16 if c["model_type"] == "qwen3_next" else F32
+    b.tensors[name] = (_normal(name, b.seed, (values,)) - 2.0).astype(dtype)
+    b.tensors[bias] = (_normal(bias, b.seed, (values,))).astype(BF16)
+    norm = 1.0 + 0.3 * _normal(f"{prefix}.norm", b.seed, (c["linear_value_head_dim"],))
+    b.tensors[f"{prefix}.norm.weight"] = norm.astype(dtype)
+    b.matrix(f"{prefix}.out_proj", hidden, value_row, 1.5)
 
 
 def _moe(b: _Builder, prefix: str) -> None:
@@ -231,8 +296,27 @@ def _moe(b: _Builder, prefix: str) -> None:
         b.tensors[name] = 0.2 * _normal(name, b.seed, (num_experts,))
     if c.get("n_shared_experts"):
         b.mlp(f"{prefix}.shared_experts", hidden, width * c["n_shared_experts"])
+    _gated_shared_expert(b, prefix)
     for e in range(num_experts):
         b.mlp(f"{prefix}.experts.{e}", hidden, width)
+
+
+def _gated_shared_expert(b: _Builder, prefix: str) -> None:
+    c = b.config
+    if c["model_type"] in _GATED_DELTA:
+        width = c["shared_expert_intermediate_size"]
+        b.mlp(f"{prefix}.shared_expert", c["hidden_size"], width)
+        b.matrix(f"{prefix}.shared_expert_gate", 1, c["hidden_size"], 1.5, plain=True)
+
+
+def _packed_rows_moe(b: _Builder, prefix: str) -> None:
+    """All experts in one tensor, outputs first, gate rows before up rows."""
+    c = b.config
+    hidden, width, num_experts = c["hidden_size"], c["moe_intermediate_size"], c["num_experts"]
+    b.matrix(f"{prefix}.gate", num_experts, hidden, 1.5)
+    _gated_shared_expert(b, prefix)
+    b.vector(f"{prefix}.experts.gate_up_proj", (num_experts, 2 * width, hidden), 1.5 / hidden**0.5)
+    b.vector(f"{prefix}.experts.down_proj", (num_experts, hidden, width), width**-0.5)
 
 
 def _block_sparse_moe(b: _Builder, prefix: str) -> None:
@@ -251,16 +335,16 @@ def _block_sparse_moe(b: _Builder, prefix: str) -> None:
 
 
 def _packed_moe(b: _Builder, prefix: str) -> None:
-    """All experts in one tensor, inputs first, gate and up in alternate columns. Values are large
-    enough to reach the activation's limit.
+    """All experts in one tensor, gate and up alternating. Values are large enough to reach the
+    activation's limit.
     """
     c = b.config
     hidden, width, num_experts = c["hidden_size"], c["intermediate_size"], c["num_local_experts"]
     b.matrix(f"{prefix}.router", num_experts, hidden, 1.5)
     b.vector(f"{prefix}.router.bias", (num_experts,))
-    b.vector(f"{prefix}.experts.gate_up_proj", (num_experts, hidden, 2 * width), 3.0 / hidden**0.5)
+    b.packed(f"{prefix}.experts.gate_up_proj", num_experts, 2 * width, hidden, 3.0)
     b.vector(f"{prefix}.experts.gate_up_proj_bias", (num_experts, 2 * width))
-    b.vector(f"{prefix}.experts.down_proj", (num_experts, width, hidden), 0.5 / width**0.5)
+    b.packed(f"{prefix}.experts.down_proj", num_experts, hidden, width, 0.5)
     b.vector(f"{prefix}.experts.down_proj_bias", (num_experts, hidden))
 
 
@@ -279,7 +363,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     offset = 0
     for name, array in tensors.items():
         header[name] = {
-            "dtype": _DTYPE_NAMES[array.dtype],
+            "dtype": DTYPE_NAMES[array.dtype],
             "shape": list(array.shape),
             "data_offsets": [offset, offset + array.nbytes],
         }

@@ -21,11 +21,14 @@ from jaxmoe import models
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.ops import StepInputs, Weight
 from jaxmoe.ffi.reference import ReferenceOps
-from jaxmoe.weights.param_spec import Formats
+from jaxmoe.kernels.device_ops import DeviceOps
+from jaxmoe.kernels.experts import DeviceGroups, ExpertGroup
+from jaxmoe.moe.experts_streamed import StreamedExperts
+from jaxmoe.weights.param_spec import Description
+from jaxmoe.weights.stored_form import Forms, Stored
 from support import tiny_models
 
 PAGE_SIZE = 16
-_SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
 ConfigEdit = Callable[[ModelConfig], ModelConfig]
 
 
@@ -33,29 +36,38 @@ def _stack_experts(tensors: Mapping[str, np.ndarray], names: Any, config: ModelC
     """One mapping a MoE layer of `Weight`s with a leading expert axis."""
     layers = []
     for layer in config.moe_layers:
-        matrices = {}
+        matrices, form = {}, names.expert_form(layer)
         for which in ("gate", "up", "down"):
             packed = names.packed_experts(layer, which)
             if packed is not None:
                 parts = [packed.cut(part) for part in tensors[packed.tensor]]
-                matrices[which] = Weight(jnp.asarray(np.stack(parts)))
-                continue
-            wanted = [
-                names.expert_tensor(layer, e, which) for e in range(config.moe.router.num_experts)
-            ]
-            data = jnp.asarray(np.stack([tensors[name] for name in wanted]))
-            scale = None
-            if config.quant.format == "fp8_block":
-                scales = [tensors[names.scale_tensor(name)].astype(np.float32) for name in wanted]
-                scale = jnp.asarray(np.stack(scales))
-            matrices[which] = Weight(data, scale)
+                scales = []
+                if packed.scale is not None:
+                    scales = [packed.scale.cut(part) for part in tensors[packed.scale.tensor]]
+            else:
+                wanted = [
+                    names.expert_tensor(layer, e, which)
+                    for e in range(config.moe.router.num_experts)
+                ]
+                parts = [tensors[form.weight_name(name)] for name in wanted]
+                scales = []
+                if form.scale is not None:
+                    scales = [tensors[form.scale_name(name)] for name in wanted]
+            data = jnp.asarray(np.stack([form.hold_weight(part) for part in parts]))
+            scale = np.stack([form.hold_scale(part) for part in scales]) if scales else None
+            matrices[which] = Weight(data, None if scale is None else jnp.asarray(scale))
         layers.append(matrices)
     return layers
 
 
-def stored_formats(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Formats:
-    dtypes = {name: _SAFETENSORS_NAMES[array.dtype.name] for name, array in tensors.items()}
-    return models.stored_formats(config, dtypes)
+def stored_formats(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Forms:
+    return models.stored_formats(
+        config,
+        {
+            name: Stored(tiny_models.DTYPE_NAMES[array.dtype], array.shape)
+            for name, array in tensors.items()
+        },
+    )
 
 
 @dataclasses.dataclass
@@ -77,7 +89,7 @@ class TinyRunner:
         weights: Any,
         *,
         num_rows: int = 3,
-        max_tokens: int = 80,
+        max_tokens: int = 112,
         compiler_options: dict[str, Any] | None = None,
     ):
         self._step_fn = jax.jit(step_fn, donate_argnums=2, compiler_options=compiler_options)
@@ -90,10 +102,20 @@ class TinyRunner:
             tuple(
                 jnp.zeros((pages.size, PAGE_SIZE, a.num_heads, a.head_dim), a.dtype) for a in arrays
             )
-            for arrays in models.cache_spec(config, compute_dtype)
+            # What no token may read is NaN.
+            or tuple(jnp.full((num_rows, *a.shape), jnp.nan, a.dtype) for a in states)
+            for arrays, states in zip(
+                models.cache_spec(config, compute_dtype), models.state_spec(config), strict=True
+            )
         ]
+        self._has_states = config.linear_attention is not None
 
         self.keep: Any = None  # what must live as long as the runner
+
+    def change_weights(self, weights: Any) -> None:
+        """Others of the same shapes and dtypes, so that nothing is compiled again."""
+        self._weights = weights
+        self.reset()
 
     def reset(self) -> None:
         for row in self._rows:
@@ -112,10 +134,17 @@ class TinyRunner:
             row.length += len(new)
         block_tables = np.stack([row.pages for row in self._rows])
         step = StepInputs(*packed, block_tables)
+        if self._has_states:
+            slots = np.arange(len(self._rows), dtype=np.int32)
+            nowhere = np.full(num_tokens, -1, np.int32)
+            step = dataclasses.replace(step, state_from=slots, state_to=slots, state_saves=nowhere)
         logits, self._caches = self._step_fn(self._weights, step, self._caches)
         logits = np.asarray(logits)
         ends = np.cumsum([len(new) for new in tokens])
         return np.split(logits[:at], ends[:-1])
+
+
+TensorsEdit = Callable[[dict[str, np.ndarray]], None]
 
 
 def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = None) -> TinyRunner:
@@ -123,14 +152,7 @@ def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = No
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
     if edit is not None:
         config = edit(config)
-    tensors = tiny_models.make_tensors(case)
-    described = models.describe_model(config, compute_dtype, stored_formats(config, tensors))
-    names = models.name_map(config, described.specs)
-    leaves = {}
-    for path in described.specs:
-        source = names.tensors_for(path)
-        leaves[path] = jnp.asarray(source.transform(*(tensors[name] for name in source.names)))
-    weights = (described.fill(leaves), _stack_experts(tensors, names, config))
+    described, weights = _reference_weights(config, case, compute_dtype)
 
     def step_fn(weights: Any, step: StepInputs, caches: Any) -> Any:
         state, experts = weights
@@ -140,6 +162,57 @@ def reference_runner(case: str, compute_dtype: str, edit: ConfigEdit | None = No
     # Compiling takes most of the time of these small models.
     quickly = {"xla_backend_optimization_level": 1}
     return TinyRunner(config, compute_dtype, step_fn, weights, compiler_options=quickly)
+
+
+def change_stored(runner: TinyRunner, case: str, compute_dtype: str, edit: TensorsEdit) -> None:
+    """Gives a reference runner of a case the weights that its changed tensors would make."""
+    config = ModelConfig.from_hf(tiny_models.hf_config(case))
+    runner.change_weights(_reference_weights(config, case, compute_dtype, edit)[1])
+
+
+def _reference_weights(
+    config: ModelConfig, case: str, compute_dtype: str, edit: TensorsEdit | None = None
+) -> tuple[Description, Any]:
+    """What the leaves and experts of a case are made of, through the names map."""
+    tensors = dict(tiny_models.make_tensors(case))
+    if edit is not None:
+        edit(tensors)
+    formats = stored_formats(config, tensors)
+    described = models.describe_model(config, compute_dtype, formats)
+    names = models.name_map(config, described.specs, formats)
+    leaves = {}
+    for path in described.specs:
+        source = names.tensors_for(path)
+        leaves[path] = jnp.asarray(source.transform(*(tensors[name] for name in source.names)))
+    return described, (described.fill(leaves), _stack_experts(tensors, names, config))
+
+
+def device_runner(
+    case: str, compute_dtype: str, kind: str, *, one_sequence: bool = False, group: int = 4
+) -> TinyRunner:
+    """The model of a case on `DeviceOps`, its kernels interpreted; experts in groups of `group`."""
+    config = ModelConfig.from_hf(tiny_models.hf_config(case))
+    described, weights = _reference_weights(config, case, compute_dtype)
+    num_experts = config.moe.router.num_experts
+
+    def step_fn(weights: Any, step: StepInputs, caches: Any) -> Any:
+        state, layers = weights
+        model = nnx.merge(described.graphdef, state)
+
+        def experts(x: Any, ids: Any, combine: Any, layer: int, **options: Any) -> Any:
+            whole = [layers[layer][which] for which in ("gate", "up", "down")]
+            groups = []
+            for first in range(0, num_experts, group):
+                part = slice(first, first + group)
+                scales = [None if w.scale_inv is None else w.scale_inv[part] for w in whole]
+                groups.append(ExpertGroup(*(w.data[part] for w in whole), *scales))
+            streamed = StreamedExperts(groups, num_experts, DeviceGroups(128, interpret=True))
+            return streamed(x, ids, combine, layer, **options)
+
+        ops = DeviceOps(experts, kind, one_sequence=one_sequence, interpret=True)
+        return model(step, caches, ops, jnp.arange(step.token_ids.shape[0]))
+
+    return TinyRunner(config, compute_dtype, step_fn, weights, num_rows=1 if one_sequence else 3)
 
 
 def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> TinyRunner:

@@ -15,7 +15,7 @@ from jaxmoe.sampling.grammar import GrammarCompiler
 from jaxmoe.structured_output import StructuredOutput
 from jaxmoe.text.tokenizer import Tokenizer
 from jaxmoe.text.tool_calls import TOOL_FORMATS, make_tool_parser
-from jaxmoe.text.tool_grammar import chosen_tools, tool_grammar
+from jaxmoe.text.tool_grammar import chosen_tools, free_grammar, tool_grammar
 
 EOS = 1
 DEMO = Tokenizer.from_dir(Path(jaxmoe.__file__).parent / "demo")
@@ -71,10 +71,17 @@ LETTERS = set(b'abXY19 ,.:"{}[]<>/\n')
 CLOSING = DEMO.encode("\n</parameter>\n", add_special_tokens=False)
 
 
-def write(spec, rng):
-    """A text that the grammar allows; of free text only some plain tokens, and it ends soon."""
+def write(spec, rng, first=()):
+    """A text that the grammar allows; of free text only some plain tokens, and it ends soon.
+    first: tokens that it begins with.
+    """
     grammar = COMPILER.matcher(spec)
     out, tokens, planned = b"", [], []
+    for token in first:
+        assert token in allowed(grammar.mask()), (out, token)
+        grammar.accept(token)
+        out += token_bytes(token)
+        tokens.append(token)
     while not grammar.complete:
         bits = allowed(grammar.mask())
         if EOS in bits and rng.random() < 0.6:
@@ -150,6 +157,57 @@ def test_a_named_function_is_called_once(format):
         assert [name for name, _ in read(format, write(spec, rng)[0])[1]] == ["now"]
     one = tool_grammar(format, TOOLS, "required", token_id, parallel=False)
     assert all(len(read(format, write(one, rng)[0])[1]) == 1 for _ in range(10))
+
+
+STRICT = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+BEGINS = {
+    "deepseek_v3": DS_BEGIN,
+    "deepseek_v31": DS_BEGIN,
+    "hermes": "<tool_call>",
+    "kimi_k2": K_BEGIN,
+    "qwen3_coder": "<tool_call>",
+}
+
+
+@pytest.mark.parametrize("marks_are_tokens", [True, False])
+@pytest.mark.parametrize("format", TOOL_FORMATS)
+def test_calls_the_model_makes_by_itself_are_held_to_strict_schemas(format, marks_are_tokens):
+    find = token_id if marks_are_tokens else lambda text: None
+    assert free_grammar(format, TOOLS, find) is None  # nothing is asked for
+    spec = free_grammar(format, STRICT, find, parallel=False)
+    rng = random.Random(2)
+    plain = DEMO.encode("Let me see.\n", add_special_tokens=False)
+    begin = [find(BEGINS[format])] if marks_are_tokens else []
+    begin = begin or DEMO.encode(BEGINS[format], add_special_tokens=False)
+    names = set()
+    for _ in range(10):
+        text, _ = write(spec, rng, [*plain, *begin])
+        content, calls = read(format, text)
+        assert content.strip() == "Let me see." and len(calls) == 1, text
+        (name, arguments) = calls[0]
+        names.add(name)
+        if name == "weather":
+            check(name, arguments, format)
+        else:
+            assert isinstance(json.loads(arguments), dict)
+    assert "weather" in names
+    # Text alone may end at any moment, and the mark cannot be written another way.
+    grammar = COMPILER.matcher(spec)
+    for token in plain:
+        assert EOS in allowed(grammar.mask())
+        grammar.accept(token)
+    if marks_are_tokens:
+        *most, last = DEMO.encode(BEGINS[format], add_special_tokens=False)
+        for token in most:
+            grammar.accept(token)
+        assert last not in allowed(grammar.mask())
+
+
+def test_several_calls_where_several_are_allowed():
+    spec = free_grammar("hermes", STRICT, token_id)
+    begin = [token_id("<tool_call>")]
+    counts = {len(read("hermes", write(spec, random.Random(i), begin)[0])[1]) for i in range(12)}
+    assert min(counts) == 1 < max(counts)
 
 
 WANTED = {

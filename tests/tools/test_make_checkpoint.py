@@ -27,9 +27,25 @@ def tool() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("case", "format"), [("qwen3_moe", "fp8"), ("deepseek_v3_fp8", "bf16")])
+@pytest.mark.parametrize(
+    ("case", "format", "wanted"),
+    [
+        ("qwen3_moe", "fp8", "fp8_block"),
+        ("deepseek_v3_fp8", "bf16", "none"),
+        ("glm4_moe", "fp8_channel", "fp8_channel"),
+        ("kimi_k2", "int4", "int4_g32"),
+        ("gpt_oss", "mxfp4", "mxfp4"),
+        ("qwen3_moe", "mxfp4", "mxfp4"),
+        ("deepseek_v3_fp8", "mxfp8", "mxfp8"),
+    ],
+)
 def test_directory_is_a_whole_checkpoint(
-    tool: ModuleType, tmp_path: Path, case: str, format: str, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType,
+    tmp_path: Path,
+    case: str,
+    format: str,
+    wanted: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = tiny_models.CONFIG_DIR / f"{case}.json"
     output = tmp_path / "out"
@@ -40,8 +56,10 @@ def test_directory_is_a_whole_checkpoint(
         assert {"tokenizer.json", "tokenizer_config.json"} < checkpoint.companions().keys()
         parsed = ModelConfig.from_hf(checkpoint.config())
         assert parsed.num_layers == 2
-        assert parsed.quant.format == ("fp8_block" if format == "fp8" else "none")
-        plan_load(checkpoint, parsed, registry, "bfloat16", 1)
+        assert parsed.quant.format == wanted
+        plan = plan_load(checkpoint, parsed, registry, "bfloat16", 1)
+        experts = {layout.format for layout in plan.table.layouts}
+        assert experts == {"bf16" if wanted == "none" else wanted}
     assert tool.main(arguments) == 1
     assert "is not empty" in capsys.readouterr().err
 

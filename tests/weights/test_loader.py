@@ -258,7 +258,7 @@ MISFITS: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
     ),
     "weight without scale": (
         lambda t: t.pop(f"{EXPERT}_scale_inv"),
-        [f"'{EXPERT}_scale_inv' is missing: the block scales of FP8 '{EXPERT}'"],
+        [f"'{EXPERT}_scale_inv' is missing: the scales of '{EXPERT}'"],
     ),
     "linear without scale": (
         lambda t: t.pop(f"{Q_A}_scale_inv"),
@@ -274,7 +274,7 @@ MISFITS: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
     ),
     "scale of a plain weight": (
         lambda t: t.update({"lm_head.weight_scale_inv": np.ones((4, 2), np.float32)}),
-        ["'lm_head.weight_scale_inv': holds block scales", "'lm_head.weight' is stored as BF16"],
+        ["'lm_head.weight_scale_inv': holds scales", "'lm_head.weight' is stored as BF16"],
     ),
     "scale of an expert not FP8": (
         put(Q_A, lambda w: w.astype(ml_dtypes.bfloat16)),

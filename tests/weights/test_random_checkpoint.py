@@ -23,14 +23,17 @@ def test_same_tensors_as_shipped(case: str) -> None:
     ignored = registry.name_map(config, {}).ignored
     invented = {t.name: (t.shape, t.dtype) for t in stored_tensors(config, registry)}
     wanted = {
-        name: (value.shape, {"bfloat16": "BF16", "float32": "F32"}.get(value.dtype.name, "F8_E4M3"))
+        name: (value.shape, tiny_models.DTYPE_NAMES[value.dtype])
         for name, value in shipped.items()
         if not ignored(name)
     }
     assert invented.keys() == wanted.keys()
     for name, (shape, dtype) in wanted.items():
-        if case == "qwen3_moe_fp8" and name.endswith("scale_inv"):
-            dtype = "F32"  # these ship BF16 scales; both are accepted
+        other_scales = case.startswith("qwen3") and case.endswith("_fp8")
+        if (other_scales or case == "deepseek_v31_fp8") and name.endswith("scale_inv"):
+            dtype = "F32"  # these ship BF16 and e8m0 scales; all are accepted
+        if name.endswith(("linear_attn.A_log", "linear_attn.norm.weight")):
+            dtype = "BF16"  # Qwen3.5 ships them in float32, likewise
         assert invented[name] == (shape, dtype), name
 
 

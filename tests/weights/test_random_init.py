@@ -11,11 +11,18 @@ from jaxmoe.common.errors import CapacityError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.models import registry
+from jaxmoe.quant.dequantize import dequantize
+from jaxmoe.quant.formats import FORMATS
 from jaxmoe.weights import memory
 from jaxmoe.weights.random_init import random_model
 from jaxmoe.weights.random_values import RandomValues
 
-CASES = ["deepseek_v2_lite", "deepseek_v3_fp8", "qwen3_moe", "qwen3_moe_fp8"]
+CASES = [
+    *("deepseek_v2_lite", "deepseek_v3_fp8", "qwen3_moe", "qwen3_moe_fp8"),
+    *("glm4_moe_fp8", "kimi_k2_int4", "gpt_oss_mxfp4", "minimax_m2_mxfp8"),
+]
+# As the layers' o is held.
+ATTENTION = {"kimi_k2_int4": "bf16", "gpt_oss_mxfp4": "bf16"}
 
 
 def config_of(case: str) -> ModelConfig:
@@ -26,29 +33,29 @@ def config_of(case: str) -> ModelConfig:
 def test_formats_follow_the_configuration(case: str, runtime: CpuRuntime) -> None:
     config = config_of(case)
     model = random_model(config, registry, runtime)
-    wanted = "fp8_block" if case.endswith("fp8") else "bf16"
+    wanted = tiny_models.FORMATS.get(case, "bf16")
     store = model.host_store
     assert store is not None and {layout.format for layout in store.layouts} == {wanted}
-    assert model.specs["layers.1.attention.o.data"].dtype == (
-        "float8_e4m3fn" if wanted == "fp8_block" else "bfloat16"
-    )
+    held = FORMATS[ATTENTION.get(case, wanted)]
+    assert model.specs["layers.1.attention.o.data"].dtype == held.data_dtype
     assert model.report.read_bytes == 0 and "random" in model.report.describe()
     model.close()
 
 
-@pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case", ["deepseek_v3_fp8", "qwen3_moe", *(c for c in CASES[4:]), "qwen3_moe_int4"]
+)
 def test_linear_maps_about_keep_the_variance(case: str, runtime: CpuRuntime) -> None:
     config = config_of(case)
     model = random_model(config, registry, runtime)
     store = model.host_store
     assert store is not None
     for which in ("gate", "down"):
-        n, k = store.layouts[0].shape(which)
-        w = np.concatenate([rows for _, rows in store.writable_rows(0, 3, which)])
-        w = w.astype(np.float32)
-        if store.layouts[0].format == "fp8_block":
-            scale = store.scale(0, 3, which)
-            w *= scale.repeat(128, axis=0)[:n].repeat(128, axis=1)[:, :k]
+        k = store.layouts[0].shape(which)[1]
+        data = np.concatenate([rows for _, rows in store.writable_rows(0, 3, which)])
+        has_scale = store.layouts[0].scale_shape(which) is not None
+        scale = store.scale(0, 3, which) if has_scale else None
+        w = dequantize(store.layouts[0].format, data, scale)
         assert np.isfinite(w).all()
         assert 0.7 < w.std() * k**0.5 < 1.4
     model.close()

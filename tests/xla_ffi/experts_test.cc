@@ -29,7 +29,7 @@ struct Shape {
 struct Layer {
   Shape shape;
   std::vector<std::vector<uint8_t>> bytes[kNumMatrices];  // [expert]
-  std::vector<std::vector<float>> scales[kNumMatrices];
+  std::vector<std::vector<uint8_t>> scales[kNumMatrices];
   std::vector<std::vector<double>> values[kNumMatrices];
 
   int64_t rows(int m) const { return m == 2 ? shape.d : shape.f; }
@@ -39,19 +39,41 @@ struct Layer {
     Random random(static_cast<uint64_t>(shape.f));
     for (int m = 0; m < kNumMatrices; ++m) {
       const int64_t n = rows(m), k = cols(m);
-      const int64_t sn = (n + 127) / 128, sk = (k + 127) / 128;
+      const FormatInfo& info = format_info(shape.format);
+      const auto [sn, sk] = scale_dims(shape.format, n, k);
+      const int64_t scale_size = scale_bytes(info.scale_type);
       for (int e = 0; e < shape.experts; ++e) {
-        std::vector<uint8_t> data(static_cast<size_t>(n * k * element_bytes(shape.format)));
-        std::vector<float> scale(static_cast<size_t>(sn * sk));
-        std::vector<double> dense(static_cast<size_t>(n * k));
-        for (float& s : scale) s = 0.25f + std::abs(random.value());
+        std::vector<uint8_t> data(static_cast<size_t>(n * weight_row_bytes(shape.format, k)));
+        std::vector<uint8_t> scale(static_cast<size_t>(sn * sk * scale_size));
+        std::vector<double> dense(static_cast<size_t>(n * k)), factor(static_cast<size_t>(sn * sk));
+        // Small ones keep the hidden activations of scaled formats moderate.
+        for (size_t i = 0; i < factor.size(); ++i) {
+          const float s = (0.25f + std::abs(random.value())) / (info.bits == 4 ? 4.0f : 64.0f);
+          const uint16_t half = float_to_bf16(s);
+          const uint8_t power = static_cast<uint8_t>(127 + std::ilogb(s));
+          if (info.scale_type == ScaleType::kF32) {
+            std::memcpy(&scale[4 * i], &s, 4);
+            factor[i] = static_cast<double>(s);
+          } else if (info.scale_type == ScaleType::kBf16) {
+            std::memcpy(&scale[2 * i], &half, 2);
+            factor[i] = static_cast<double>(bf16_to_float(half));
+          } else {
+            scale[i] = power;
+            factor[i] = static_cast<double>(e8m0_to_float(power));
+          }
+        }
         for (int64_t i = 0; i < n * k; ++i) {
           double& value = dense[static_cast<size_t>(i)];
-          if (shape.format == WeightFormat::kFp8Block) {
+          if (info.bits == 8) {
             uint8_t code = static_cast<uint8_t>(random.below(127) | random.below(2) << 7);
             data[static_cast<size_t>(i)] = code;
-            value = static_cast<double>(fp8_e4m3_to_float(code)) / 64.0 *
-                    scale[static_cast<size_t>(i / k / 128 * sk + i % k / 128)];
+            value = static_cast<double>(fp8_e4m3_to_float(code));
+          } else if (info.bits == 4) {
+            const uint8_t code = static_cast<uint8_t>(random.below(16));
+            data[static_cast<size_t>(i / 2)] |= static_cast<uint8_t>(code << i % 2 * 4);
+            value = shape.format == WeightFormat::kMxfp4
+                        ? static_cast<double>(fp4_e2m1_to_float(code))
+                        : code - 8.0;
           } else if (shape.format == WeightFormat::kBf16) {
             uint16_t half = float_to_bf16(random.value());
             std::memcpy(&data[static_cast<size_t>(2 * i)], &half, 2);
@@ -61,8 +83,11 @@ struct Layer {
             std::memcpy(&data[static_cast<size_t>(4 * i)], &f, 4);
             value = static_cast<double>(f);
           }
+          if (info.scaled()) {
+            const int64_t col = info.group_cols == 0 ? 0 : i % k / info.group_cols;
+            value *= factor[static_cast<size_t>(i / k / info.group_rows * sk + col)];
+          }
         }
-        for (float& s : scale) s /= 64.0f;  // keeps hidden activations of FP8 layers moderate
         bytes[m].push_back(std::move(data));
         scales[m].push_back(std::move(scale));
         values[m].push_back(std::move(dense));
@@ -86,10 +111,12 @@ struct Layer {
                       static_cast<size_t>((end - begin) * stride));
         }
         JAXMOE_CHECK(store->mark_loaded(0, e, which).ok());
-        if (shape.format == WeightFormat::kFp8Block) {
+        const FormatInfo& info = format_info(shape.format);
+        if (info.scaled()) {
           auto [sn, sk] = store->scale_shape(0, which);
-          JAXMOE_CHECK(
-              store->set_scale(0, e, which, scales[m][static_cast<size_t>(e)].data(), sn, sk).ok());
+          status = store->set_scale(0, e, which, info.scale_type,
+                                    scales[m][static_cast<size_t>(e)].data(), sn, sk);
+          JAXMOE_CHECK(status.ok(), "%s", status.message().c_str());
         }
       }
     }
@@ -204,10 +231,12 @@ MatmulKernel panel_kernel() {
   return kernel;
 }
 
-const std::vector<Shape> kShapes = {{1, 8, 16, WeightFormat::kBf16},
-                                    {5, 24, 40, WeightFormat::kF32},
-                                    {6, 140, 200, WeightFormat::kFp8Block},
-                                    {3, 264, 130, WeightFormat::kBf16}};
+const std::vector<Shape> kShapes = {
+    {1, 8, 16, WeightFormat::kBf16},          {5, 24, 40, WeightFormat::kF32},
+    {6, 140, 200, WeightFormat::kFp8Block},   {3, 264, 130, WeightFormat::kBf16},
+    {3, 140, 200, WeightFormat::kFp8Channel}, {3, 160, 96, WeightFormat::kInt4G32},
+    {2, 128, 256, WeightFormat::kInt4G128},   {3, 224, 160, WeightFormat::kMxfp4},
+    {3, 64, 160, WeightFormat::kMxfp8}};
 
 }  // namespace
 
@@ -398,12 +427,12 @@ JAXMOE_TEST(submit_and_wait) {
 }
 
 JAXMOE_TEST(linear_against_double_and_in_any_batch) {
-  for (WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16, WeightFormat::kFp8Block}) {
+  for (int f = 0; f < kNumFormats; ++f) {
+    const WeightFormat format = static_cast<WeightFormat>(f);
+    const int64_t n = 260, k = columns_suit(format, 136) ? 136 : 256, groups = 2;
     // An expert's `down` serves as the weights; two experts as two heads.
-    const Layer layer({2, 136, 260, format});
-    const int64_t n = 260, k = 136, groups = 2;
-    std::vector<uint8_t> weights;
-    std::vector<float> scales;
+    const Layer layer({2, static_cast<int>(k), static_cast<int>(n), format});
+    std::vector<uint8_t> weights, scales;
     for (size_t g = 0; g < 2; ++g) {
       weights.insert(weights.end(), layer.bytes[2][g].begin(), layer.bytes[2][g].end());
       scales.insert(scales.end(), layer.scales[2][g].begin(), layer.scales[2][g].end());
@@ -421,16 +450,19 @@ JAXMOE_TEST(linear_against_double_and_in_any_batch) {
             }
             LinearCall call;
             call.family = family;
+            const auto [scale_rows, scale_cols] = scale_dims(format, n, k);
+            const int64_t row_bytes = weight_row_bytes(format, k);
             call.weight = {weights.data(),
-                           format == WeightFormat::kFp8Block ? scales.data() : nullptr,
+                           scales.empty() ? nullptr : scales.data(),
                            n,
                            k,
-                           k * element_bytes(format),
-                           2,
+                           row_bytes,
+                           scale_cols,
                            format};
             call.groups = groups;
-            call.weight_group_bytes = n * k * element_bytes(format);
-            call.scale_group_stride = 3 * 2;
+            call.weight_group_bytes = n * row_bytes;
+            call.scale_group_bytes =
+                scale_rows * scale_cols * scale_bytes(format_info(format).scale_type);
             call.x = in.x_half.data();
             call.m = m;
             call.ldx = groups * k;
@@ -460,7 +492,8 @@ JAXMOE_TEST(linear_against_double_and_in_any_batch) {
                 }
                 const double got =
                     static_cast<double>(first[static_cast<size_t>((i * groups + g) * n + r)]);
-                JAXMOE_CHECK(std::abs(got - sum) <= 1e-6 * magnitude + 1e-30);
+                JAXMOE_CHECK(std::abs(got - sum) <= 1e-6 * magnitude + 1e-30, "format %d: %g, %g",
+                             f, got, sum);
               }
             }
           }

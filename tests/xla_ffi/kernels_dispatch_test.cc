@@ -59,10 +59,11 @@ JAXMOE_TEST(reading_one_stream_gives_the_same_bits) {
         const auto entry = [&](const KernelTable& table) -> const MatmulKernel& {
           return table.matmul[static_cast<int>(family)][static_cast<int>(format)];
         };
-        Weights weights(format, 150, 1100);
+        const int64_t k = padded_columns(format, 1100);
+        Weights weights(format, 150, k);
         weights.randomize(3);
         for (int64_t m : {1, 2, 3, 4, 5, 8, 100}) {
-          Activations x(m, 1100);
+          Activations x(m, k);
           const auto want = run(entry(several), weights.view(), 0, 150, x, iota(m));
           JAXMOE_CHECK(run(entry(one), weights.view(), 0, 150, x, iota(m)) == want, "%s m %d",
                        entry(one).name, static_cast<int>(m));
@@ -76,9 +77,10 @@ JAXMOE_TEST(reading_one_stream_gives_the_same_bits) {
 // Threads initialise, compute and release on their own, all at once, and agree bit for bit.
 JAXMOE_TEST(threads_agree) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    Weights weights(format, 40, 300);
+    const int64_t k = padded_columns(format, 300);
+    Weights weights(format, 40, k);
     weights.randomize(5);
-    Activations x(4, 300);
+    Activations x(4, k);
     const std::vector<float> want = run(kernel, weights.view(), 0, 40, x, iota(4));
     std::vector<std::vector<float>> got(3);
     std::vector<std::thread> threads;

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "kernels/formats.h"
 #include "kernels/isa_tables.h"
 #include "kernels/kernels.h"
 
@@ -18,15 +19,20 @@ namespace jaxmoe_test {
 
 using namespace jaxmoe;
 
-inline constexpr WeightFormat kFormats[] = {WeightFormat::kF32, WeightFormat::kBf16,
-                                            WeightFormat::kFp8Block};
+// In the order of the enumeration.
+inline constexpr WeightFormat kFormats[] = {WeightFormat::kF32,      WeightFormat::kBf16,
+                                            WeightFormat::kFp8Block, WeightFormat::kFp8Channel,
+                                            WeightFormat::kInt4G32,  WeightFormat::kInt4G128,
+                                            WeightFormat::kMxfp4,    WeightFormat::kMxfp8};
 inline constexpr Family kFamilies[] = {Family::kVector, Family::kMatrix, Family::kVectorBf16};
 
 inline constexpr isa_tables::Traits kTraits[] = {{.one_stream = false, .fast_bf16_dot = false},
                                                  {.one_stream = true, .fast_bf16_dot = true}};
 
-inline int weight_bytes(WeightFormat format) {
-  return format == WeightFormat::kF32 ? 4 : (format == WeightFormat::kBf16 ? 2 : 1);
+// Columns from k on that the format can have.
+inline int64_t padded_columns(WeightFormat format, int64_t k) {
+  const FormatInfo& info = format_info(format);
+  return info.whole_groups ? (k + info.group_cols - 1) / info.group_cols * info.group_cols : k;
 }
 
 inline const char* family_name(Family family) {
@@ -56,25 +62,62 @@ struct Weights {
   WeightFormat format;
   int64_t n, k, stride;
   std::vector<uint8_t> bytes;
-  std::vector<float> scale;
+  std::vector<uint8_t> scale;  // all ones until set
 
   Weights(WeightFormat format, int64_t n, int64_t k, int64_t pad_bytes = 0)
       : format(format),
         n(n),
         k(k),
-        stride(k * weight_bytes(format) + pad_bytes),
-        bytes((n - 1) * stride + k * weight_bytes(format)),
-        scale(format == WeightFormat::kFp8Block ? scale_rows() * scale_cols() : 0, 1.0f) {}
+        stride(weight_row_bytes(format, k) + pad_bytes),
+        bytes((n - 1) * stride + weight_row_bytes(format, k)),
+        scale(scale_rows() * scale_cols() * scale_bytes(info().scale_type)) {
+    set_scales(1.0f);
+  }
 
-  int64_t scale_rows() const { return (n + 127) / 128; }
-  int64_t scale_cols() const { return (k + 127) / 128; }
+  const FormatInfo& info() const { return format_info(format); }
+  int64_t scale_rows() const { return scale_dims(format, n, k).first; }
+  int64_t scale_cols() const { return scale_dims(format, n, k).second; }
+  int64_t num_scales() const { return scale_rows() * scale_cols(); }
+
+  // As near as the scales' type allows.
+  void set_scale(int64_t i, float value) {
+    if (info().scale_type == ScaleType::kF32) {
+      std::memcpy(&scale[4 * i], &value, 4);
+    } else if (info().scale_type == ScaleType::kBf16) {
+      const uint16_t bits = float_to_bf16(value);
+      std::memcpy(&scale[2 * i], &bits, 2);
+    } else {
+      scale[i] = static_cast<uint8_t>(127 + std::ilogb(value));
+    }
+  }
+  void set_scales(float value) {
+    for (int64_t i = 0; i < num_scales(); ++i) set_scale(i, value);
+  }
+  float scale_of(int64_t row, int64_t col) const {
+    if (!info().scaled()) return 1.0f;
+    const int64_t i = row / info().group_rows * scale_cols() +
+                      (info().group_cols == 0 ? 0 : col / info().group_cols);
+    if (info().scale_type == ScaleType::kF32) {
+      float value;
+      std::memcpy(&value, &scale[4 * i], 4);
+      return value;
+    }
+    if (info().scale_type == ScaleType::kBf16) {
+      uint16_t bits;
+      std::memcpy(&bits, &scale[2 * i], 2);
+      return bf16_to_float(bits);
+    }
+    return e8m0_to_float(scale[i]);
+  }
 
   void randomize(uint64_t seed) {
     Random random(seed);
-    for (float& s : scale) s = 0.001f + std::fabs(random.uniform()) * 0.01f;
+    for (int64_t i = 0; i < num_scales(); ++i) {
+      set_scale(i, 0.001f + std::fabs(random.uniform()) * 0.01f);
+    }
     for (int64_t row = 0; row < n; ++row) {
       for (int64_t col = 0; col < k; ++col) {
-        if (format == WeightFormat::kFp8Block) {
+        if (info().bits <= 8) {
           uint8_t code = static_cast<uint8_t>(random.bits());
           if ((code & 0x7F) == 0x7F) code ^= 1;
           set_bits(row, col, code);
@@ -85,14 +128,18 @@ struct Weights {
     }
   }
 
-  uint8_t* at(int64_t row, int64_t col) {
-    return &bytes[row * stride + col * weight_bytes(format)];
-  }
+  uint8_t* at(int64_t row, int64_t col) { return &bytes[row * stride + col * info().bits / 8]; }
   const uint8_t* at(int64_t row, int64_t col) const {
-    return &bytes[row * stride + col * weight_bytes(format)];
+    return &bytes[row * stride + col * info().bits / 8];
   }
   void set_bits(int64_t row, int64_t col, uint32_t bits) {
-    std::memcpy(at(row, col), &bits, weight_bytes(format));
+    uint8_t* to = at(row, col);
+    if (info().bits == 4) {
+      const int shift = col % 2 * 4;
+      *to = static_cast<uint8_t>((*to & ~(15u << shift)) | (bits & 15u) << shift);
+    } else {
+      std::memcpy(to, &bits, info().bits / 8);
+    }
   }
   void set(int64_t row, int64_t col, float value) {
     if (format == WeightFormat::kF32) {
@@ -101,19 +148,33 @@ struct Weights {
       set_bits(row, col, float_to_bf16(value));
     }
   }
+  // Without its scale.
+  float code_value(int64_t row, int64_t col) const {
+    switch (format) {
+      case WeightFormat::kF32: {
+        float out;
+        std::memcpy(&out, at(row, col), 4);
+        return out;
+      }
+      case WeightFormat::kBf16: {
+        uint16_t bits;
+        std::memcpy(&bits, at(row, col), 2);
+        return bf16_to_float(bits);
+      }
+      case WeightFormat::kFp8Block:
+      case WeightFormat::kFp8Channel:
+      case WeightFormat::kMxfp8:
+        return fp8_e4m3_to_float(*at(row, col));
+      case WeightFormat::kInt4G32:
+      case WeightFormat::kInt4G128:
+        return static_cast<float>(*at(row, col) >> col % 2 * 4 & 15) - 8.0f;
+      case WeightFormat::kMxfp4:
+        return fp4_e2m1_to_float(static_cast<uint8_t>(*at(row, col) >> col % 2 * 4));
+    }
+    return NAN;
+  }
   double value(int64_t row, int64_t col) const {
-    if (format == WeightFormat::kF32) {
-      float out;
-      std::memcpy(&out, at(row, col), 4);
-      return out;
-    }
-    if (format == WeightFormat::kBf16) {
-      uint16_t bits;
-      std::memcpy(&bits, at(row, col), 2);
-      return bf16_to_float(bits);
-    }
-    return static_cast<double>(fp8_e4m3_to_float(*at(row, col))) *
-           scale[row / 128 * scale_cols() + col / 128];
+    return static_cast<double>(code_value(row, col)) * scale_of(row, col);
   }
   WeightView view(const uint8_t* data = nullptr) const {
     WeightView w;

@@ -3,51 +3,13 @@
 #include <thread>
 
 #include "check.h"
+#include "kernels_codes.h"
 #include "kernels_fixture.h"
 #ifdef __SSE2__
 #include <xmmintrin.h>
 #endif
 
 using namespace jaxmoe_test;
-
-namespace {
-
-bool same(float a, float b) {
-  return (std::isnan(a) && std::isnan(b)) ||
-         std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
-}
-
-// E4M3FN straight from its definition, in double arithmetic.
-float fp8_by_definition(int code) {
-  const int exponent = (code >> 3) & 15, mantissa = code & 7;
-  if ((code & 0x7F) == 0x7F) return NAN;
-  const double magnitude =
-      exponent == 0 ? mantissa * 0x1p-9 : std::ldexp(1.0 + mantissa / 8.0, exponent - 7);
-  return static_cast<float>(code & 0x80 ? -magnitude : magnitude);
-}
-
-// Row `code` holds that code in one column, met by x there = 1 (0 elsewhere, or random where the
-// weights are zero). Sums start at +0, so a weight of -0 gives +0.
-void check_fp8_codes(const MatmulKernel& kernel, int64_t k, int64_t column, int64_t m,
-                     float scale) {
-  Weights weights(WeightFormat::kFp8Block, 256, k);
-  weights.scale.assign(weights.scale.size(), scale);
-  for (int code = 0; code < 256; ++code) weights.set_bits(code, column, code);
-  Activations x(m, k, 3);
-  for (int64_t i = 0; i < m; ++i) x.set(i, column, 1.0f);
-  const std::vector<float> y = run(kernel, weights.view(), 0, 256, x, iota(m));
-  for (int64_t i = 0; i < m; ++i) {
-    for (int code = 0; code < 256; ++code) {
-      const float want = 0.0f + fp8_by_definition(code) * scale;
-      const float got = y[i * 256 + code];
-      JAXMOE_CHECK(same(got, want), "%s code 0x%02X k %d column %d m %d: got %g (0x%08X), want %g",
-                   kernel.name, code, static_cast<int>(k), static_cast<int>(column),
-                   static_cast<int>(m), got, std::bit_cast<uint32_t>(got), want);
-    }
-  }
-}
-
-}  // namespace
 
 JAXMOE_TEST(fp8_to_float_follows_the_definition) {
   for (int code = 0; code < 256; ++code) {
@@ -73,16 +35,27 @@ JAXMOE_TEST(bf16_rounds_to_nearest_even) {
   }
 }
 
-JAXMOE_TEST(every_fp8_code_is_exact_in_every_kernel) {
+JAXMOE_TEST(fp4_and_e8m0_to_float_follow_the_definition) {
+  for (int code = 0; code < 16; ++code) {
+    const float want = value_by_definition(WeightFormat::kMxfp4, code);
+    JAXMOE_CHECK(same(fp4_e2m1_to_float(static_cast<uint8_t>(code)), want), "0x%X", code);
+  }
+  for (int code = 0; code < 255; ++code) {
+    const float want = static_cast<float>(std::ldexp(1.0, code - 127));
+    JAXMOE_CHECK(same(e8m0_to_float(static_cast<uint8_t>(code)), want), "%d", code);
+  }
+  JAXMOE_CHECK(std::isnan(e8m0_to_float(255)));
+}
+
+JAXMOE_TEST(every_code_is_exact_in_every_kernel) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    if (format != WeightFormat::kFp8Block) return;
-    // Every column of a block once (a decoder may treat lanes differently), then a tail, then more
-    // rows.
-    for (int64_t column = 0; column < 128; ++column) check_fp8_codes(kernel, 128, column, 1, 1.0f);
-    check_fp8_codes(kernel, 300, 290, 1, 0.125f);
-    check_fp8_codes(kernel, 300, 140, 2, 0.125f);
-    check_fp8_codes(kernel, 129, 128, 5, 2.0f);
-    check_fp8_codes(kernel, 256, 77, 19, 1.0f);
+    check_every_code(kernel, format);
+  });
+}
+
+JAXMOE_TEST(every_scale_is_exact_in_every_kernel) {
+  for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
+    check_every_scale(kernel, format);
   });
 }
 
@@ -132,13 +105,18 @@ JAXMOE_TEST(f32_special_values_are_exact) {
 // changed.
 JAXMOE_TEST(caller_flush_mode_changes_nothing) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    Weights weights(format, 5, 200);
+    const int64_t k = padded_columns(format, 200);
+    Weights weights(format, 5, k);
     weights.randomize(4);
     // One row of nothing but subnormals, whose sum a flushing multiply would turn to zero.
-    if (format != WeightFormat::kFp8Block) {
-      for (int64_t col = 0; col < 200; ++col) weights.set_bits(2, col, 0x70);
+    if (!format_info(format).scaled()) {
+      for (int64_t col = 0; col < k; ++col) weights.set_bits(2, col, 0x70);
+    } else if (format_info(format).scaled_by_group()) {
+      for (int64_t i = 0; i < weights.scale_cols(); ++i) {
+        weights.set_scale(2 * weights.scale_cols() + i, 0x1p-127f);
+      }
     }
-    Activations x(3, 200);
+    Activations x(3, k);
     for (int64_t m : {1, 3}) {
       const std::vector<float> plain = run(kernel, weights.view(), 0, 5, x, iota(m));
       const unsigned saved = _mm_getcsr();

@@ -82,8 +82,9 @@ JAXMOE_TEST(error_bound_over_tails) {
   for (const auto& shape : shapes) {
     std::vector<Problem> problems;
     for (WeightFormat format : kFormats) {
-      problems.emplace_back(random_weights(format, shape.n, shape.k, 0, shape.k),
-                            Activations(shape.ms.back(), shape.k));
+      const int64_t k = padded_columns(format, shape.k);
+      problems.emplace_back(random_weights(format, shape.n, k, 0, k),
+                            Activations(shape.ms.back(), k));
     }
     std::printf("  k %d n %d:", static_cast<int>(shape.k), static_cast<int>(shape.n));
     for_each_kernel([&](const MatmulKernel& kernel, Family, WeightFormat format) {
@@ -100,9 +101,9 @@ JAXMOE_TEST(f32_activations_and_gathers_and_strides) {
   // own.
   std::vector<Problem> problems;
   for (WeightFormat format : kFormats) {
-    problems.emplace_back(
-        random_weights(format, 150, 200, format == WeightFormat::kFp8Block ? 5 : 6, 9),
-        Activations(9, 200, 5, 3));
+    const int64_t k = padded_columns(format, 200);
+    problems.emplace_back(random_weights(format, 150, k, format_info(format).bits <= 8 ? 5 : 6, 9),
+                          Activations(9, k, 5, 3));
   }
   for_each_kernel([&](const MatmulKernel& kernel, Family, WeightFormat format) {
     const Problem& problem = problems[static_cast<int>(format)];
@@ -117,12 +118,13 @@ JAXMOE_TEST(f32_activations_and_gathers_and_strides) {
 JAXMOE_TEST(row_ids_null_means_identity) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
     if (kernel.panel_bytes != nullptr) return;
-    Weights weights(format, 20, 140);
+    const int64_t k = padded_columns(format, 140);
+    Weights weights(format, 20, k);
     weights.randomize(2);
-    Activations x(5, 140);
+    Activations x(5, k);
     const std::vector<float> want = run(kernel, weights.view(), 0, 20, x, iota(5));
-    auto prepared = aligned_bytes(kernel.prepared_row_bytes(140) * 5);
-    kernel.prepare(ActivationType::kBf16, x.bf16.data(), x.ld, 140, 0, 5, prepared.get());
+    auto prepared = aligned_bytes(kernel.prepared_row_bytes(k) * 5);
+    kernel.prepare(ActivationType::kBf16, x.bf16.data(), x.ld, k, 0, 5, prepared.get());
     std::vector<float> y(100);
     kernel.matmul(weights.view(), 0, 20, prepared.get(), nullptr, 5, y.data(), 20);
     JAXMOE_CHECK(std::memcmp(y.data(), want.data(), y.size() * 4) == 0, "%s", kernel.name);
@@ -133,17 +135,18 @@ JAXMOE_TEST(row_ids_null_means_identity) {
 // write nothing.
 JAXMOE_TEST(writes_only_its_outputs) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    Weights weights(format, 40, 130);
+    const int64_t k = padded_columns(format, 130);
+    Weights weights(format, 40, k);
     weights.randomize(2);
     for (int64_t m : {0, 1, 2, 5, 17}) {
-      Activations x(m, 130);
+      Activations x(m, k);
       const std::vector<float> want = run(kernel, weights.view(), 3, 30, x, iota(m));
-      auto prepared = aligned_bytes(kernel.prepared_row_bytes(130) * m + 64);
-      kernel.prepare(ActivationType::kBf16, x.bf16.data(), x.ld, 130, 0, m, prepared.get());
+      auto prepared = aligned_bytes(kernel.prepared_row_bytes(k) * m + 64);
+      kernel.prepare(ActivationType::kBf16, x.bf16.data(), x.ld, k, 0, m, prepared.get());
       const void* operand = prepared.get();
-      auto panel = aligned_bytes(kernel.panel_bytes == nullptr ? 64 : kernel.panel_bytes(m, 130));
+      auto panel = aligned_bytes(kernel.panel_bytes == nullptr ? 64 : kernel.panel_bytes(m, k));
       if (kernel.panel_bytes != nullptr) {
-        kernel.make_panel(prepared.get(), 130, nullptr, m, panel.get());
+        kernel.make_panel(prepared.get(), k, nullptr, m, panel.get());
         operand = panel.get();
       }
       std::vector<float> y((m + 1) * 37, -7.0f);
@@ -163,7 +166,8 @@ JAXMOE_TEST(writes_only_its_outputs) {
 // The contract that makes a token's result independent of its company.
 JAXMOE_TEST(batch_and_range_invariance_is_bitwise) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    for (int64_t k : {100, 577}) {
+    for (int64_t columns : {100, 577}) {
+      const int64_t k = padded_columns(format, columns);
       constexpr int64_t kN = 150, kM = 70;
       Weights weights(format, kN, k);
       weights.randomize(11);

@@ -41,15 +41,16 @@ class Guarded {
 
 JAXMOE_TEST(no_read_outside_the_matrix) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    for (int64_t k : {1, 3, 31, 64, 127, 128, 129, 200, 384}) {
+    for (int64_t columns : {1, 3, 31, 64, 127, 128, 129, 200, 384}) {
+      const int64_t k = padded_columns(format, columns);
       for (int64_t n : {1, 7, 16, 19}) {
         Weights weights(format, n, k);
         weights.randomize(k + n);
         for (bool guard_front : {false, true}) {
           const Guarded bytes(weights.bytes.data(), weights.bytes.size(), guard_front);
-          const Guarded scale(weights.scale.data(), weights.scale.size() * 4, guard_front);
+          const Guarded scale(weights.scale.data(), weights.scale.size(), guard_front);
           WeightView view = weights.view(bytes.data());
-          if (view.scale != nullptr) view.scale = reinterpret_cast<const float*>(scale.data());
+          if (view.scale != nullptr) view.scale = scale.data();
           for (int64_t m : {1, 2, 5}) {
             Activations x(m, k);
             const Guarded rows(x.bf16.data(), x.bf16.size() * 2, guard_front);
@@ -78,10 +79,11 @@ JAXMOE_TEST(no_read_outside_the_matrix) {
 // Padding between rows is never part of the result: NaN everywhere outside changes nothing.
 JAXMOE_TEST(bytes_between_rows_do_not_matter) {
   for_each_kernel([](const MatmulKernel& kernel, Family, WeightFormat format) {
-    Weights weights(format, 21, 141, 300);
+    const int64_t k = padded_columns(format, 141);
+    Weights weights(format, 21, k, 300);
     weights.bytes.assign(weights.bytes.size(), 0xFF);
     weights.randomize(8);
-    Activations x(5, 141);
+    Activations x(5, k);
     for (float value : run(kernel, weights.view(), 0, 21, x, iota(5))) {
       JAXMOE_CHECK(!std::isnan(value), "%s", kernel.name);
     }

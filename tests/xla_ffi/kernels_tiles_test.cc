@@ -6,12 +6,13 @@
 #include <bit>
 
 #include "check.h"
+#include "kernels_codes.h"
 #include "kernels_fixture.h"
 
 namespace jaxmoe {
 namespace {
 
-#include "kernels/fp8_e4m3.inl"
+#include "kernels/format_bits.inl"
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_tiles.inl"
 
@@ -59,6 +60,11 @@ struct EmulatedBase {
   using Elem = uint16_t;
   using Tiles = EmulatedTiles;
   static constexpr int64_t kAheadBytes = 512;
+  static constexpr bool kFolded = false;
+  static constexpr int kTerms = 1;
+  static void scale_row(float* sum, float scale) {
+    for (int i = 0; i < kTile; ++i) sum[i] *= scale;
+  }
   static void flush(float* sum, const float* part, float scale) {
     for (int i = 0; i < kTile; ++i) sum[i] = std::fma(part[i], scale, sum[i]);
   }
@@ -70,33 +76,89 @@ struct EmulatedBase {
 };
 
 struct EmulatedFp8 : EmulatedBase {
-  static constexpr int kWeightBytes = 1;
-  static constexpr bool kScaled = true;
+  static constexpr int kWeightBits = 8;
   static constexpr int64_t kBlockCols = 128;
   static constexpr int column(int i) { return fp8_bf16_column(i); }
-  static void expand(const uint8_t* src, uint16_t* first, uint16_t* second) {
-    for (int i = 0; i < 32; ++i) {
-      first[i] = static_cast<uint16_t>(fp8_e4m3_bits(src[fp8_bf16_column(i)]) >> 16);
-      second[i] = static_cast<uint16_t>(fp8_e4m3_bits(src[fp8_bf16_column(32 + i)]) >> 16);
+  static float value(const uint8_t* row, int64_t col) {
+    return std::bit_cast<float>(fp8_e4m3_bits(row[col]));
+  }
+};
+struct EmulatedNibbles : EmulatedBase {
+  static constexpr int kWeightBits = 4;
+  static constexpr int64_t kBlockCols = 128;
+  static constexpr int column(int i) { return nibble_tile_column(i); }
+};
+struct EmulatedInt4 : EmulatedNibbles {
+  static float value(const uint8_t* row, int64_t col) { return nibble_value(row, col, int4_bits); }
+};
+struct EmulatedFp4 : EmulatedNibbles {
+  static float value(const uint8_t* row, int64_t col) {
+    return nibble_value(row, col, fp4_e2m1_bits);
+  }
+};
+
+uint16_t to_bf16(float value) { return bf16_round_bits(std::bit_cast<uint32_t>(value)); }
+float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+
+// Position i of a piece of 64: in the first tile step or the second.
+uint16_t* place(uint16_t* first, uint16_t* second, int i) {
+  return i < 32 ? first + i : second + i - 32;
+}
+
+template <class Codes, class Scaling>
+struct Emulated : Codes, Scaling {
+  static void expand(const uint8_t* src, const uint8_t*, uint16_t* first, uint16_t* second) {
+    for (int i = 0; i < 64; ++i) {
+      *place(first, second, i) = to_bf16(Codes::value(src, Codes::column(i)));
     }
   }
 };
 
-struct EmulatedBf16 : EmulatedBase {
-  static constexpr int kWeightBytes = 2;
-  static constexpr bool kScaled = false;
+template <class Codes, class Scaling, int kNumTerms>
+struct EmulatedFolded : Codes, Scaling {
+  static constexpr bool kFolded = true;
+  static constexpr int kTerms = kNumTerms;
+  static constexpr uint8_t kPadScale = Scaling::kScaleBytes == 1 ? 127 : 0;
+  static bool fits(const uint8_t* scales) {
+    if (Scaling::kScaleBytes == 1) return e8m0_scale_fits(scales[0]) && e8m0_scale_fits(scales[1]);
+    return bf16_scale_fits(scales) && bf16_scale_fits(scales + 2);
+  }
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
+    for (int i = 0; i < 64; ++i) {
+      const int column = Codes::column(i);
+      const float weight = Codes::value(src, column) *
+                           load_group_scale<Scaling>(scales + column / 32 * Scaling::kScaleBytes);
+      uint16_t* out = place(first, second, i);
+      *out = to_bf16(weight);
+      if (kTerms == 2) out[kTileWords * 2] = to_bf16(weight - from_bf16(*out));
+    }
+  }
+};
+
+struct EmulatedBf16 : EmulatedBase, Unscaled {
+  static constexpr int kWeightBits = 16;
   static constexpr int64_t kBlockCols = 256;
   static constexpr int column(int i) { return i; }
-  static void expand(const uint8_t* src, uint16_t* first, uint16_t* second) {
+  static void expand(const uint8_t* src, const uint8_t*, uint16_t* first, uint16_t* second) {
     std::memcpy(first, src, 64);
     std::memcpy(second, src + 64, 64);
   }
 };
 
 const MatmulKernel kEmulated[] = {
-    tiles_kernel<EmulatedFp8>("fp8block emulated tiles", Isa::kScalar),
-    tiles_kernel<EmulatedBf16>("bf16 emulated tiles", Isa::kScalar)};
-const WeightFormat kEmulatedFormats[] = {WeightFormat::kFp8Block, WeightFormat::kBf16};
+    tiles_kernel<Emulated<EmulatedFp8, BlockScaled>>("fp8block emulated tiles", Isa::kScalar),
+    tiles_kernel<EmulatedBf16>("bf16 emulated tiles", Isa::kScalar),
+    tiles_kernel<Emulated<EmulatedFp8, RowScaled>>("fp8channel emulated tiles", Isa::kScalar),
+    tiles_kernel<EmulatedFolded<EmulatedInt4, Int4G32Scaled, 2>>("int4g32 emulated tiles",
+                                                                 Isa::kScalar),
+    tiles_kernel<Emulated<EmulatedInt4, Int4G128Scaled>>("int4g128 emulated tiles", Isa::kScalar),
+    tiles_kernel<EmulatedFolded<EmulatedFp4, MxScaled, 1>>("mxfp4 emulated tiles", Isa::kScalar),
+    tiles_kernel<EmulatedFolded<EmulatedFp8, MxScaled, 1>>("mxfp8 emulated tiles", Isa::kScalar)};
+const WeightFormat kEmulatedFormats[] = {WeightFormat::kFp8Block,   WeightFormat::kBf16,
+                                         WeightFormat::kFp8Channel, WeightFormat::kInt4G32,
+                                         WeightFormat::kInt4G128,   WeightFormat::kMxfp4,
+                                         WeightFormat::kMxfp8};
+constexpr int kNumEmulated = 7;
 
 }  // namespace
 }  // namespace jaxmoe
@@ -104,29 +166,36 @@ const WeightFormat kEmulatedFormats[] = {WeightFormat::kFp8Block, WeightFormat::
 using namespace jaxmoe_test;
 using jaxmoe::kEmulated;
 using jaxmoe::kEmulatedFormats;
+using jaxmoe::kNumEmulated;
 
 JAXMOE_TEST(emulated_tiles_meet_the_error_bound) {
   const struct {
     int64_t k, n, m;
   } shapes[] = {{1, 7, 1},     {31, 16, 2},   {128, 1, 17},  {129, 130, 5}, {300, 64, 33},
                 {385, 33, 64}, {576, 16, 16}, {640, 65, 48}, {130, 20, 0},  {129, 17, 300}};
-  for (int f = 0; f < 2; ++f) {
+  for (int f = 0; f < kNumEmulated; ++f) {
     for (const auto& shape : shapes) {
-      Weights weights(kEmulatedFormats[f], shape.n, shape.k, 2);
+      const int64_t k = padded_columns(kEmulatedFormats[f], shape.k);
+      Weights weights(kEmulatedFormats[f], shape.n, k, 2);
       weights.randomize(shape.k);
-      Activations x(shape.m, shape.k);
+      // Some rows with scales that cannot be folded.
+      if (weights.info().scaled_by_group()) {
+        weights.set_scale(0, 0x1p-126f);
+        weights.set_scale(weights.num_scales() - 1, 0x1p-120f);
+      }
+      Activations x(shape.m, k);
       const std::vector<float> y = run(kEmulated[f], weights.view(), 0, shape.n, x, iota(shape.m));
       for (int64_t i = 0; i < shape.m; ++i) {
         for (int64_t n = 0; n < shape.n; ++n) {
           double want = 0, magnitude = 0;
-          for (int64_t col = 0; col < shape.k; ++col) {
+          for (int64_t col = 0; col < k; ++col) {
             const double product = weights.value(n, col) * x.f32[i * x.ld + col];
             want += product;
             magnitude += std::fabs(product);
           }
-          const double bound = 0x1p-24 * magnitude * (4.0 + 2.0 * std::sqrt(1.0 * shape.k));
+          const double bound = 0x1p-24 * magnitude * (4.0 + 2.0 * std::sqrt(1.0 * k));
           JAXMOE_CHECK(std::fabs(y[i * shape.n + n] - want) <= bound, "%s k %d m %d n %d",
-                       kEmulated[f].name, static_cast<int>(shape.k), static_cast<int>(i),
+                       kEmulated[f].name, static_cast<int>(k), static_cast<int>(i),
                        static_cast<int>(n));
         }
       }
@@ -135,10 +204,12 @@ JAXMOE_TEST(emulated_tiles_meet_the_error_bound) {
 }
 
 JAXMOE_TEST(emulated_tiles_do_not_depend_on_company) {
-  for (int f = 0; f < 2; ++f) {
-    Weights weights(kEmulatedFormats[f], 150, 300);
+  for (int f = 0; f < kNumEmulated; ++f) {
+    const int64_t k = padded_columns(kEmulatedFormats[f], 300);
+    Weights weights(kEmulatedFormats[f], 150, k);
     weights.randomize(6);
-    Activations x(40, 300, 2);
+    if (weights.info().scaled_by_group()) weights.set_scale(41 * weights.scale_cols(), 0x1p-126f);
+    Activations x(40, k, 2);
     const std::vector<float> all = run(kEmulated[f], weights.view(), 0, 150, x, iota(40));
     for (int64_t m : {1, 2, 17, 33}) {
       std::vector<int32_t> ids;
@@ -156,18 +227,10 @@ JAXMOE_TEST(emulated_tiles_do_not_depend_on_company) {
   }
 }
 
-JAXMOE_TEST(emulated_tiles_keep_every_fp8_code) {
-  for (int64_t column = 0; column < 150; ++column) {
-    Weights weights(WeightFormat::kFp8Block, 256, 150);
-    for (int code = 0; code < 256; ++code) weights.set_bits(code, column, code);
-    Activations x(1, 150, 3);
-    x.set(0, column, 1.0f);
-    const std::vector<float> y = run(kEmulated[0], weights.view(), 0, 256, x, {0});
-    for (int code = 0; code < 256; ++code) {
-      const float want = fp8_e4m3_to_float(static_cast<uint8_t>(code));
-      JAXMOE_CHECK(std::isnan(want) ? std::isnan(y[code]) : y[code] == want, "0x%02X in column %d",
-                   code, static_cast<int>(column));
-    }
+JAXMOE_TEST(emulated_tiles_keep_every_code_and_scale) {
+  for (int f = 0; f < kNumEmulated; ++f) {
+    check_every_code(kEmulated[f], kEmulatedFormats[f]);
+    check_every_scale(kEmulated[f], kEmulatedFormats[f]);
   }
 }
 

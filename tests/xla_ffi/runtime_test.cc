@@ -34,6 +34,7 @@ const std::vector<int> kEight = {0, 1, 2, 3, 4, 5, 6, 7};
 JAXMOE_TEST(cpu_lists) {
   JAXMOE_CHECK((parse_cpu_list("0-3,8,10-11\n") == std::vector<int>{0, 1, 2, 3, 8, 10, 11}));
   JAXMOE_CHECK(parse_cpu_list("\n").empty());
+  JAXMOE_CHECK(parse_cpu_list("-3,0-2147483647,5-4,2") == std::vector<int>({2}));
   JAXMOE_CHECK(!allowed_cpus().empty());
 }
 

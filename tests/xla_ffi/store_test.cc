@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <thread>
 
@@ -40,6 +41,12 @@ std::string random_bytes(size_t count, uint64_t seed) {
 
 const std::vector<ExpertLayerSpec> kLayers = {{3, 20, 36, WeightFormat::kFp8Block},
                                               {2, 130, 16, WeightFormat::kBf16}};
+// A format with scales that lie with the rows, and others.
+const std::vector<ExpertLayerSpec> kGroupLayers = {{2, 64, 96, WeightFormat::kInt4G32},
+                                                   {3, 20, 36, WeightFormat::kFp8Channel},
+                                                   {2, 160, 32, WeightFormat::kMxfp4},
+                                                   {1, 128, 128, WeightFormat::kInt4G128},
+                                                   {1, 32, 64, WeightFormat::kMxfp8}};
 
 }  // namespace
 
@@ -139,14 +146,19 @@ JAXMOE_TEST(loading_is_tracked) {
   JAXMOE_CHECK(contains(store->check_loaded(0, 1).message(), "gate has no scale yet"));
   const float scale[] = {0.5f};
   for (int m : kGateUpDown) {
-    JAXMOE_CHECK(store->set_scale(0, 1, static_cast<Matrix>(m), scale, 1, 1).ok());
+    JAXMOE_CHECK(store->set_scale(0, 1, static_cast<Matrix>(m), ScaleType::kF32, scale, 1, 1).ok());
   }
   JAXMOE_CHECK(store->check_loaded(0, 1).ok());
   JAXMOE_CHECK(!store->check_loaded(0, 0).ok());
-  Status status = store->set_scale(0, 1, Matrix::kUp, scale, 1, 2);
+  Status status = store->set_scale(0, 1, Matrix::kUp, ScaleType::kF32, scale, 1, 2);
   JAXMOE_CHECK(contains(status.message(), "[1, 2]; wanted [1, 1] for a matrix of [20, 36]"), "%s",
                status.message().c_str());
-  JAXMOE_CHECK(!store->set_scale(1, 0, Matrix::kUp, scale, 1, 1).ok());  // BF16 has none
+  status = store->set_scale(0, 1, Matrix::kUp, ScaleType::kBf16, scale, 1, 1);
+  JAXMOE_CHECK(contains(status.message(), "is bfloat16; wanted float32 for format fp8_block"), "%s",
+               status.message().c_str());
+  status = store->set_scale(1, 0, Matrix::kUp, ScaleType::kF32, scale, 1, 1);
+  JAXMOE_CHECK(contains(status.message(), "has no scales: its format is bf16"), "%s",
+               status.message().c_str());
   for (int m : kGateUpDown) JAXMOE_CHECK(store->mark_loaded(1, 0, static_cast<Matrix>(m)).ok());
   JAXMOE_CHECK(store->check_loaded(1, 0).ok());
   close(fd);
@@ -212,6 +224,14 @@ Status open_shared(const SharedName& name, int num_nodes, std::vector<ExpertLaye
   return HostStore::create(nodes(num_nodes), std::move(layers), Backing::kArena, store, &name);
 }
 
+// Scales that say whose they are, none of them 255.
+std::vector<uint8_t> scales_of(const HostStore& store, int layer, int64_t at, Matrix which) {
+  Random random(static_cast<uint64_t>(at));
+  std::vector<uint8_t> scale(static_cast<size_t>(store.scale_matrix_bytes(layer, which)));
+  for (uint8_t& byte : scale) byte = static_cast<uint8_t>(random.below(255));
+  return scale;
+}
+
 // Every matrix from its own place in the file, every scale from its index.
 void load_all(HostStore* store, int fd) {
   int64_t at = 0;
@@ -221,14 +241,34 @@ void load_all(HostStore* store, int fd) {
         Matrix which = static_cast<Matrix>(m);
         if (!store->is_loaded(l, e, which)) {
           JAXMOE_CHECK(store->read_matrix(l, e, which, fd, at).ok());
-          auto [rows, cols] = store->scale_shape(l, which);
-          std::vector<float> scale(static_cast<size_t>(rows * cols), static_cast<float>(at));
-          if (store->layer(l).format == WeightFormat::kFp8Block) {
-            JAXMOE_CHECK(store->set_scale(l, e, which, scale.data(), rows, cols).ok());
+          const FormatInfo& info = format_info(store->layer(l).format);
+          if (info.scaled()) {
+            auto [rows, cols] = store->scale_shape(l, which);
+            Status status = store->set_scale(l, e, which, info.scale_type,
+                                             scales_of(*store, l, at, which).data(), rows, cols);
+            JAXMOE_CHECK(status.ok(), "%s", status.message().c_str());
           }
         }
         at += store->matrix_bytes(l, which);
       }
+    }
+  }
+}
+
+// Rows of scales as the kernels find them: through the views.
+void check_scales(const HostStore& store, int l, int e, Matrix which, int64_t at) {
+  const FormatInfo& info = format_info(store.layer(l).format);
+  const std::vector<uint8_t> scale = scales_of(store, l, at, which);
+  for (int node = 0; node < store.num_nodes(); ++node) {
+    const WeightView view = store.view(l, e, which, node);
+    JAXMOE_CHECK((view.scale != nullptr) == info.scaled());
+    if (!info.scaled()) continue;
+    const int64_t stride = view.scale_stride * scale_bytes(info.scale_type);
+    auto [begin, end] = node_rows(view.n, node, store.num_nodes());
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t offset = row / info.group_rows * stride;
+      JAXMOE_CHECK(std::memcmp(view.scale + offset, scale.data() + offset,
+                               static_cast<size_t>(stride)) == 0);
     }
   }
 }
@@ -245,8 +285,7 @@ void check_all(const HostStore& store, const std::string& content) {
                                    content.data() + at + begin * store.row_bytes(l, which),
                                    (end - begin) * store.row_bytes(l, which)) == 0);
         }
-        const float* scale = store.scale(l, e, which);
-        JAXMOE_CHECK(scale == nullptr || *scale == static_cast<float>(at));
+        check_scales(store, l, e, which, at);
         at += store.matrix_bytes(l, which);
       }
     }
@@ -257,9 +296,20 @@ void check_all(const HostStore& store, const std::string& content) {
 
 JAXMOE_TEST(a_shared_store_is_found_again_whole_or_in_part) {
   TempDir dir;
-  std::string content = random_bytes(40000, 5);
+  std::string content = random_bytes(80000, 5);
   int fd = open(dir.write("weights", content).c_str(), O_RDONLY);
   for (int num_nodes : {1, 2}) {
+    // Scales with the rows of their node are shared like the weights.
+    {
+      TempShared shared("groups");
+      std::shared_ptr<HostStore> store, second;
+      JAXMOE_CHECK(open_shared(shared.name, num_nodes, kGroupLayers, &store).ok());
+      load_all(store.get(), fd);
+      JAXMOE_CHECK(store->seal().ok());
+      JAXMOE_CHECK(open_shared(shared.name, num_nodes, kGroupLayers, &second).ok());
+      store.reset();
+      check_all(*second, content);
+    }
     TempShared shared("found");
     std::shared_ptr<HostStore> store;
     Status status = open_shared(shared.name, num_nodes, kLayers, &store);
@@ -293,8 +343,105 @@ JAXMOE_TEST(a_shared_store_is_found_again_whole_or_in_part) {
     JAXMOE_CHECK(!second->read_matrix(0, 0, Matrix::kUp, fd, 0).ok());
     JAXMOE_CHECK(!second->mark_loaded(0, 0, Matrix::kUp).ok());
     const float one[] = {1.0f};
-    JAXMOE_CHECK(!second->set_scale(0, 0, Matrix::kUp, one, 1, 1).ok());
+    JAXMOE_CHECK(!second->set_scale(0, 0, Matrix::kUp, ScaleType::kF32, one, 1, 1).ok());
   }
+  close(fd);
+}
+
+JAXMOE_TEST(scales_of_groups_lie_with_their_rows) {
+  TempDir dir;
+  const std::string content = random_bytes(80000, 6);
+  const std::string path = dir.write("weights", content);
+  int fd = open(path.c_str(), O_RDONLY);
+  for (int num_nodes : {1, 2, 3}) {
+    auto store = make_store(num_nodes, kGroupLayers);
+    load_all(store.get(), fd);
+    check_all(*store, content);
+    // Weights and scales of groups are counted, each on its node; the FP32 ones of rows are not.
+    const int64_t int4 = 2 * 3 * 64 * 96 / 2, int4_scales = 2 * 3 * 64 * 96 / 32 * 2;
+    const int64_t fp8 = 3 * 3 * 20 * 36, mxfp4 = 2 * 3 * 160 * 32 / 2 + 2 * 3 * 160;
+    const int64_t int4_128 = 3 * 128 * 128 / 2 + 3 * 128 * 2, mxfp8 = 3 * 32 * 64 + 3 * 32 * 2;
+    JAXMOE_CHECK(store->total_bytes() == int4 + int4_scales + fp8 + mxfp4 + int4_128 + mxfp8);
+    int64_t sum = 0;
+    for (int64_t bytes : store->bytes_per_node()) {
+      sum += bytes;
+      JAXMOE_CHECK(bytes >= store->total_bytes() / num_nodes * 3 / 4);
+    }
+    JAXMOE_CHECK(sum == store->total_bytes());
+    auto [begin, end] = store->scale_rows(0, Matrix::kUp, num_nodes - 1);
+    JAXMOE_CHECK(std::pair(begin, end) == node_rows(64, num_nodes - 1, num_nodes));
+    JAXMOE_CHECK(store->scale_rows(1, Matrix::kUp, 0).second == 20);
+
+    // Mapped files: the weights lie in the file, the scales in the store.
+    auto mapped = make_store(num_nodes, kGroupLayers, Backing::kMmap);
+    int file = -1;
+    JAXMOE_CHECK(mapped->map_file(path, &file).ok());
+    int64_t at = 0;
+    for (int l = 0; l < mapped->num_layers(); ++l) {
+      const FormatInfo& info = format_info(mapped->layer(l).format);
+      for (int e = 0; e < mapped->layer(l).num_experts; ++e) {
+        for (int m : kGateUpDown) {
+          const Matrix which = static_cast<Matrix>(m);
+          JAXMOE_CHECK(mapped->set_mapped(l, e, which, file, at).ok());
+          auto [rows, cols] = mapped->scale_shape(l, which);
+          JAXMOE_CHECK(mapped
+                           ->set_scale(l, e, which, info.scale_type,
+                                       scales_of(*mapped, l, at, which).data(), rows, cols)
+                           .ok());
+          check_scales(*mapped, l, e, which, at);
+          JAXMOE_CHECK(std::memcmp(mapped->view(l, e, which, 0).data, content.data() + at,
+                                   static_cast<size_t>(mapped->matrix_bytes(l, which))) == 0);
+          at += mapped->matrix_bytes(l, which);
+        }
+        JAXMOE_CHECK(mapped->check_loaded(l, e).ok());
+      }
+    }
+    JAXMOE_CHECK(mapped->total_bytes() == store->total_bytes());
+  }
+  close(fd);
+}
+
+JAXMOE_TEST(scales_and_columns_that_no_format_has_are_errors) {
+  auto store = make_store(2, kGroupLayers);
+  std::vector<uint8_t> powers(160, 127);
+  powers[13] = 255;
+  Status status = store->set_scale(2, 1, Matrix::kUp, ScaleType::kE8m0, powers.data(), 160, 1);
+  JAXMOE_CHECK(contains(status.message(), "layer 2 expert 1 up is 255, NaN, at [13, 0]"), "%s",
+               status.message().c_str());
+  JAXMOE_CHECK(!store->is_loaded(2, 1, Matrix::kUp));
+  status = store->set_scale(0, 0, Matrix::kUp, ScaleType::kE8m0, powers.data(), 160, 1);
+  JAXMOE_CHECK(contains(status.message(), "wanted bfloat16 for format int4_g32"), "%s",
+               status.message().c_str());
+  std::shared_ptr<HostStore> none;
+  for (WeightFormat format : {WeightFormat::kInt4G32, WeightFormat::kInt4G128, WeightFormat::kMxfp4,
+                              WeightFormat::kMxfp8}) {
+    status = HostStore::create(nodes(1), {{4, 128, 144, format}}, Backing::kArena, &none);
+    JAXMOE_CHECK(contains(status.message(), "has rows of 144 weights: wanted a multiple of"), "%s",
+                 status.message().c_str());
+  }
+}
+
+JAXMOE_TEST(many_attach_to_a_full_store_at_once) {
+  TempDir dir;
+  int fd = open(dir.write("weights", random_bytes(40000, 5)).c_str(), O_RDONLY);
+  TempShared shared("many");
+  std::shared_ptr<HostStore> first;
+  JAXMOE_CHECK(open_shared(shared.name, 1, kLayers, &first).ok());
+  load_all(first.get(), fd);
+  JAXMOE_CHECK(first->seal().ok());
+  // Locks belong to open files, so threads meet them as processes do.
+  std::vector<std::thread> threads;
+  std::atomic<int> failed{0};
+  for (int t = 0; t < 6; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 30; ++i) {
+        std::shared_ptr<HostStore> store;
+        if (!open_shared(shared.name, 1, kLayers, &store).ok() || store->is_writable()) ++failed;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  JAXMOE_CHECK(failed == 0, "%d could not attach", failed.load());
   close(fd);
 }
 

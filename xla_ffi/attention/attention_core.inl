@@ -1,12 +1,8 @@
 // Attention of a few queries over one chunk of cached positions, online softmax block by block.
 //
 // Included inside the anonymous namespace of each instruction set's file, which first defines
-//   V, kWidth                 FP32 vector and its lanes (kKeyBlock is a multiple)
-//   load, store, set1, add, sub, mul, fma(a, b, c) = a * b + c, div, max, hsum, hmax
-//   widen(const uint16_t*)    kWidth BF16 values as FP32
-//   pow2(V shifted)           2^n for shifted = 1.5 * 2^23 + n
-//   zero_below(x, bound, y)   x < bound ? 0 : y, lane by lane
-//   kScoreKeys                keys of a score tile
+//   the vectors of simd_*.inl (kKeyBlock is a multiple of their lanes)
+//   Constant<N>, kScoreKeys   keys of a score tile
 //
 // What a query computes depends on its own vector and on the positions it sees alone: every dot
 // product is one chain of lanes over the head dimension, every output element one chain over
@@ -16,23 +12,7 @@
 constexpr int64_t kTileQueries = 4;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-inline V vexp(V x) {
-  const V bounded = max(x, set1(-87.0f));
-  const V shifted = fma(bounded, set1(1.44269504088896341f), set1(12582912.0f));
-  const V n = sub(shifted, set1(12582912.0f));
-  V r = fma(n, set1(-0.693359375f), bounded);
-  r = fma(n, set1(2.12194440e-4f), r);
-  V p = set1(1.9875691500e-4f);
-  p = fma(p, r, set1(1.3981999507e-3f));
-  p = fma(p, r, set1(8.3334519073e-3f));
-  p = fma(p, r, set1(4.1665795894e-2f));
-  p = fma(p, r, set1(1.6666665459e-1f));
-  p = fma(p, r, set1(5.0000001201e-1f));
-  p = add(fma(p, mul(r, r), r), set1(1.0f));
-  // Masked positions carry minus infinity and must weigh exactly nothing. NaN passes: it is not
-  // below.
-  return zero_below(x, -87.0f, add(mul(p, pow2(shifted)), sub(x, x)));
-}
+#include "attention/vexp.inl"
 
 inline float exp_one(float x) {
   float lanes[kWidth];

@@ -43,9 +43,7 @@ Status check_layer(const HostStore& store, int layer) {
 }
 
 int64_t bytes_with_scales(const HostStore& store, int layer, Matrix which) {
-  if (store.scale(layer, 0, which) == nullptr) return store.matrix_bytes(layer, which);
-  auto [rows, cols] = store.scale_shape(layer, which);
-  return store.matrix_bytes(layer, which) + rows * cols * static_cast<int64_t>(sizeof(float));
+  return store.matrix_bytes(layer, which) + store.scale_matrix_bytes(layer, which);
 }
 
 class EmptyJob final : public Job {

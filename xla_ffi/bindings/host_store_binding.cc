@@ -3,12 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "bindings/bindings.h"
 #include "handlers/registries.h"
+#include "kernels/formats.h"
 #include "runtime/host_store.h"
 
 namespace py = pybind11;
@@ -24,18 +26,38 @@ Backing backing_from_name(const std::string& name) {
   throw py::value_error("backing is \"" + name + "\"; wanted \"arena\" or \"mmap\"");
 }
 
-// A NumPy view of the store's memory that keeps the store alive.
-template <typename T>
-py::array view_of(std::shared_ptr<HostStore> store, const T* data, int64_t rows, int64_t cols,
+// NumPy's name of a type that it knows only where ml_dtypes was imported.
+ScaleType scale_type_of(const py::dtype& dtype) {
+  const std::string name = py::str(dtype.attr("name"));
+  if (name == "float32") return ScaleType::kF32;
+  if (name == "bfloat16") return ScaleType::kBf16;
+  if (name == "uint8") return ScaleType::kE8m0;
+  throw py::value_error("scale is " + name + "; wanted float32, bfloat16 or uint8 (e8m0)");
+}
+
+py::dtype dtype_of(ScaleType type) {
+  switch (type) {
+    case ScaleType::kBf16:
+      return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+    case ScaleType::kE8m0:
+      return py::dtype::of<uint8_t>();
+    default:
+      return py::dtype::of<float>();
+  }
+}
+
+py::array read_only(py::array array) {
+  py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  return array;
+}
+
+// A NumPy view of bytes of the store's memory that keeps the store alive.
+py::array view_of(std::shared_ptr<HostStore> store, const uint8_t* data, int64_t rows, int64_t cols,
                   bool writable) {
   py::capsule owner(new std::shared_ptr<HostStore>(std::move(store)),
                     [](void* p) { delete static_cast<std::shared_ptr<HostStore>*>(p); });
-  py::array_t<T> array({rows, cols},
-                       {cols * static_cast<int64_t>(sizeof(T)), static_cast<int64_t>(sizeof(T))},
-                       data, owner);
-  if (!writable)
-    py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
-  return array;
+  py::array_t<uint8_t> array({rows, cols}, {cols, int64_t{1}}, data, owner);
+  return writable ? py::array(std::move(array)) : read_only(std::move(array));
 }
 
 class StoreBinding {
@@ -125,14 +147,17 @@ class StoreBinding {
     throw_value_error(status);
   }
 
-  void set_scale(int layer, int expert, int which,
-                 const py::array_t<float, py::array::c_style>& scale) const {
+  void set_scale(int layer, int expert, int which, const py::array& scale) const {
     std::shared_ptr<HostStore> store = at(layer, expert, which);
     if (scale.ndim() != 2) {
       throw py::value_error("scale has " + std::to_string(scale.ndim()) + " dimensions; wanted 2");
     }
-    throw_value_error(store->set_scale(layer, expert, static_cast<Matrix>(which), scale.data(),
-                                       scale.shape(0), scale.shape(1)));
+    if (!(scale.flags() & py::array::c_style)) {
+      throw py::value_error("scale is no C-contiguous array: use numpy.ascontiguousarray");
+    }
+    throw_value_error(store->set_scale(layer, expert, static_cast<Matrix>(which),
+                                       scale_type_of(scale.dtype()), scale.data(), scale.shape(0),
+                                       scale.shape(1)));
   }
 
   // Of every node: (first row, end row, uint8 [rows, row_bytes]); writable where the store owns the
@@ -180,13 +205,41 @@ class StoreBinding {
 
   void seal() const { throw_value_error(get()->seal()); }
 
+  // An OSError where the machine refuses.
+  void lock_pages(py::handle driver, const py::object& progress) const {
+    std::shared_ptr<HostStore> store = get();
+    std::shared_ptr<DeviceDriver> on = driver_of(driver);
+    throw_os_error(with_progress(
+        progress, [&](const PageLock::Progress& report) { return store->lock_pages(on, report); }));
+  }
+  int64_t locked_bytes() const {
+    const PageLock* lock = get()->page_lock();
+    return lock != nullptr ? lock->bytes() : 0;
+  }
+
   py::array scale(int layer, int expert, int which) const {
     std::shared_ptr<HostStore> store = at(layer, expert, which);
     const Matrix matrix = static_cast<Matrix>(which);
-    const float* data = store->scale(layer, expert, matrix);
-    if (data == nullptr) throw py::value_error("weights of this layer's format have no scales");
+    const FormatInfo& info = format_info(store->layer(layer).format);
+    if (!info.scaled()) throw py::value_error("weights of this layer's format have no scales");
     auto [rows, cols] = store->scale_shape(layer, matrix);
-    return view_of(store, data, rows, cols, false);
+    const py::dtype dtype = dtype_of(info.scale_type);
+    const int64_t size = scale_bytes(info.scale_type);
+    if (store->scale_rows(layer, matrix, 0).second == rows) {
+      py::capsule owner(new std::shared_ptr<HostStore>(store),
+                        [](void* p) { delete static_cast<std::shared_ptr<HostStore>*>(p); });
+      return read_only(py::array(dtype, {rows, cols}, {cols * size, size},
+                                 store->scale(layer, expert, matrix, 0), owner));
+    }
+    py::array copy(dtype, {rows, cols});
+    for (int node = 0; node < store->num_nodes(); ++node) {
+      auto [begin, end] = store->scale_rows(layer, matrix, node);
+      if (begin == end) continue;
+      std::memcpy(static_cast<uint8_t*>(copy.mutable_data()) + begin * cols * size,
+                  store->scale(layer, expert, matrix, node),
+                  static_cast<size_t>((end - begin) * cols * size));
+    }
+    return read_only(std::move(copy));
   }
 
  private:
@@ -197,16 +250,18 @@ class StoreBinding {
 }  // namespace
 
 WeightFormat format_from_name(const std::string& name) {
-  if (name == "bf16") return WeightFormat::kBf16;
-  if (name == "f32") return WeightFormat::kF32;
-  if (name == "fp8_block") return WeightFormat::kFp8Block;
-  throw py::value_error("weight format is \"" + name +
-                        "\"; wanted \"bf16\", \"f32\" or \"fp8_block\"");
+  std::string known;
+  for (int i = 0; i < kNumFormats; ++i) {
+    if (name == kFormatInfo[i].name) return static_cast<WeightFormat>(i);
+    known += std::string(i == 0                 ? ""
+                         : i + 1 == kNumFormats ? " or "
+                                                : ", ") +
+             "\"" + kFormatInfo[i].name + "\"";
+  }
+  throw py::value_error("weight format is \"" + name + "\"; wanted " + known);
 }
 
-std::shared_ptr<HostStore> store_of(py::handle store) {
-  return store.cast<const StoreBinding&>().get();
-}
+std::shared_ptr<HostStore> store_of(py::handle store) { return store.cast<StoreBinding&>().get(); }
 
 void bind_host_store(py::module_& module) {
   py::class_<StoreBinding>(module, "HostStore")
@@ -238,6 +293,9 @@ void bind_host_store(py::module_& module) {
            py::arg("which"))
       .def("seal", &StoreBinding::seal)
       .def("scale", &StoreBinding::scale, py::arg("layer"), py::arg("expert"), py::arg("which"))
+      .def("lock_pages", &StoreBinding::lock_pages, py::arg("driver"),
+           py::arg("progress") = py::none())
+      .def_property_readonly("locked_bytes", &StoreBinding::locked_bytes)
       .def("close", &StoreBinding::close);
 }
 

@@ -21,7 +21,9 @@ namespace {
 class RuntimeBinding {
  public:
   RuntimeBinding(int num_threads, std::optional<std::vector<std::vector<int>>> numa_nodes,
-                 std::optional<std::string> isa) {
+                 std::optional<std::string> isa, std::optional<std::string> device_signal) {
+    std::optional<DeviceSignal> signal;
+    if (device_signal) signal = signal_from_name(*device_signal);
     RuntimeOptions options;
     options.num_threads = num_threads;
     options.fake_nodes = std::move(numa_nodes);
@@ -33,7 +35,7 @@ class RuntimeBinding {
       status = CpuRuntime::create(options, &cpu);
     }
     throw_value_error(status);
-    runtime_ = std::make_shared<NativeRuntime>(std::move(cpu));
+    runtime_ = std::make_shared<NativeRuntime>(std::move(cpu), signal);
     id_ = runtimes().add(runtime_);
     if (id_ < 0) throw_value_error(Status::error("too many runtimes are open: close some"));
   }
@@ -54,6 +56,12 @@ class RuntimeBinding {
     return id_;
   }
 
+  static DeviceSignal signal_from_name(const std::string& name) {
+    if (name == "values") return DeviceSignal::kValues;
+    if (name == "host_functions") return DeviceSignal::kHostFunctions;
+    throw py::value_error("device_signal is \"" + name +
+                          "\"; wanted \"values\" or \"host_functions\"");
+  }
   static Isa isa_from_name(const std::string& name) {
     std::string known;
     for (int i = 0; i < kNumIsas; ++i) {
@@ -135,6 +143,26 @@ py::list take_trace(const RuntimeBinding& binding) {
   return result;
 }
 
+py::dict device_stats(const RuntimeBinding& binding) {
+  ExpertsDevice* device = binding.get().device_experts_if_any();
+  const DeviceStats stats = device == nullptr ? DeviceStats() : device->stats();
+  py::dict result;
+  result["calls"] = stats.calls;
+  result["experts_s"] = stats.experts_s;
+  result["idle_s"] = stats.idle_s;
+  return result;
+}
+
+void check_device(const RuntimeBinding& binding) {
+  ExpertsDevice* device = binding.get().device_experts_if_any();
+  if (device != nullptr) throw_value_error(device->take_error());
+}
+
+std::string describe_device(const RuntimeBinding& binding) {
+  ExpertsDevice* device = binding.get().device_experts_if_any();
+  return device == nullptr ? std::string() : device->describe();
+}
+
 py::dict handlers() {
   py::dict result;
   auto add = [&result](const char* name, XLA_FFI_Handler* handler) {
@@ -143,11 +171,30 @@ py::dict handlers() {
   add("jaxmoe_linear", JaxmoeLinear);
   add("jaxmoe_head_linear", JaxmoeHeadLinear);
   add("jaxmoe_experts", JaxmoeExperts);
+  add("jaxmoe_experts_group", JaxmoeExpertsGroup);
   add("jaxmoe_experts_submit", JaxmoeExpertsSubmit);
+  add("jaxmoe_experts_submit_packed", JaxmoeExpertsSubmitPacked);
   add("jaxmoe_experts_wait", JaxmoeExpertsWait);
   add("jaxmoe_kv_write", JaxmoeKvWrite);
   add("jaxmoe_paged_attention", JaxmoePagedAttention);
   add("jaxmoe_mark", JaxmoeMark);
+  add("jaxmoe_gated_delta", JaxmoeGatedDelta);
+  add("jaxmoe_slot_acquire", JaxmoeSlotAcquire);
+  add("jaxmoe_slot_release", JaxmoeSlotRelease);
+  return result;
+}
+
+py::dict cuda_handlers() {
+  py::dict result;
+  auto add = [&result](const char* name, XLA_FFI_Handler* handler) {
+    result[name] = py::capsule(reinterpret_cast<void*>(handler));
+  };
+  add("jaxmoe_slot_acquire", JaxmoeSlotAcquireCuda);
+  add("jaxmoe_slot_release", JaxmoeSlotReleaseCuda);
+  add("jaxmoe_experts", JaxmoeExpertsCuda);
+  add("jaxmoe_experts_submit", JaxmoeExpertsSubmitCuda);
+  add("jaxmoe_experts_submit_packed", JaxmoeExpertsSubmitPackedCuda);
+  add("jaxmoe_experts_wait", JaxmoeExpertsWaitCuda);
   return result;
 }
 
@@ -173,10 +220,10 @@ PYBIND11_MODULE(_native, module) {
   using jaxmoe::RuntimeBinding;
   module.doc() = "Native core of jaxmoe: CPU runtime, expert store and XLA FFI handlers.";
   py::class_<RuntimeBinding>(module, "Runtime")
-      .def(
-          py::init<int, std::optional<std::vector<std::vector<int>>>, std::optional<std::string>>(),
-          py::arg("num_threads") = 0, py::arg("numa_nodes") = py::none(),
-          py::arg("isa") = py::none())
+      .def(py::init<int, std::optional<std::vector<std::vector<int>>>, std::optional<std::string>,
+                    std::optional<std::string>>(),
+           py::arg("num_threads") = 0, py::arg("numa_nodes") = py::none(),
+           py::arg("isa") = py::none(), py::arg("device_signal") = py::none())
       .def_property_readonly("id", &RuntimeBinding::id)
       .def_property_readonly("num_threads",
                              [](const RuntimeBinding& r) { return r.get().cpu->num_threads(); })
@@ -196,9 +243,14 @@ PYBIND11_MODULE(_native, module) {
           py::arg("tokens"))
       .def("set_trace_level", &jaxmoe::set_trace_level, py::arg("level"))
       .def("take_trace", &jaxmoe::take_trace)
+      .def("device_stats", &jaxmoe::device_stats)
+      .def("check_device", &jaxmoe::check_device)
+      .def("describe_device", &jaxmoe::describe_device)
       .def("close", &RuntimeBinding::close);
   jaxmoe::bind_host_store(module);
+  jaxmoe::bind_device(module);
   jaxmoe::bind_bench(module);
   module.def("handlers", &jaxmoe::handlers);
+  module.def("cuda_handlers", &jaxmoe::cuda_handlers);
   module.def("supported_isas", &jaxmoe::supported_isas);
 }

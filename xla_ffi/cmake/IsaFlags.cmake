@@ -14,6 +14,12 @@ function(jaxmoe_isa_source source isa)
   if(NOT DEFINED JAXMOE_ISA_FLAGS_${isa})
     message(FATAL_ERROR "no instruction-set flags named ${isa} for ${source}; see IsaFlags.cmake")
   endif()
+  set(checks "")
+  if(JAXMOE_SANITIZE MATCHES "undefined")
+    # The unrolled kernels would take tens of minutes to compile with a branch at every operation; what they may
+    # get wrong, reading outside a matrix, is AddressSanitizer's and kernels_memory_test's to find.
+    set(checks ";-fno-sanitize=undefined")
+  endif()
   set_source_files_properties(${source} PROPERTIES
-    COMPILE_OPTIONS "-O3;-ffp-contract=off;${JAXMOE_ISA_FLAGS_${isa}}")
+    COMPILE_OPTIONS "-O3;-ffp-contract=off;${JAXMOE_ISA_FLAGS_${isa}}${checks}")
 endfunction()

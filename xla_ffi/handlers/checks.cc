@@ -40,6 +40,8 @@ std::string type_name(ffi::DataType type) {
       return "float32";
     case ffi::DataType::F8E4M3FN:
       return "float8_e4m3fn";
+    case ffi::DataType::U8:
+      return "uint8";
     case ffi::DataType::S32:
       return "int32";
     default:
@@ -59,11 +61,23 @@ std::optional<ActivationType> activation_type(ffi::DataType type) {
   return std::nullopt;
 }
 
-std::optional<WeightFormat> weight_format(ffi::DataType type) {
-  if (type == ffi::DataType::F32) return WeightFormat::kF32;
-  if (type == ffi::DataType::BF16) return WeightFormat::kBf16;
-  if (type == ffi::DataType::F8E4M3FN) return WeightFormat::kFp8Block;
-  return std::nullopt;
+std::optional<WeightFormat> weight_format(int64_t value) {
+  if (value < 0 || value >= kNumFormats) return std::nullopt;
+  return static_cast<WeightFormat>(value);
+}
+
+ffi::DataType data_type(WeightFormat format) {
+  const int bits = format_info(format).bits;
+  return bits == 32   ? ffi::DataType::F32
+         : bits == 16 ? ffi::DataType::BF16
+         : bits == 8  ? ffi::DataType::F8E4M3FN
+                      : ffi::DataType::U8;
+}
+
+ffi::DataType data_type(ScaleType type) {
+  return type == ScaleType::kF32    ? ffi::DataType::F32
+         : type == ScaleType::kBf16 ? ffi::DataType::BF16
+                                    : ffi::DataType::U8;
 }
 
 std::optional<Family> family_of(int64_t value) {
@@ -85,6 +99,25 @@ Status expect_activation(const char* op, const char* name, const ffi::AnyBuffer&
     return mismatch(op, name, buffer, "bfloat16 or float32" + format_dims(dims));
   }
   *type = *found;
+  return {};
+}
+
+Status check_pass_through(const char* op, const ffi::RemainingArgs& args, size_t first,
+                          const ffi::RemainingRets& rets) {
+  if (args.size() != first + rets.size()) {
+    return Status::error(std::string(op) + ": " + std::to_string(args.size() - first) +
+                         " arrays passed in, " + std::to_string(rets.size()) + " passed through");
+  }
+  for (size_t i = 0; i < rets.size(); ++i) {
+    ffi::ErrorOr<ffi::AnyBuffer> in = args.get<ffi::AnyBuffer>(first + i);
+    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> out = rets.get<ffi::AnyBuffer>(i);
+    if (!in.has_value()) return Status::error(in.error().message());
+    if (!out.has_value()) return Status::error(out.error().message());
+    if (in->untyped_data() != (*out)->untyped_data()) {
+      return Status::error(std::string(op) + ": passed-through array " + std::to_string(i) +
+                           " has another buffer as result: alias it to its operand");
+    }
+  }
   return {};
 }
 

@@ -1,142 +1,78 @@
 #include <cstring>
 
 #include "handlers/checks.h"
+#include "handlers/experts_binding.h"
 #include "handlers/handlers.h"
-#include "handlers/registries.h"
 #include "moe/experts.h"
 
 namespace jaxmoe {
 namespace {
 
-struct Objects {
-  std::shared_ptr<NativeRuntime> runtime;
-  std::shared_ptr<HostStore> store;
-};
-
-Status find_runtime(const char* op, int64_t runtime_id, Objects* objects) {
-  objects->runtime = runtimes().get(runtime_id);
-  if (objects->runtime != nullptr) return {};
-  return Status::error(std::string(op) + ": no runtime has id " + std::to_string(runtime_id) +
-                       " (was it closed?)");
-}
-
-// Checks everything but y, whose buffer only some of the operations have.
-Status bind_call(const char* op, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
-                 int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
-                 Objects* objects, ExpertsCall* call) {
-  Status status = find_runtime(op, runtime_id, objects);
-  if (!status.ok()) return status;
-  objects->store = stores().get(store_id);
-  if (objects->store == nullptr) {
-    return Status::error(std::string(op) + ": no host store has id " + std::to_string(store_id) +
-                         " (was it closed?)");
-  }
-  if (layer < 0 || layer >= objects->store->num_layers()) {
-    return Status::error(std::string(op) + ": MoE layer " + std::to_string(layer) +
-                         " of a store that has " + std::to_string(objects->store->num_layers()));
-  }
-  std::optional<Family> kind = family_of(family);
-  if (!kind) {
-    return Status::error(std::string(op) + ": family " + std::to_string(family) +
-                         "; wanted 0 (vector) or 1 (matrix)");
-  }
-  const int64_t hidden = objects->store->layer(static_cast<int>(layer)).hidden;
-  status = expect_activation(op, "x", x, {-1, hidden}, &call->x_type);
-  if (!status.ok()) return status;
-  call->num_tokens = x.dimensions()[0];
-  status = expect(op, "expert_ids", ids, ffi::DataType::S32, {call->num_tokens, -1});
-  if (!status.ok()) return status;
-  call->per_token = ids.dimensions()[1];
-  status = expect(op, "combine_weights", weights, ffi::DataType::F32,
-                  {call->num_tokens, call->per_token});
-  if (!status.ok()) return status;
-  call->layer = static_cast<int>(layer);
-  call->family = *kind;
-  call->x = x.untyped_data();
-  call->expert_ids = static_cast<const int32_t*>(ids.untyped_data());
-  call->weights = static_cast<const float*>(weights.untyped_data());
-  return {};
-}
-
-// With two more arrays, f32 [E, F]: biases of gate and up.
 ffi::Error experts_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                         ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> y,
                         int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
                         float alpha, float limit) {
-  Objects objects;
+  constexpr const char* kOp = "experts";
+  ExpertsObjects objects;
   ExpertsCall call;
-  JAXMOE_RETURN_IF_ERROR(
-      bind_call("experts", x, ids, weights, runtime_id, store_id, layer, family, &objects, &call));
-  JAXMOE_RETURN_IF_ERROR(expect("experts", "the result", *y, ffi::DataType::F32,
-                                {call.num_tokens, x.dimensions()[1]}));
-  call.y = static_cast<float*>(y->untyped_data());
-  call.alpha = alpha;
-  call.limit = limit;
-  if (biases.size() != 0) {
-    if (biases.size() != 2) {
-      return failure("experts: " + std::to_string(biases.size()) +
-                     " bias arrays; wanted those of gate and up, or none");
-    }
-    const ExpertLayerSpec& shape = objects.store->layer(call.layer);
-    const float** places[] = {&call.gate_bias, &call.up_bias};
-    for (size_t i = 0; i < 2; ++i) {
-      ffi::ErrorOr<ffi::AnyBuffer> bias = biases.get<ffi::AnyBuffer>(i);
-      if (!bias.has_value()) return bias.error();
-      JAXMOE_RETURN_IF_ERROR(expect("experts", i == 0 ? "the gate bias" : "the up bias", *bias,
-                                    ffi::DataType::F32, {shape.num_experts, shape.intermediate}));
-      *places[i] = static_cast<const float*>(bias->untyped_data());
-    }
+  const bool has_biases = biases.size() != 0;
+  JAXMOE_RETURN_IF_ERROR(bind_experts(
+      kOp, x, ids, weights, biases, {runtime_id, store_id, layer, family, alpha, limit, has_biases},
+      &objects, &call));
+  if (has_biases && biases.size() != 2) {
+    return failure("experts: " + std::to_string(biases.size()) +
+                   " bias arrays; wanted those of gate and up, or none");
   }
+  JAXMOE_RETURN_IF_ERROR(
+      expect(kOp, "the result", *y, ffi::DataType::F32, {call.num_tokens, x.dimensions()[1]}));
+  call.y = static_cast<float*>(y->untyped_data());
   return to_error(experts(*objects.runtime->cpu, *objects.store, call));
 }
 
-// submit and wait may carry other arrays through unchanged (aliased), which orders what uses them
-// between the two.
-ffi::Error check_pass_through(const char* op, const ffi::RemainingArgs& args,
-                              const ffi::RemainingRets& rets) {
-  if (args.size() != rets.size()) {
-    return failure(std::string(op) + ": " + std::to_string(args.size()) + " arrays passed in, " +
-                   std::to_string(rets.size()) + " passed through");
-  }
-  for (size_t i = 0; i < args.size(); ++i) {
-    ffi::ErrorOr<ffi::AnyBuffer> in = args.get<ffi::AnyBuffer>(i);
-    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> out = rets.get<ffi::AnyBuffer>(i);
-    if (!in.has_value()) return in.error();
-    if (!out.has_value()) return out.error();
-    if (in->untyped_data() != (*out)->untyped_data()) {
-      return failure(std::string(op) + ": passed-through array " + std::to_string(i) +
-                     " has another buffer as result: alias it to its operand");
-    }
-  }
-  return ffi::Error::Success();
+// `slot` names the microbatch where memory is kept per slot; here tickets do.
+ffi::Error submit_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
+                       ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> ticket,
+                       ffi::RemainingRets others_out, int64_t runtime_id, int64_t store_id,
+                       int64_t layer, int64_t family, float alpha, float limit, bool has_biases,
+                       int64_t /*slot*/) {
+  constexpr const char* kOp = "experts_submit";
+  ExpertsObjects objects;
+  ExpertsCall call;
+  JAXMOE_RETURN_IF_ERROR(bind_experts(
+      kOp, x, ids, weights, rest, {runtime_id, store_id, layer, family, alpha, limit, has_biases},
+      &objects, &call));
+  JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", *ticket, ffi::DataType::S32, {1}));
+  JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, rest, has_biases ? 2 : 0, others_out));
+  return to_error(objects.runtime->experts.submit(objects.store, call,
+                                                  static_cast<int32_t*>(ticket->untyped_data())));
 }
 
-ffi::Error submit_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
-                       ffi::RemainingArgs others, ffi::Result<ffi::AnyBuffer> ticket,
-                       ffi::RemainingRets others_out, int64_t runtime_id, int64_t store_id,
-                       int64_t layer, int64_t family) {
+ffi::Error submit_packed_impl(ffi::AnyBuffer packed, ffi::RemainingArgs rest,
+                              ffi::Result<ffi::AnyBuffer> ticket, ffi::RemainingRets others_out,
+                              int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
+                              float alpha, float limit, bool has_biases, int64_t /*slot*/,
+                              int64_t num_tokens, int64_t per_token, bool x_is_bf16) {
   constexpr const char* kOp = "experts_submit";
-  Objects objects;
+  ExpertsObjects objects;
   ExpertsCall call;
-  JAXMOE_RETURN_IF_ERROR(
-      bind_call(kOp, x, ids, weights, runtime_id, store_id, layer, family, &objects, &call));
+  JAXMOE_RETURN_IF_ERROR(bind_packed_experts(
+      kOp, packed, {num_tokens, per_token, x_is_bf16}, rest,
+      {runtime_id, store_id, layer, family, alpha, limit, has_biases}, &objects, &call));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", *ticket, ffi::DataType::S32, {1}));
-  ffi::Error passed = check_pass_through(kOp, others, others_out);
-  if (passed.failure()) return passed;
+  JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, rest, has_biases ? 2 : 0, others_out));
   return to_error(objects.runtime->experts.submit(objects.store, call,
                                                   static_cast<int32_t*>(ticket->untyped_data())));
 }
 
 ffi::Error wait_impl(ffi::AnyBuffer ticket, ffi::RemainingArgs others,
                      ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets others_out,
-                     int64_t runtime_id) {
+                     int64_t runtime_id, int64_t /*slot*/) {
   constexpr const char* kOp = "experts_wait";
-  Objects objects;
+  ExpertsObjects objects;
   JAXMOE_RETURN_IF_ERROR(find_runtime(kOp, runtime_id, &objects));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", ticket, ffi::DataType::S32, {1}));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "the result", *y, ffi::DataType::F32, {-1, -1}));
-  ffi::Error passed = check_pass_through(kOp, others, others_out);
-  if (passed.failure()) return passed;
+  JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, others, 0, others_out));
   return to_error(objects.runtime->experts.wait(*static_cast<const int32_t*>(ticket.untyped_data()),
                                                 y->dimensions()[0], y->dimensions()[1],
                                                 static_cast<float*>(y->untyped_data())));
@@ -169,7 +105,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmit, submit_impl,
                                   .Attr<int64_t>("runtime_id")
                                   .Attr<int64_t>("store_id")
                                   .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("family"));
+                                  .Attr<int64_t>("family")
+                                  .Attr<float>("alpha")
+                                  .Attr<float>("limit")
+                                  .Attr<bool>("has_biases")
+                                  .Attr<int64_t>("slot"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmitPacked, submit_packed_impl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("runtime_id")
+                                  .Attr<int64_t>("store_id")
+                                  .Attr<int64_t>("layer")
+                                  .Attr<int64_t>("family")
+                                  .Attr<float>("alpha")
+                                  .Attr<float>("limit")
+                                  .Attr<bool>("has_biases")
+                                  .Attr<int64_t>("slot")
+                                  .Attr<int64_t>("num_tokens")
+                                  .Attr<int64_t>("per_token")
+                                  .Attr<bool>("x_is_bf16"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsWait, wait_impl,
                               ffi::Ffi::Bind()
@@ -177,6 +135,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsWait, wait_impl,
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .RemainingRets()
-                                  .Attr<int64_t>("runtime_id"));
+                                  .Attr<int64_t>("runtime_id")
+                                  .Attr<int64_t>("slot"));
 
 }  // namespace jaxmoe

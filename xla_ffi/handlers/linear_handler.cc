@@ -10,7 +10,7 @@ namespace {
 // N].
 ffi::Error run_linear(const char* op, bool heads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                       ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, int64_t runtime_id,
-                      int64_t family) {
+                      int64_t family, int64_t format_code) {
   std::shared_ptr<NativeRuntime> runtime = runtimes().get(runtime_id);
   if (runtime == nullptr) {
     return failure(std::string(op) + ": no runtime has id " + std::to_string(runtime_id) +
@@ -18,24 +18,32 @@ ffi::Error run_linear(const char* op, bool heads, ffi::AnyBuffer x, ffi::AnyBuff
   }
   LinearCall call;
   std::optional<Family> kind = family_of(family);
-  std::optional<WeightFormat> format = weight_format(w.element_type());
+  std::optional<WeightFormat> format = weight_format(format_code);
   const size_t rank = heads ? 3 : 2;
   if (!kind) {
     return failure(std::string(op) + ": family " + std::to_string(family) +
                    "; wanted 0 (vector) or 1 (matrix)");
   }
-  if (!format || w.dimensions().size() != rank) {
-    return failure(std::string(op) + ": weights are " + describe(w) +
-                   "; wanted float8_e4m3fn, bfloat16 or float32 of " +
-                   (heads ? "[G, N, K]" : "[N, K]"));
+  if (!format) {
+    return failure(std::string(op) + ": weight format " + std::to_string(format_code) +
+                   "; wanted 0 to " + std::to_string(kNumFormats - 1));
+  }
+  const FormatInfo& info = format_info(*format);
+  if (w.element_type() != data_type(*format) || w.dimensions().size() != rank) {
+    return failure(std::string(op) + ": weights are " + describe(w) + "; wanted " +
+                   type_name(data_type(*format)) + " of " + (heads ? "[G, N, K]" : "[N, K]") +
+                   " for format " + info.name);
   }
   Dims dims = w.dimensions();
-  const int64_t g = heads ? dims[0] : 1, n = dims[rank - 2], k = dims[rank - 1];
+  const int64_t g = heads ? dims[0] : 1, n = dims[rank - 2];
+  const int64_t k = info.bits == 4 ? 2 * dims[rank - 1] : dims[rank - 1];
   if (n < 1 || k < 1 || g < 1) {
     return failure(std::string(op) + ": empty weights " + describe(w));
   }
-  const int64_t blocks_n = (n + kScaleBlock - 1) / kScaleBlock;
-  const int64_t blocks_k = (k + kScaleBlock - 1) / kScaleBlock;
+  if (!columns_suit(*format, k)) {
+    return failure(std::string(op) + ": rows of " + std::to_string(k) + " weights of format " +
+                   info.name + "; wanted a multiple of " + std::to_string(info.group_cols));
+  }
   if (heads) {
     JAXMOE_RETURN_IF_ERROR(expect_activation(op, "x", x, {-1, g, k}, &call.x_type));
     call.m = x.dimensions()[0];
@@ -45,37 +53,35 @@ ffi::Error run_linear(const char* op, bool heads, ffi::AnyBuffer x, ffi::AnyBuff
     call.m = x.dimensions()[0];
     JAXMOE_RETURN_IF_ERROR(expect_activation(op, "the result", *y, {call.m, n}, &call.y_type));
   }
-  const size_t wanted_rest = *format == WeightFormat::kFp8Block ? 1 : 0;
+  const size_t wanted_rest = info.scaled() ? 1 : 0;
   if (rest.size() != wanted_rest) {
-    return failure(std::string(op) + ": weights " + describe(w) + " came with " +
-                   std::to_string(rest.size()) + " scale arrays; wanted " +
+    return failure(std::string(op) + ": weights " + describe(w) + " of format " + info.name +
+                   " came with " + std::to_string(rest.size()) + " scale arrays; wanted " +
                    std::to_string(wanted_rest));
   }
   if (wanted_rest == 1) {
     ffi::ErrorOr<ffi::AnyBuffer> scale = rest.get<ffi::AnyBuffer>(0);
     if (!scale.has_value()) return scale.error();
+    auto [rows, cols] = scale_dims(*format, n, k);
+    const ffi::DataType type = data_type(info.scale_type);
     if (heads) {
-      JAXMOE_RETURN_IF_ERROR(
-          expect(op, "scale_inv", *scale, ffi::DataType::F32, {g, blocks_n, blocks_k}));
+      JAXMOE_RETURN_IF_ERROR(expect(op, "scale_inv", *scale, type, {g, rows, cols}));
     } else {
-      JAXMOE_RETURN_IF_ERROR(
-          expect(op, "scale_inv", *scale, ffi::DataType::F32, {blocks_n, blocks_k}));
+      JAXMOE_RETURN_IF_ERROR(expect(op, "scale_inv", *scale, type, {rows, cols}));
     }
-    call.weight.scale = static_cast<const float*>(scale->untyped_data());
-    call.weight.scale_stride = blocks_k;
-    call.scale_group_stride = blocks_n * blocks_k;
+    call.weight.scale = static_cast<const uint8_t*>(scale->untyped_data());
+    call.weight.scale_stride = cols;
+    call.scale_group_bytes = rows * cols * scale_bytes(info.scale_type);
   }
-  const int64_t element = *format == WeightFormat::kF32    ? 4
-                          : *format == WeightFormat::kBf16 ? 2
-                                                           : 1;
+  const int64_t row_bytes = weight_row_bytes(*format, k);
   call.family = *kind;
   call.weight.data = static_cast<const uint8_t*>(w.untyped_data());
   call.weight.n = n;
   call.weight.k = k;
-  call.weight.row_stride_bytes = k * element;
+  call.weight.row_stride_bytes = row_bytes;
   call.weight.format = *format;
   call.groups = g;
-  call.weight_group_bytes = n * k * element;
+  call.weight_group_bytes = n * row_bytes;
   call.x = x.untyped_data();
   call.ldx = g * k;
   call.y = y->untyped_data();
@@ -84,13 +90,15 @@ ffi::Error run_linear(const char* op, bool heads, ffi::AnyBuffer x, ffi::AnyBuff
 }
 
 ffi::Error linear_impl(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::RemainingArgs rest,
-                       ffi::Result<ffi::AnyBuffer> y, int64_t runtime_id, int64_t family) {
-  return run_linear("linear", false, x, w, rest, y, runtime_id, family);
+                       ffi::Result<ffi::AnyBuffer> y, int64_t runtime_id, int64_t family,
+                       int64_t format) {
+  return run_linear("linear", false, x, w, rest, y, runtime_id, family, format);
 }
 
 ffi::Error head_linear_impl(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::RemainingArgs rest,
-                            ffi::Result<ffi::AnyBuffer> y, int64_t runtime_id, int64_t family) {
-  return run_linear("head_linear", true, x, w, rest, y, runtime_id, family);
+                            ffi::Result<ffi::AnyBuffer> y, int64_t runtime_id, int64_t family,
+                            int64_t format) {
+  return run_linear("head_linear", true, x, w, rest, y, runtime_id, family, format);
 }
 
 auto binding() {
@@ -100,7 +108,8 @@ auto binding() {
       .RemainingArgs()
       .Ret<ffi::AnyBuffer>()
       .Attr<int64_t>("runtime_id")
-      .Attr<int64_t>("family");
+      .Attr<int64_t>("family")
+      .Attr<int64_t>("format");
 }
 
 }  // namespace

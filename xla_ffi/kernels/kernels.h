@@ -7,9 +7,10 @@
 //   * Within one (family, ISA, format) an output element y[i, n] depends on x[i, :] and w[n, :]
 //   alone: the
 //     order of additions never depends on how many rows i or n a call covers, nor on their tiling.
-//   * FP8 block scales are applied in FP32 to the partial sum of each 128-column block, so weights
-//   are never
-//     rounded: y = sum_b scale[n/128, b] * sum_{k in b} x[k] * w[n, k].
+//   * Weights are never rounded: scales are applied in FP32 to the sum of the columns that share
+//   one,
+//     y = sum_g scale[n, g] * sum_{k in g} x[k] * w[n, k], or folded into the weights where the
+//     product is exact in the type that is multiplied.
 //   * Error bound held by the tests: |err| <= c * eps * sum |w| |x|.
 #ifndef JAXMOE_KERNELS_KERNELS_H_
 #define JAXMOE_KERNELS_KERNELS_H_
@@ -25,9 +26,18 @@ inline constexpr int kNumIsas = 5;
 enum class WeightFormat : int {
   kF32 = 0,
   kBf16 = 1,
-  kFp8Block = 2,  // E4M3FN data, FP32 scale_inv per 128x128 block (multiply to dequantize)
+  kFp8Block = 2,    // E4M3FN, an FP32 scale per 128x128 block (multiply to dequantize)
+  kFp8Channel = 3,  // E4M3FN, an FP32 scale per row
+  kInt4G32 = 4,     // (nibble - 8) times a BF16 scale per 32 columns of a row
+  kInt4G128 = 5,    // the same per 128 columns
+  kMxfp4 = 6,       // E2M1 nibbles times 2^(scale - 127) per 32 columns of a row
+  kMxfp8 = 7,       // E4M3FN times 2^(scale - 127) per 32 columns of a row
 };
-inline constexpr int kNumFormats = 3;
+inline constexpr int kNumFormats = 8;
+
+// kE8m0: a byte e that stands for 2^(e - 127), e = 0 exact too; 255 (NaN by its definition) is not
+// for stored weights: what a kernel makes of it is infinite or NaN.
+enum class ScaleType : int { kNone = 0, kF32 = 1, kBf16 = 2, kE8m0 = 3 };
 
 enum class ActivationType : int { kF32 = 0, kBf16 = 1 };
 
@@ -45,16 +55,18 @@ enum class ActivationType : int { kF32 = 0, kBf16 = 1 };
 enum class Family : int { kVector = 0, kMatrix = 1, kVectorBf16 = 2 };
 inline constexpr int kNumFamilies = 3;
 
-inline constexpr int64_t kScaleBlock = 128;
+inline constexpr int64_t kScaleBlock = 128;  // rows and columns of kFp8Block's blocks
 
-// One matrix, or (through data/row offsets) the rows of it that one NUMA node holds.
+// One matrix, or (through data/row offsets) the rows of it that one NUMA node holds. Two nibbles
+// share a byte, the first column in the low half. formats.h says which scales a format has; k is a
+// multiple of its group where that is one of columns.
 struct WeightView {
-  const uint8_t* data = nullptr;  // element [0, 0]
-  const float* scale = nullptr;   // [ceil(n/128), ceil(k/128)], kFp8Block only
-  int64_t n = 0;                  // rows (outputs)
-  int64_t k = 0;                  // columns (inputs)
+  const uint8_t* data = nullptr;   // element [0, 0]
+  const uint8_t* scale = nullptr;  // of element [0, 0], of the format's type; or none
+  int64_t n = 0;                   // rows (outputs)
+  int64_t k = 0;                   // columns (inputs)
   int64_t row_stride_bytes = 0;
-  int64_t scale_stride = 0;  // floats between scale rows
+  int64_t scale_stride = 0;  // scales between rows of scales
   WeightFormat format = WeightFormat::kBf16;
 };
 
@@ -116,6 +128,8 @@ void kernel_thread_release(Isa isa);
 // Element-wise helpers used by the experts core, one per ISA is not worth it: compiled for the
 // baseline.
 float fp8_e4m3_to_float(uint8_t code);  // OCP E4M3FN: 0x7F and 0xFF are NaN, subnormals exact
+float fp4_e2m1_to_float(uint8_t code);  // OCP E2M1, of the low four bits
+float e8m0_to_float(uint8_t code);      // OCP E8M0: 2^(code - 127), 255 is NaN
 float bf16_to_float(uint16_t bits);
 uint16_t float_to_bf16(float value);  // round to nearest even, NaN stays NaN
 

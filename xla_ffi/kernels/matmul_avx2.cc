@@ -6,7 +6,7 @@
 namespace jaxmoe {
 namespace {
 
-#include "kernels/fp8_e4m3.inl"
+#include "kernels/format_bits.inl"
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_rows.inl"
 
@@ -14,6 +14,7 @@ struct Avx2Base {
   using Elem = float;
   using Acc = __m256;
   using Weights = __m256;
+  using Scale = float;
   struct Flag {};
   static constexpr int kElems = 8;
   static constexpr int kAccFloats = 8;
@@ -29,8 +30,10 @@ struct Avx2Base {
   static constexpr int kMaxFew = 2;
   static constexpr int one_stream_rows(int) { return 2; }
   static constexpr int kMaxFewOneStream = 2;
-  static constexpr bool kScaled = false;
   static constexpr float kScaleFold = 1.0f;
+  static constexpr bool kShareActivations = false;
+  static constexpr int kScaleChunk = 0;
+  static constexpr int kWidenedBytes = 0;
 
   static __m256 zero() { return _mm256_setzero_ps(); }
   static __m256 load(const float* p) { return _mm256_loadu_ps(p); }
@@ -50,7 +53,7 @@ struct Avx2Base {
 };
 
 struct Avx2F32 : Avx2Base {
-  static constexpr int kWeightBytes = 4;
+  static constexpr int kWeightBits = 32;
   static constexpr int kGroupVecs = 1;
   static constexpr int column(int i) { return i; }
   static void decode(const uint8_t* src, __m256 (&out)[1], Flag&) {
@@ -59,7 +62,7 @@ struct Avx2F32 : Avx2Base {
 };
 
 struct Avx2Bf16 : Avx2Base {
-  static constexpr int kWeightBytes = 2;
+  static constexpr int kWeightBits = 16;
   static constexpr int kGroupVecs = 2;
   // 32-bit lanes hold two weights: the even columns of 16 first, then the odd ones.
   static constexpr int column(int i) { return i / 16 * 16 + i % 8 * 2 + i % 16 / 8; }
@@ -75,9 +78,8 @@ struct Avx2Bf16 : Avx2Base {
 // remembers the largest magnitude.
 struct Avx2Fp8 : Avx2Base {
   using Flag = __m256i;
-  static constexpr int kWeightBytes = 1;
+  static constexpr int kWeightBits = 8;
   static constexpr int kGroupVecs = 4;
-  static constexpr bool kScaled = true;
   static constexpr float kScaleFold = 256.0f;
   // 16-bit lanes hold two weights: even columns of 32, then the odd ones, eight to a vector.
   static constexpr int column(int i) { return i / 32 * 32 + i % 16 * 2 + i % 32 / 16; }
@@ -98,18 +100,96 @@ struct Avx2Fp8 : Avx2Base {
   }
 };
 
+// As in vector_avx512_groups.inl, 64 columns, two groups of 32, at a time: nibbles by shifts of
+// 32-bit lanes, which hold eight.
+struct Avx2Nibbles : Avx2Base {
+  static constexpr int kWeightBits = 4;
+  static constexpr int kGroupVecs = 8;
+  static constexpr int kFlushVecs = 8;
+  using Scale = __m256;
+  static constexpr int column(int i) { return i / 64 * 64 + i % 8 * 8 + i % 64 / 8; }
+  static __m256 flush(__m256 sum, __m256 part, __m256 scale) {
+    return _mm256_fmadd_ps(part, scale, sum);
+  }
+  static __m256 lanes(float first, float second) {
+    return _mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first));
+  }
+};
+
+struct Avx2Int4 : Avx2Nibbles {
+  static void decode(const uint8_t* src, __m256 (&out)[8], Flag&) {
+    // Of two's complement the same four bits, but for the highest.
+    const __m256i codes = _mm256_xor_si256(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)), _mm256_set1_epi8(-0x78));
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      out[j] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(codes, 28 - 4 * j), 28));
+    }
+  }
+};
+struct Avx2Int4G32 : Avx2Int4, Int4G32Scaled {
+  static __m256 load_scale(const uint8_t* scales, int i) {
+    return lanes(load_bf16(scales + 4 * i), load_bf16(scales + 4 * i + 2));
+  }
+};
+struct Avx2Int4G128 : Avx2Int4, Int4G128Scaled {
+  static __m256 load_scale(const uint8_t* scales, int) { return _mm256_set1_ps(load_bf16(scales)); }
+};
+
+struct Avx2Mxfp4 : Avx2Nibbles, MxScaled {
+  static void decode(const uint8_t* src, __m256 (&out)[8], Flag&) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const __m256i sign =
+          _mm256_and_si256(_mm256_slli_epi32(codes, 28 - 4 * j), _mm256_set1_epi32(1 << 31));
+      // Looks at three bits of the index.
+      out[j] = _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, _mm256_srli_epi32(codes, 4 * j)),
+                            _mm256_castsi256_ps(sign));
+    }
+  }
+  static __m256 load_scale(const uint8_t* scales, int i) {
+    return lanes(load_e8m0(scales + 2 * i), load_e8m0(scales + 2 * i + 1));
+  }
+};
+
+// 32 codes, one group, at a time. What the decoder left out multiplies the sums, as a scale may be
+// the largest there is.
+struct Avx2Mxfp8 : Avx2Fp8, MxScaled {
+  static constexpr int kFlushVecs = 4;
+  static float load_scale(const uint8_t* scales, int i) { return load_e8m0(scales + i); }
+  static __m256 flush(__m256 sum, __m256 part, float scale) {
+    return _mm256_fmadd_ps(_mm256_mul_ps(part, _mm256_set1_ps(kScaleFold)), _mm256_set1_ps(scale),
+                           sum);
+  }
+};
+
 }  // namespace
 
 namespace isa_tables {
 
 void fill_avx2(KernelTable& table, const Traits& traits) {
   for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
-    family[static_cast<int>(WeightFormat::kF32)] =
-        rows_kernel<Avx2F32>(traits, "matmul_f32_f32fma_avx2", Isa::kAvx2);
-    family[static_cast<int>(WeightFormat::kBf16)] =
-        rows_kernel<Avx2Bf16>(traits, "matmul_bf16_f32fma_avx2", Isa::kAvx2);
-    family[static_cast<int>(WeightFormat::kFp8Block)] =
-        rows_kernel<Avx2Fp8>(traits, "matmul_fp8block_f32fma_avx2", Isa::kAvx2);
+    const auto set = [&family](WeightFormat format, const MatmulKernel& kernel) {
+      family[static_cast<int>(format)] = kernel;
+    };
+    set(WeightFormat::kF32,
+        rows_kernel<Plain<Avx2F32>>(traits, "matmul_f32_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kBf16,
+        rows_kernel<Plain<Avx2Bf16>>(traits, "matmul_bf16_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kFp8Block,
+        rows_kernel<Blocks<Avx2Fp8>>(traits, "matmul_fp8block_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kFp8Channel,
+        rows_kernel<Channels<Avx2Fp8>>(traits, "matmul_fp8channel_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kInt4G32,
+        rows_kernel<Avx2Int4G32>(traits, "matmul_int4g32_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kInt4G128,
+        rows_kernel<Avx2Int4G128>(traits, "matmul_int4g128_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kMxfp4,
+        rows_kernel<Avx2Mxfp4>(traits, "matmul_mxfp4_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kMxfp8,
+        rows_kernel<Avx2Mxfp8>(traits, "matmul_mxfp8_f32fma_avx2", Isa::kAvx2));
   }
 }
 

@@ -1,5 +1,5 @@
 // What every kernel of every instruction set shares: float mode, conversions, prepared rows.
-// Included inside an anonymous namespace, after fp8_e4m3.inl (see isa_tables.h).
+// Included inside an anonymous namespace, after format_bits.inl (see isa_tables.h).
 
 constexpr int64_t kBlock = 128;
 
@@ -40,6 +40,53 @@ size_t spread_row_bytes(int64_t k) {
   const int64_t bytes = ceil_div(k, kBlock) * kBlock * static_cast<int64_t>(sizeof(Elem));
   const int64_t rest = (bytes + 4096 - 512) % 4096;
   return static_cast<size_t>(rest == 0 ? bytes : bytes + 4096 - rest);
+}
+
+// How the weights of a format are scaled: what its decoder's class says by inheriting from one.
+struct Unscaled {
+  static constexpr bool kRowScaled = false;    // one FP32 factor for the sum of a row
+  static constexpr bool kGroupScaled = false;  // one for the sum of every kGroupCols columns
+  static constexpr bool kFlushes = false;      // sums of a part of a row are added to the row's
+};
+struct RowScaled {
+  static constexpr bool kRowScaled = true;
+  static constexpr bool kGroupScaled = false;
+  static constexpr bool kFlushes = true;
+};
+// kScaleRows rows and kGroupCols columns share a scale of kScaleBytes.
+template <int64_t kRows, int kCols, int kBytes>
+struct GroupScaled {
+  static constexpr bool kRowScaled = false;
+  static constexpr bool kGroupScaled = true;
+  static constexpr bool kFlushes = true;
+  static constexpr int64_t kScaleRows = kRows;
+  static constexpr int kGroupCols = kCols;
+  static constexpr int kScaleBytes = kBytes;
+  static constexpr int kBlockScaleBytes = kBlock / kCols * kBytes;
+};
+using BlockScaled = GroupScaled<kScaleBlock, kScaleBlock, 4>;
+using Int4G32Scaled = GroupScaled<1, 32, 2>;
+using Int4G128Scaled = GroupScaled<1, 128, 2>;
+using MxScaled = GroupScaled<1, 32, 1>;
+
+inline float load_f32(const uint8_t* at) {
+  float value;
+  __builtin_memcpy(&value, at, 4);
+  return value;
+}
+inline float load_bf16(const uint8_t* at) {
+  uint16_t bits;
+  __builtin_memcpy(&bits, at, 2);
+  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+}
+inline float load_e8m0(const uint8_t* at) { return __builtin_bit_cast(float, e8m0_bits(*at)); }
+
+// One scale of a group-scaled format.
+template <class Scaling>
+inline float load_group_scale(const uint8_t* at) {
+  if constexpr (Scaling::kScaleBytes == 4) return load_f32(at);
+  if constexpr (Scaling::kScaleBytes == 2) return load_bf16(at);
+  if constexpr (Scaling::kScaleBytes == 1) return load_e8m0(at);
 }
 
 template <class Ops, class Source>

@@ -6,13 +6,19 @@
 //   Elem, Acc, Weights        prepared element; vector of FP32 sums; vector of decoded weights
 //   kElems                    prepared elements a vector
 //   kGroupVecs                vectors that one decode() yields
-//   kWeightBytes              bytes of one stored weight
+//   kWeightBits               bits of one stored weight
 //   kRows, kTokens            weight and activation rows of the many-row form's register tile
 //   kTokenChunk               most activation rows a decoding serves
 //   kChunkBlocks              blocks of 128 columns decoded at a time in the many-row form
 //   kFewRows, kMaxFew         weight rows, and most activation rows, of the few-row form
 //   one_stream_rows(m), kMaxFewOneStream    the same where memory is read as one stream
-//   kScaled, kScaleFold       block scales; factor the decoder left out of the weights
+//   Unscaled, RowScaled or GroupScaled (matmul_common.inl) as a base
+//   kScaleFold                factor the decoder left out of the weights
+//   kShareActivations         whether the few-row form decodes all its rows before it multiplies
+//   kFlushVecs, Scale         vectors of a block whose sums one flush() scales, by a Scale that
+//   load_scale(scales, i)     reads: of flush i of a block, whose scales begin at `scales`
+//   kScaleChunk               blocks whose scales the few-row form widens ahead, 0: as they are
+//   widen_scales, load_widened, kWidenedBytes   if so; the latter of a block
 //   column(i)                 column within a block of 128 that prepared position i holds
 //   zero, load, load_acc, store_acc, store_weights, decode, mac, flush, reduce
 //   Flag, any_nan             decode() marks codes that it does not decode to NaN itself
@@ -21,6 +27,33 @@
 // one FMA chain a lane; lanes summed by reduce() at the end. It depends on nothing else, so an
 // output is the same bits for any m and any n range. The last block is copied and zero-padded, so
 // no read passes a row's end.
+//
+// Where 32 columns share a scale, the decoder may yield vectors each 128-bit lane of which holds
+// columns of one group: one flush then scales four groups, each lane by its own.
+
+// A decoder's weights as they are, with a scale a block of E4M3, and with one a row.
+template <class Decoder>
+struct Plain : Decoder, Unscaled {};
+template <class Decoder>
+struct Blocks : Decoder, BlockScaled {
+  static constexpr int kFlushVecs = kBlock / Decoder::kElems;
+  static float load_scale(const uint8_t* scales, int) {
+    return load_f32(scales) * Decoder::kScaleFold;
+  }
+};
+// Sums of a block are added, as if scaled by one: shorter chains than one along the whole row.
+template <class Decoder>
+struct Channels : Decoder, RowScaled {
+  static constexpr int kFlushVecs = kBlock / Decoder::kElems;
+  static float load_scale(const uint8_t*, int) { return 1.0f; }
+};
+
+// Vectors of a block whose sums are scaled at once; all of them where none are.
+template <class Ops>
+constexpr int flush_vecs() {
+  if constexpr (Ops::kFlushes) return Ops::kFlushVecs;
+  return kBlock / Ops::kElems;
+}
 
 // How weight rows are fetched ahead. kOneStream: the next groups of rows, in the order of their
 // addresses, into the second-level cache; else each row for itself, into the first. Zen reads one
@@ -36,35 +69,56 @@ struct Fetched : Base {
 template <class Ops>
 struct RowGroup {
   static constexpr int kRows = Ops::kRows;
-  static constexpr int64_t kBlockBytes = kBlock * Ops::kWeightBytes;
+  static constexpr int64_t kBlockBytes = kBlock * Ops::kWeightBits / 8;
   // Far enough ahead to cover DRAM latency at one thread's bandwidth, shared among kRows streams.
   static constexpr int64_t kAheadBytes = 1024;
   // One stream: at least 16 KiB, 0.5 us at 30 GB/s; a whole number of groups.
   static constexpr int64_t kStreamAheadBytes = 16 << 10;
 
+  // Scales lie beside each row, not beside 128 of them: a second stream, of an eighth of the bytes.
+  static constexpr bool kScalesOfRows = [] {
+    if constexpr (Ops::kGroupScaled) return Ops::kScaleRows == 1;
+    return false;
+  }();
+
   const uint8_t* row[kRows];
-  const float* scale[kRows];
+  const uint8_t* scale[kRows];
   int64_t row_bytes;
   int64_t next_group_bytes;
   int64_t stream_ahead_bytes;
+  int64_t scale_ahead_bytes;
   int64_t full_blocks;
   int64_t tail_bytes;
   alignas(64) uint8_t tail[kRows][kBlockBytes];
+  alignas(16) uint8_t tail_scale[kRows][16];
 
   RowGroup(const WeightView& w, int64_t n_begin, int64_t n_end) {
-    row_bytes = w.k * Ops::kWeightBytes;
+    row_bytes = w.k * Ops::kWeightBits / 8;
     next_group_bytes = kRows * w.row_stride_bytes - row_bytes;
     const int64_t group_bytes = kRows * w.row_stride_bytes;
-    stream_ahead_bytes = ceil_div(kStreamAheadBytes, group_bytes) * group_bytes;
+    const int64_t groups_ahead = ceil_div(kStreamAheadBytes, group_bytes);
+    stream_ahead_bytes = groups_ahead * group_bytes;
+    if constexpr (kScalesOfRows) {
+      scale_ahead_bytes = groups_ahead * kRows * w.scale_stride * Ops::kScaleBytes;
+    }
     full_blocks = w.k / kBlock;
-    tail_bytes = (w.k % kBlock) * Ops::kWeightBytes;
+    tail_bytes = (w.k % kBlock) * Ops::kWeightBits / 8;
     for (int r = 0; r < kRows; ++r) {
       const int64_t n = min_of(n_begin + r, n_end - 1);
       row[r] = w.data + n * w.row_stride_bytes;
-      if constexpr (Ops::kScaled) scale[r] = w.scale + n / kScaleBlock * w.scale_stride;
+      if constexpr (Ops::kRowScaled) scale[r] = w.scale + n * w.scale_stride * 4;
+      if constexpr (Ops::kGroupScaled) {
+        scale[r] = w.scale + n / Ops::kScaleRows * w.scale_stride * Ops::kScaleBytes;
+      }
       if (tail_bytes == 0) continue;
       __builtin_memset(tail[r], 0, kBlockBytes);
       __builtin_memcpy(tail[r], row[r] + full_blocks * kBlockBytes, tail_bytes);
+      if constexpr (Ops::kGroupScaled) {
+        const int64_t groups = ceil_div(w.k % kBlock, Ops::kGroupCols);
+        __builtin_memset(tail_scale[r], 0, sizeof(tail_scale[r]));
+        __builtin_memcpy(tail_scale[r], scale[r] + full_blocks * Ops::kBlockScaleBytes,
+                         groups * Ops::kScaleBytes);
+      }
     }
   }
 
@@ -74,11 +128,30 @@ struct RowGroup {
     return b < full_blocks ? row[r] + b * kBlockBytes : tail[r];
   }
 
-  float block_scale(int r, int64_t b) const { return scale[r][b] * Ops::kScaleFold; }
+  const uint8_t* block_scales(int r, int64_t b) const {
+    if constexpr (Ops::kGroupScaled) {
+      return b < full_blocks ? scale[r] + b * Ops::kBlockScaleBytes : tail_scale[r];
+    } else {
+      return scale[r];
+    }
+  }
+
+  // The output that a sum of the row gives.
+  float finish(int r, float sum) const {
+    if constexpr (Ops::kRowScaled) return sum * (load_f32(scale[r]) * Ops::kScaleFold);
+    return sum;
+  }
 
   // Asks for bytes that will be wanted later than block b. A prefetch of an address outside the
   // matrix does nothing.
   void prefetch(int64_t b) const {
+    if constexpr (kScalesOfRows) {
+      const uint8_t* at = scale[0] + scale_ahead_bytes + b * kRows * Ops::kBlockScaleBytes;
+      // Once a line.
+      if ((reinterpret_cast<uintptr_t>(at) & 63) < kRows * Ops::kBlockScaleBytes) {
+        __builtin_prefetch(at, 0, 2);
+      }
+    }
     if constexpr (Ops::kOneStream && kRows == 1) {
       // Hardware prefetchers follow a single row by themselves, but stop at the end of a page: the
       // first lines of the next are asked for a page ahead.
@@ -122,24 +195,26 @@ __attribute__((noinline, cold)) void patch_nan(const RowGroup<Ops>& group, int64
   }
 }
 
-// One block of kRows weight rows times M activation rows. Decoded vectors of kShared rows meet an
-// activation vector loaded once.
-template <class Ops, int M>
-inline __attribute__((always_inline)) void mac_block(const uint8_t* const (&w)[Ops::kRows],
-                                                     const typename Ops::Elem* const (&x)[M],
-                                                     typename Ops::Acc (&sum)[Ops::kRows][M],
-                                                     typename Ops::Flag& flag) {
+// kVecs vectors, from vector `first` of a block on, of kRows weight rows times M activation rows.
+// Decoded vectors of kShared rows meet an activation vector loaded once.
+template <class Ops, int M, int kVecs>
+inline __attribute__((always_inline)) void mac_vectors(const uint8_t* const (&w)[Ops::kRows],
+                                                       const typename Ops::Elem* const (&x)[M],
+                                                       int first,
+                                                       typename Ops::Acc (&sum)[Ops::kRows][M],
+                                                       typename Ops::Flag& flag) {
+  static_assert(kVecs % Ops::kGroupVecs == 0);
   constexpr int kGroupElems = Ops::kGroupVecs * Ops::kElems;
   // Sharing pays where loads would outnumber products (narrow groups of decoded vectors).
-  constexpr int kShared = Ops::kGroupVecs <= 2 ? Ops::kRows : 1;
+  constexpr int kShared = Ops::kGroupVecs <= 2 || Ops::kShareActivations ? Ops::kRows : 1;
 #pragma GCC unroll 4
-  for (int g = 0; g < kBlock / kGroupElems; ++g) {
+  for (int g = first / Ops::kGroupVecs; g < (first + kVecs) / Ops::kGroupVecs; ++g) {
 #pragma GCC unroll 8
     for (int begin = 0; begin < Ops::kRows; begin += kShared) {
       typename Ops::Weights decoded[kShared][Ops::kGroupVecs];
 #pragma GCC unroll 8
       for (int r = 0; r < kShared; ++r) {
-        Ops::decode(w[begin + r] + g * kGroupElems * Ops::kWeightBytes, decoded[r], flag);
+        Ops::decode(w[begin + r] + g * kGroupElems * Ops::kWeightBits / 8, decoded[r], flag);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < Ops::kGroupVecs; ++j) {
@@ -156,11 +231,43 @@ inline __attribute__((always_inline)) void mac_block(const uint8_t* const (&w)[O
   }
 }
 
+// Scales of the coming blocks in a form that costs less to load.
+template <class Ops>
+struct WidenedScales {
+  static constexpr int kChunk = Ops::kScaleChunk;
+  alignas(64) uint8_t bytes[Ops::kRows][kChunk == 0 ? 1 : kChunk * Ops::kWidenedBytes];
+
+  void update(const RowGroup<Ops>& group, int64_t b, int64_t num_blocks) {
+    if constexpr (kChunk != 0) {
+      if (b % kChunk != 0) return;
+      // The last block's scales may be fewer.
+      const int64_t count = min_of(kChunk, num_blocks - b);
+      const bool tail = b + count > group.full_blocks;
+      for (int r = 0; r < Ops::kRows; ++r) {
+        Ops::widen_scales(group.scale[r] + b * Ops::kBlockScaleBytes,
+                          (count - tail) * Ops::kBlockScaleBytes, bytes[r]);
+        if (!tail) continue;
+        Ops::widen_scales(group.tail_scale[r], Ops::kBlockScaleBytes,
+                          bytes[r] + (count - 1) * Ops::kWidenedBytes);
+      }
+    }
+  }
+
+  typename Ops::Scale load(const RowGroup<Ops>& group, int r, int64_t b, int flush) const {
+    if constexpr (kChunk != 0) {
+      return Ops::load_widened(bytes[r] + b % kChunk * Ops::kWidenedBytes, flush);
+    } else {
+      return Ops::load_scale(group.block_scales(r, b), flush);
+    }
+  }
+};
+
 // Few rows: one pass over the weights, sums in registers.
 template <class Ops, int M>
 void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
                 const typename Ops::Elem* const (&x)[M], float* y, int64_t ldy) {
   constexpr int kRows = Ops::kRows;
+  constexpr int kVecs = kBlock / Ops::kElems;
   using Acc = typename Ops::Acc;
   for (int64_t n = n_begin; n < n_end; n += kRows) {
     const RowGroup<Ops> group(w, n, n_end);
@@ -171,28 +278,35 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
     }
     typename Ops::Flag flag = {};
     const int64_t num_blocks = group.num_blocks();
+    WidenedScales<Ops> widened;
     for (int64_t b = 0; b < num_blocks; ++b) {
       group.prefetch(b);
+      widened.update(group, b, num_blocks);
       const uint8_t* block[kRows];
       for (int r = 0; r < kRows; ++r) block[r] = group.block(r, b);
       const typename Ops::Elem* xb[M];
       for (int i = 0; i < M; ++i) xb[i] = x[i] + b * kBlock;
-      if constexpr (Ops::kScaled) {
-        Acc part[kRows][M];
-        for (int r = 0; r < kRows; ++r) {
-          for (int i = 0; i < M; ++i) part[r][i] = Ops::zero();
-        }
-        mac_block<Ops, M>(block, xb, part, flag);
-        for (int r = 0; r < kRows; ++r) {
-          const float scale = group.block_scale(r, b);
-          for (int i = 0; i < M; ++i) sum[r][i] = Ops::flush(sum[r][i], part[r][i], scale);
+      if constexpr (Ops::kFlushes) {
+#pragma GCC unroll 4
+        for (int f = 0; f < kVecs / Ops::kFlushVecs; ++f) {
+          Acc part[kRows][M];
+          for (int r = 0; r < kRows; ++r) {
+            for (int i = 0; i < M; ++i) part[r][i] = Ops::zero();
+          }
+          mac_vectors<Ops, M, Ops::kFlushVecs>(block, xb, f * Ops::kFlushVecs, part, flag);
+          for (int r = 0; r < kRows; ++r) {
+            const typename Ops::Scale scale = widened.load(group, r, b, f);
+            for (int i = 0; i < M; ++i) sum[r][i] = Ops::flush(sum[r][i], part[r][i], scale);
+          }
         }
       } else {
-        mac_block<Ops, M>(block, xb, sum, flag);
+        mac_vectors<Ops, M, kVecs>(block, xb, 0, sum, flag);
       }
     }
     for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < M; ++i) y[i * ldy + (n - n_begin) + r] = Ops::reduce(sum[r][i]);
+      for (int i = 0; i < M; ++i) {
+        y[i * ldy + (n - n_begin) + r] = group.finish(r, Ops::reduce(sum[r][i]));
+      }
     }
     if (Ops::any_nan(flag)) patch_nan<Ops>(group, rows, M, y + (n - n_begin), ldy);
   }
@@ -203,8 +317,9 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
 template <class Ops, int M>
 inline void mac_decoded(const typename Ops::Elem* decoded, int64_t num_blocks,
                         const typename Ops::Elem* const* x, int64_t x_offset,
-                        const float (*scale)[Ops::kRows], float* sums) {
+                        const typename Ops::Scale (*scale)[Ops::kRows], float* sums) {
   constexpr int kRows = Ops::kRows;
+  constexpr int kFlushElems = flush_vecs<Ops>() * Ops::kElems;
   constexpr int64_t kRowElems = Ops::kChunkBlocks * kBlock;
   typename Ops::Acc sum[kRows][M];
 #pragma GCC unroll 8
@@ -212,9 +327,9 @@ inline void mac_decoded(const typename Ops::Elem* decoded, int64_t num_blocks,
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) sum[r][i] = Ops::load_acc(sums + (i * kRows + r) * Ops::kAccFloats);
   }
-  for (int64_t b = 0; b < num_blocks; ++b) {
+  for (int64_t begin = 0; begin < num_blocks * kBlock; begin += kFlushElems, ++scale) {
     typename Ops::Acc part[kRows][M];
-    if constexpr (Ops::kScaled) {
+    if constexpr (Ops::kFlushes) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -222,25 +337,25 @@ inline void mac_decoded(const typename Ops::Elem* decoded, int64_t num_blocks,
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kBlock; v += Ops::kElems) {
+    for (int v = 0; v < kFlushElems; v += Ops::kElems) {
       typename Ops::Weights xv[M];
 #pragma GCC unroll 4
-      for (int i = 0; i < M; ++i) xv[i] = Ops::load(x[i] + x_offset + b * kBlock + v);
+      for (int i = 0; i < M; ++i) xv[i] = Ops::load(x[i] + x_offset + begin + v);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const typename Ops::Weights wv = Ops::load(decoded + r * kRowElems + b * kBlock + v);
+        const typename Ops::Weights wv = Ops::load(decoded + r * kRowElems + begin + v);
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) {
-          auto& acc = Ops::kScaled ? part[r][i] : sum[r][i];
+          auto& acc = Ops::kFlushes ? part[r][i] : sum[r][i];
           acc = Ops::mac(acc, wv, xv[i]);
         }
       }
     }
-    if constexpr (Ops::kScaled) {
+    if constexpr (Ops::kFlushes) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) sum[r][i] = Ops::flush(sum[r][i], part[r][i], scale[b][r]);
+        for (int i = 0; i < M; ++i) sum[r][i] = Ops::flush(sum[r][i], part[r][i], (*scale)[r]);
       }
     }
   }
@@ -261,7 +376,9 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
   constexpr int64_t kRowElems = Ops::kChunkBlocks * kBlock;
   alignas(64) Elem decoded[kRows * kRowElems];
   alignas(64) float sums[Ops::kTokenChunk * kRows * Ops::kAccFloats];
-  float scale[Ops::kChunkBlocks][kRows];
+  // Scales of the flushes of a chunk; not used by other formats.
+  constexpr int kFlushes = kBlock / Ops::kElems / flush_vecs<Ops>();
+  typename Ops::Scale scale[Ops::kChunkBlocks * kFlushes][kRows];
   for (int64_t n = n_begin; n < n_end; n += kRows) {
     const RowGroup<Ops> group(w, n, n_end);
     const int64_t rows = min_of(kRows, n_end - n);
@@ -273,11 +390,15 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
       for (int64_t b = 0; b < count; ++b) {
         group.prefetch(first + b);
         for (int r = 0; r < kRows; ++r) {
-          if constexpr (Ops::kScaled) scale[b][r] = group.block_scale(r, first + b);
+          if constexpr (Ops::kFlushes) {
+            for (int f = 0; f < kFlushes; ++f) {
+              scale[b * kFlushes + f][r] = Ops::load_scale(group.block_scales(r, first + b), f);
+            }
+          }
           const uint8_t* block = group.block(r, first + b);
           for (int e = 0; e < kBlock; e += kGroupElems) {
             typename Ops::Weights vecs[Ops::kGroupVecs];
-            Ops::decode(block + e * Ops::kWeightBytes, vecs, flag);
+            Ops::decode(block + e * Ops::kWeightBits / 8, vecs, flag);
             for (int j = 0; j < Ops::kGroupVecs; ++j) {
               Ops::store_weights(decoded + r * kRowElems + b * kBlock + e + j * Ops::kElems,
                                  vecs[j]);
@@ -303,7 +424,8 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t r = 0; r < rows; ++r) {
         y[i * ldy + (n - n_begin) + r] =
-            Ops::reduce(Ops::load_acc(sums + (i * kRows + r) * Ops::kAccFloats));
+            group.finish(static_cast<int>(r),
+                         Ops::reduce(Ops::load_acc(sums + (i * kRows + r) * Ops::kAccFloats)));
       }
     }
     if (Ops::any_nan(flag)) patch_nan<Ops>(group, rows, m, y + (n - n_begin), ldy);

@@ -8,7 +8,7 @@
 namespace jaxmoe {
 namespace {
 
-#include "kernels/fp8_e4m3.inl"
+#include "kernels/format_bits.inl"
 #include "kernels/matmul_common.inl"
 #include "kernels/matmul_rows.inl"
 
@@ -19,26 +19,29 @@ struct Lanes {
   Float4 v[2];
 };
 
-struct Fp8Values {
-  float v[256];
-  constexpr Fp8Values() : v() {
-    for (uint32_t code = 0; code < 256; ++code)
-      v[code] = __builtin_bit_cast(float, fp8_e4m3_bits(code));
+// Every value of a format of small codes.
+template <int kCodes, uint32_t (*kBits)(uint32_t)>
+struct Values {
+  float v[kCodes];
+  constexpr Values() : v() {
+    for (uint32_t code = 0; code < kCodes; ++code) {
+      v[code] = __builtin_bit_cast(float, kBits(code));
+    }
   }
 };
-constexpr Fp8Values kFp8Values;
+constexpr Values<256, fp8_e4m3_bits> kFp8Values;
+constexpr Values<16, fp4_e2m1_bits> kFp4Values;
+constexpr Values<16, int4_bits> kInt4Values;
 
-template <WeightFormat kFormat>
-struct Scalar {
+struct ScalarBase {
   using Elem = float;
   using Acc = Lanes;
   using Weights = Lanes;
+  using Scale = float;
   struct Flag {};
   static constexpr int kElems = Lanes::kCount;
   static constexpr int kAccFloats = Lanes::kCount;
   static constexpr int kGroupVecs = 1;
-  static constexpr int kWeightBytes =
-      kFormat == WeightFormat::kF32 ? 4 : (kFormat == WeightFormat::kBf16 ? 2 : 1);
   // A tile of sums is six of the sixteen registers, two to a sum.
   static constexpr int kRows = 1;
   static constexpr int kTokens = 3;
@@ -48,8 +51,10 @@ struct Scalar {
   static constexpr int kMaxFew = 2;
   static constexpr int one_stream_rows(int) { return 2; }
   static constexpr int kMaxFewOneStream = 2;
-  static constexpr bool kScaled = kFormat == WeightFormat::kFp8Block;
   static constexpr float kScaleFold = 1.0f;
+  static constexpr bool kShareActivations = false;
+  static constexpr int kScaleChunk = 0;
+  static constexpr int kWidenedBytes = 0;
 
   static constexpr int column(int i) { return i; }
   static Lanes zero() { return {}; }
@@ -61,21 +66,6 @@ struct Scalar {
   static void store_weights(float* p, const Lanes& a) { __builtin_memcpy(p, &a, sizeof(a)); }
   static Lanes load_acc(const float* p) { return load(p); }
   static void store_acc(float* p, const Lanes& a) { store_weights(p, a); }
-  static void decode(const uint8_t* src, Lanes (&out)[1], Flag&) {
-    float value[kElems];
-    for (int i = 0; i < kElems; ++i) {
-      if constexpr (kFormat == WeightFormat::kFp8Block) {
-        value[i] = kFp8Values.v[src[i]];
-      } else if constexpr (kFormat == WeightFormat::kBf16) {
-        uint16_t bits;
-        __builtin_memcpy(&bits, src + 2 * i, 2);
-        to_elem(bits, &value[i]);
-      } else {
-        __builtin_memcpy(&value[i], src + 4 * i, 4);
-      }
-    }
-    out[0] = load(value);
-  }
   static Lanes mac(const Lanes& sum, const Lanes& a, const Lanes& b) {
     return {{sum.v[0] + a.v[0] * b.v[0], sum.v[1] + a.v[1] * b.v[1]}};
   }
@@ -89,19 +79,73 @@ struct Scalar {
   static bool any_nan(const Flag&) { return false; }
 };
 
+struct F32Codes : ScalarBase {
+  static constexpr int kWeightBits = 32;
+  static float value(const uint8_t* src, int i) { return load_f32(src + 4 * i); }
+};
+struct Bf16Codes : ScalarBase {
+  static constexpr int kWeightBits = 16;
+  static float value(const uint8_t* src, int i) { return load_bf16(src + 2 * i); }
+};
+struct Fp8Codes : ScalarBase {
+  static constexpr int kWeightBits = 8;
+  static float value(const uint8_t* src, int i) { return kFp8Values.v[src[i]]; }
+};
+struct Int4Codes : ScalarBase {
+  static constexpr int kWeightBits = 4;
+  static float value(const uint8_t* src, int i) {
+    return kInt4Values.v[src[i / 2] >> i % 2 * 4 & 15];
+  }
+};
+struct Fp4Codes : ScalarBase {
+  static constexpr int kWeightBits = 4;
+  static float value(const uint8_t* src, int i) {
+    return kFp4Values.v[src[i / 2] >> i % 2 * 4 & 15];
+  }
+};
+
+template <class Codes>
+struct Scalar : Codes {
+  static void decode(const uint8_t* src, Lanes (&out)[1], ScalarBase::Flag&) {
+    float value[ScalarBase::kElems];
+    for (int i = 0; i < ScalarBase::kElems; ++i) value[i] = Codes::value(src, i);
+    out[0] = ScalarBase::load(value);
+  }
+};
+
+template <class Codes, class Scaling>
+struct ScalarGroups : Scalar<Codes>, Scaling {
+  static constexpr int kFlushVecs = Scaling::kGroupCols / ScalarBase::kElems;
+  static float load_scale(const uint8_t* scales, int i) {
+    return load_group_scale<Scaling>(scales + i * Scaling::kScaleBytes);
+  }
+};
+
 }  // namespace
 
 namespace isa_tables {
 
 void fill_scalar(KernelTable& table, const Traits& traits) {
   for (MatmulKernel(&family)[kNumFormats] : table.matmul) {
-    family[static_cast<int>(WeightFormat::kF32)] =
-        rows_kernel<Scalar<WeightFormat::kF32>>(traits, "matmul_f32_f32_scalar", Isa::kScalar);
-    family[static_cast<int>(WeightFormat::kBf16)] =
-        rows_kernel<Scalar<WeightFormat::kBf16>>(traits, "matmul_bf16_f32_scalar", Isa::kScalar);
-    family[static_cast<int>(WeightFormat::kFp8Block)] =
-        rows_kernel<Scalar<WeightFormat::kFp8Block>>(traits, "matmul_fp8block_f32_scalar",
-                                                     Isa::kScalar);
+    const auto set = [&family](WeightFormat format, const MatmulKernel& kernel) {
+      family[static_cast<int>(format)] = kernel;
+    };
+    set(WeightFormat::kF32,
+        rows_kernel<Plain<Scalar<F32Codes>>>(traits, "matmul_f32_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kBf16,
+        rows_kernel<Plain<Scalar<Bf16Codes>>>(traits, "matmul_bf16_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kFp8Block, rows_kernel<ScalarGroups<Fp8Codes, BlockScaled>>(
+                                     traits, "matmul_fp8block_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kFp8Channel, rows_kernel<Channels<Scalar<Fp8Codes>>>(
+                                       traits, "matmul_fp8channel_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kInt4G32, rows_kernel<ScalarGroups<Int4Codes, Int4G32Scaled>>(
+                                    traits, "matmul_int4g32_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kInt4G128, rows_kernel<ScalarGroups<Int4Codes, Int4G128Scaled>>(
+                                     traits, "matmul_int4g128_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kMxfp4, rows_kernel<ScalarGroups<Fp4Codes, MxScaled>>(
+                                  traits, "matmul_mxfp4_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kMxfp8, rows_kernel<ScalarGroups<Fp8Codes, MxScaled>>(
+                                  traits, "matmul_mxfp8_f32_scalar", Isa::kScalar));
   }
 }
 

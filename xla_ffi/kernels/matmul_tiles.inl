@@ -4,17 +4,26 @@
 // matmul_amx.cc, a test supplies emulated tiles.
 //
 // clang-format off
-//   kWeightBytes, kScaled, column(i)   as in matmul_rows.inl; Elem is BF16 bits
-//   kBlockCols                         columns expanded at a time: a multiple of 128 (128 if kScaled)
-//   kAheadBytes                        prefetch distance along a row
-//   expand(src, dst0, dst1)            64 stored weights of one row to 2 x 32 BF16
-//   flush(sum, part, scale)            sum[16] += part[16] * scale, one FMA each
-//   transpose(src, stride, dst)        16x16 words, `stride` words between source rows
+//   kWeightBits, column(i)        as in matmul_rows.inl; Elem is BF16 bits
+//   Unscaled, RowScaled or GroupScaled   as a base
+//   kFolded                       group scales are multiplied into the expanded weights, exactly
+//   kTerms                        BF16 numbers whose sum a weight is: 1, or 2 where one is too short
+//   kBlockCols                    columns expanded at a time: a multiple of 128 (128 if sums are scaled by group)
+//   kAheadBytes                   prefetch distance along a row
+//   expand(src, scales, dst0, dst1)   64 stored weights of one row, and their two scales if folded, to
+//                                 2 x 32 BF16; a second term behind the tile of the first
+//   fits(scales), value(row, col), kPadScale   if folded: whether two scales give what BF16 can hold; a
+//                                 code's value; byte of the scales of columns past the end
+//   flush(sum, part, scale)       sum[16] += part[16] * scale, one FMA each
+//   scale_row(sum, scale)         sum[16] *= scale
+//   transpose(src, stride, dst)   16x16 words, `stride` words between source rows
 //   Tiles::zero<T>, load<T>, store<T>, dot<C, A, B>
 // clang-format on
 //
 // Order of additions of one output: blocks of 128 columns ascending, tile steps of 32 columns
-// ascending, the hardware's own order within a step. Row and column tiling never enters.
+// ascending, their terms, the hardware's own order within one. Row and column tiling never enters.
+// Rows with a scale that does not fit (2^-100 and the like) are computed by themselves, each token
+// alike.
 
 constexpr int kTile = 16;
 constexpr int kStepCols = 32;
@@ -22,6 +31,25 @@ constexpr int kTileWords = kTile * kTile;
 constexpr int64_t kGroupRows = 64;  // weight rows that share one pass over the panel
 // Sums of one group and chunk take 64 KiB of second-level cache; weights are expanded once a chunk.
 constexpr int64_t kChunkTokens = 256;
+
+// Column of a block at position i of nibbles expanded 64 at a time: of 16-bit words with four, the
+// first vector holds the first of sixteen words, then the second; the other the third and fourth.
+constexpr int nibble_tile_column(int i) {
+  return i / 64 * 64 + i % 16 * 4 + i % 64 / 32 * 2 + i % 32 / 16;
+}
+
+inline float nibble_value(const uint8_t* row, int64_t col, uint32_t (*bits)(uint32_t)) {
+  return __builtin_bit_cast(float, bits(row[col / 2] >> col % 2 * 4 & 15u));
+}
+
+// What folded scales must be for weights that are ordinary BF16 numbers: far within its range.
+inline bool bf16_scale_fits(const uint8_t* at) {
+  uint16_t bits;
+  __builtin_memcpy(&bits, at, 2);
+  const int exponent = bits >> 7 & 255;
+  return (bits & 0x7FFF) == 0 || (exponent >= 27 && exponent <= 227);  // 2^-100 to 2^100
+}
+inline bool e8m0_scale_fits(uint8_t code) { return code >= 20 && code <= 235; }
 
 template <class Ops>
 size_t tiles_panel_bytes(int64_t m, int64_t k) {
@@ -62,49 +90,72 @@ struct TileGroup {
   int64_t n_begin;
   int64_t n_last;
   int64_t next_group_bytes;
-  alignas(64) uint16_t block[kGroupRows * Ops::kBlockCols];  // [row tile][step][row][column]
+  // [row tile][step][term][row][column]
+  alignas(64) uint16_t block[kGroupRows * Ops::kBlockCols * Ops::kTerms];
   float scale[kGroupRows];
+  uint64_t unfit = 0;  // rows that have a scale that does not fit
 
   TileGroup(const WeightView& w, int64_t n_begin, int64_t n_end, int64_t group_rows)
       : w(w),
         n_begin(n_begin),
         n_last(n_end - 1),
-        next_group_bytes(group_rows * w.row_stride_bytes - w.k * Ops::kWeightBytes) {}
+        next_group_bytes(group_rows * w.row_stride_bytes - w.k * Ops::kWeightBits / 8) {}
 
   // Expands columns [col, col + steps * 32) of `rows` rows.
   void expand(int64_t col, int64_t steps, int64_t rows) {
+    constexpr int64_t kStepElems = kTileWords * 2 * Ops::kTerms;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t n = min_of(n_begin + r, n_last);
       const uint8_t* row = w.data + n * w.row_stride_bytes;
-      if constexpr (Ops::kScaled) {
-        scale[r] = w.scale[n / kScaleBlock * w.scale_stride + col / kScaleBlock];
+      const uint8_t* scales = nullptr;
+      if constexpr (Ops::kGroupScaled) {
+        scales = w.scale +
+                 (n / Ops::kScaleRows * w.scale_stride + col / Ops::kGroupCols) * Ops::kScaleBytes;
+        if constexpr (!Ops::kFolded) scale[r] = load_group_scale<Ops>(scales);
       }
-      uint16_t* out = block + r / kTile * kSteps * kTileWords * 2 + r % kTile * kStepCols;
+      uint16_t* out = block + r / kTile * kSteps * kStepElems + r % kTile * kStepCols;
       for (int64_t step = 0; step < steps; step += 2) {
-        expand_piece(row, col + step * kStepCols, out + step * kTileWords * 2);
+        const int64_t at = col + step * kStepCols;
+        uint8_t padded_scales[2 * 4];
+        if constexpr (Ops::kFolded) {
+          // Two groups at a time, of which the second, or both, may lie past the row's end.
+          constexpr int64_t kBytes = Ops::kScaleBytes;
+          const uint8_t* piece_scales = scales + step * kBytes;
+          const int64_t left = ceil_div(w.k - at, kStepCols);
+          if (left < 2) {
+            for (uint8_t& byte : padded_scales) byte = Ops::kPadScale;
+            if (left == 1) __builtin_memcpy(padded_scales, piece_scales, kBytes);
+            piece_scales = padded_scales;
+          }
+          if (!Ops::fits(piece_scales)) unfit |= uint64_t{1} << r;
+          expand_piece(row, piece_scales, at, out + step * kStepElems, kStepElems);
+        } else {
+          expand_piece(row, nullptr, at, out + step * kStepElems, kStepElems);
+        }
       }
     }
   }
 
-  void expand_piece(const uint8_t* row, int64_t col, uint16_t* out) {
-    constexpr int64_t kPieceBytes = 2 * kStepCols * Ops::kWeightBytes;
-    const int64_t offset = col * Ops::kWeightBytes;
+  void expand_piece(const uint8_t* row, const uint8_t* scales, int64_t col, uint16_t* out,
+                    int64_t step_elems) {
+    constexpr int64_t kPieceBytes = 2 * kStepCols * Ops::kWeightBits / 8;
+    const int64_t offset = col * Ops::kWeightBits / 8;
     int64_t ahead = offset + Ops::kAheadBytes;
-    if (ahead >= w.k * Ops::kWeightBytes) ahead += next_group_bytes;
+    if (ahead >= w.k * Ops::kWeightBits / 8) ahead += next_group_bytes;
     for (int64_t line = 0; line < kPieceBytes; line += 64) {
       __builtin_prefetch(row + ahead + line, 0, 3);
     }
     if (col + 2 * kStepCols <= w.k) {
-      Ops::expand(row + offset, out, out + kTileWords * 2);
+      Ops::expand(row + offset, scales, out, out + step_elems);
       return;
     }
     alignas(64) uint8_t padded[kPieceBytes] = {};
-    if (col < w.k) __builtin_memcpy(padded, row + offset, (w.k - col) * Ops::kWeightBytes);
-    Ops::expand(padded, out, out + kTileWords * 2);
+    if (col < w.k) __builtin_memcpy(padded, row + offset, (w.k - col) * Ops::kWeightBits / 8);
+    Ops::expand(padded, scales, out, out + step_elems);
   }
 
-  const uint16_t* tile(int64_t row_tile, int64_t step) const {
-    return block + (row_tile * kSteps + step) * kTileWords * 2;
+  const uint16_t* tile(int64_t row_tile, int64_t step, int term) const {
+    return block + ((row_tile * kSteps + step) * Ops::kTerms + term) * kTileWords * 2;
   }
 };
 
@@ -116,7 +167,8 @@ inline void tiles_block(const TileGroup<Ops>& group, int64_t row_tile, int64_t s
                         int64_t sums_stride) {
   using Tiles = typename Ops::Tiles;
   constexpr int64_t kRowBytes = 64;
-  if constexpr (Ops::kScaled) {
+  constexpr bool kScaleSums = Ops::kGroupScaled && !Ops::kFolded;
+  if constexpr (kScaleSums) {
     Tiles::template zero<0>();
     if constexpr (C == 2) Tiles::template zero<1>();
     if constexpr (R == 2) Tiles::template zero<2>();
@@ -130,17 +182,19 @@ inline void tiles_block(const TileGroup<Ops>& group, int64_t row_tile, int64_t s
     }
   }
   for (int64_t step = 0; step < steps; ++step) {
-    Tiles::template load<4>(group.tile(row_tile, step), kRowBytes);
     Tiles::template load<6>(panel + step * kTileWords, kRowBytes);
-    Tiles::template dot<0, 4, 6>();
     if constexpr (C == 2) {
       Tiles::template load<7>(panel + panel_stride + step * kTileWords, kRowBytes);
-      Tiles::template dot<1, 4, 7>();
     }
-    if constexpr (R == 2) {
-      Tiles::template load<5>(group.tile(row_tile + 1, step), kRowBytes);
-      Tiles::template dot<2, 5, 6>();
-      if constexpr (C == 2) Tiles::template dot<3, 5, 7>();
+    for (int term = 0; term < Ops::kTerms; ++term) {
+      Tiles::template load<4>(group.tile(row_tile, step, term), kRowBytes);
+      Tiles::template dot<0, 4, 6>();
+      if constexpr (C == 2) Tiles::template dot<1, 4, 7>();
+      if constexpr (R == 2) {
+        Tiles::template load<5>(group.tile(row_tile + 1, step, term), kRowBytes);
+        Tiles::template dot<2, 5, 6>();
+        if constexpr (C == 2) Tiles::template dot<3, 5, 7>();
+      }
     }
   }
   alignas(64) float part[R * C][kTileWords];
@@ -148,14 +202,14 @@ inline void tiles_block(const TileGroup<Ops>& group, int64_t row_tile, int64_t s
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
       float* sum = sums + r * sums_stride + c * kTileWords;
-      out[r * C + c] = Ops::kScaled ? part[r * C + c] : sum;
+      out[r * C + c] = kScaleSums ? part[r * C + c] : sum;
     }
   }
   Tiles::template store<0>(out[0], kRowBytes);
   if constexpr (C == 2) Tiles::template store<1>(out[1], kRowBytes);
   if constexpr (R == 2) Tiles::template store<2>(out[C], kRowBytes);
   if constexpr (R == 2 && C == 2) Tiles::template store<3>(out[3], kRowBytes);
-  if constexpr (Ops::kScaled) {
+  if constexpr (kScaleSums) {
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) {
         float* sum = sums + r * sums_stride + c * kTileWords;
@@ -198,6 +252,36 @@ void tiles_group(TileGroup<Ops>& group, int64_t rows, int64_t tokens, const uint
   }
 }
 
+// Row n of the weights, whose scales do not fit, for the tokens of a panel.
+template <class Ops>
+__attribute__((noinline, cold)) void tiles_row(const WeightView& w, int64_t n,
+                                               const uint32_t* panel, int64_t tokens, float* y,
+                                               int64_t ldy) {
+  constexpr int64_t kGroups = kBlock / Ops::kGroupCols;
+  const uint8_t* row = w.data + n * w.row_stride_bytes;
+  const uint8_t* scales = w.scale + n * w.scale_stride * Ops::kScaleBytes;
+  const int64_t steps = ceil_div(w.k, kBlock) * kBlock / kStepCols;
+  for (int64_t i = 0; i < tokens; ++i) {
+    const uint32_t* tile = panel + i / kTile * steps * kTileWords + i % kTile;
+    float sum = 0;
+    for (int64_t begin = 0; begin < w.k; begin += kBlock) {
+      float part[kGroups] = {};
+      for (int p = 0; p < kBlock; ++p) {
+        const int column = Ops::column(p);
+        if (begin + column >= w.k) continue;
+        const uint32_t pair = tile[(begin + p) / 2 * kTile];
+        const float x = __builtin_bit_cast(float, p % 2 == 0 ? pair << 16 : pair & 0xFFFF0000u);
+        part[column / Ops::kGroupCols] += Ops::value(row, begin + column) * x;
+      }
+      for (int64_t g = 0; g < kGroups && begin + g * Ops::kGroupCols < w.k; ++g) {
+        const int64_t at = begin / Ops::kGroupCols + g;
+        sum += part[g] * load_group_scale<Ops>(scales + at * Ops::kScaleBytes);
+      }
+    }
+    y[i * ldy] = sum;
+  }
+}
+
 template <class Ops>
 void tiles_matmul(const WeightView& w, int64_t n_begin, int64_t n_end, const void* x,
                   const int32_t*, int64_t m, float* y, int64_t ldy) noexcept {
@@ -215,6 +299,13 @@ void tiles_matmul(const WeightView& w, int64_t n_begin, int64_t n_end, const voi
       const int64_t tokens = min_of(kChunkTokens, m - begin);
       tiles_group<Ops>(group, rows, tokens, panel + begin / kTile * panel_stride, w.k, sums);
       const int64_t sums_stride = ceil_div(tokens, kTile) * kTileWords;
+      if constexpr (Ops::kRowScaled) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const float scale = load_f32(w.scale + (n + r) * w.scale_stride * 4);
+          float* sum = sums + r / kTile * sums_stride + r % kTile * kTile;
+          for (int64_t t = 0; t < tokens; t += kTile) Ops::scale_row(sum + t * kTile, scale);
+        }
+      }
       for (int64_t r = 0; r < rows; r += kTile) {
         const size_t row_bytes = static_cast<size_t>(min_of(kTile, rows - r)) * sizeof(float);
         for (int64_t t = 0; t < tokens; t += kTile) {
@@ -225,6 +316,13 @@ void tiles_matmul(const WeightView& w, int64_t n_begin, int64_t n_end, const voi
             __builtin_memcpy(y + (begin + t + i) * ldy + (n - n_begin) + r, by_token + i * kTile,
                              row_bytes);
           }
+        }
+      }
+      if constexpr (Ops::kFolded) {
+        for (int64_t r = 0; group.unfit != 0 && r < rows; ++r) {
+          if ((group.unfit >> r & 1) == 0) continue;
+          tiles_row<Ops>(w, n + r, panel + begin / kTile * panel_stride, tokens,
+                         y + begin * ldy + (n - n_begin) + r, ldy);
         }
       }
     }

@@ -4,6 +4,7 @@ struct Avx512Base {
   using Elem = float;
   using Acc = __m512;
   using Weights = __m512;
+  using Scale = float;
   struct Flag {};
   static constexpr int kElems = 16;
   static constexpr int kAccFloats = 16;
@@ -20,8 +21,10 @@ struct Avx512Base {
   static constexpr int kMaxFew = 2;
   static constexpr int one_stream_rows(int m) { return m == 1 ? 4 : 2; }
   static constexpr int kMaxFewOneStream = 4;
-  static constexpr bool kScaled = false;
   static constexpr float kScaleFold = 1.0f;
+  static constexpr bool kShareActivations = false;
+  static constexpr int kScaleChunk = 0;
+  static constexpr int kWidenedBytes = 0;
 
   static __m512 zero() { return _mm512_setzero_ps(); }
   static __m512 load(const float* p) { return _mm512_loadu_ps(p); }
@@ -42,14 +45,14 @@ struct Avx512Base {
 };
 
 struct Avx512F32 : Avx512Base {
-  static constexpr int kWeightBytes = 4;
+  static constexpr int kWeightBits = 32;
   static constexpr int kGroupVecs = 1;
   static constexpr int column(int i) { return i; }
   static void decode(const uint8_t* src, __m512 (&out)[1], Flag&) { out[0] = _mm512_loadu_ps(src); }
 };
 
 struct Avx512Bf16 : Avx512Base {
-  static constexpr int kWeightBytes = 2;
+  static constexpr int kWeightBits = 16;
   static constexpr int kGroupVecs = 2;
   // 32-bit lanes hold two weights: the even columns of 32 first, then the odd ones.
   static constexpr int column(int i) { return i / 32 * 32 + i % 16 * 2 + i % 32 / 16; }

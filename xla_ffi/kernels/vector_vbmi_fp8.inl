@@ -1,6 +1,6 @@
 // E4M3FN to BF16 by table: two vpermi2b on the low seven bits give the value's two bytes, all codes
 // exact, NaN and subnormals included (every E4M3 subnormal is a normal BF16). Included inside an
-// anonymous namespace of the files that may use AVX512_VBMI, after fp8_e4m3.inl.
+// anonymous namespace of the files that may use AVX512_VBMI, after format_bits.inl.
 struct Fp8Bytes {
   alignas(64) uint8_t low[128];
   alignas(64) uint8_t high[128];
@@ -14,7 +14,7 @@ struct Fp8Bytes {
 constexpr Fp8Bytes kFp8Bytes;
 
 // 64 codes to two vectors of 32 BF16. The bytes are interleaved within 128-bit lanes: each vector
-// holds eight columns of every sixteen (fp8_bf16_column in fp8_e4m3.inl says which).
+// holds eight columns of every sixteen (fp8_bf16_column in format_bits.inl says which).
 inline void fp8_to_bf16(const void* src, __m512i& first, __m512i& second) {
   __m512i codes = _mm512_loadu_si512(src);
   // The compiler would load the codes once for each use that overwrites them, and loads are what

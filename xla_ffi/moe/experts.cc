@@ -20,30 +20,33 @@ constexpr int64_t kManyTokensStep = 16;
 
 }  // namespace
 
-Status ExpertsJob::plan(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call,
+Status ExpertsJob::plan(CpuRuntime& runtime, const ExpertWeights& weights, const ExpertsCall& call,
                         Scratch* scratch, JobShape* shape) {
   call_ = call;
   tracer_ = &runtime.tracer();
-  num_nodes_ = store.num_nodes();
-  hidden_ = store.layer(call.layer).hidden;
-  intermediate_ = store.layer(call.layer).intermediate;
-  kernel_ = &runtime.kernel(call.family, store.layer(call.layer).format, call.x_type);
+  num_nodes_ = weights.num_nodes();
+  num_experts_ = weights.spec().num_experts;
+  hidden_ = weights.spec().hidden;
+  intermediate_ = weights.spec().intermediate;
+  kernel_ = &runtime.kernel(call.family, weights.spec().format, call.x_type);
   *shape = JobShape{};
   shape->phases = 4;
   shape->nodes = num_nodes_;
 
   // Kept per thread, so that planning allocates nothing after the first call.
   thread_local std::vector<int32_t> count;
-  Status status = count_tokens(store, &count);
+  Status status = count_tokens(weights, &count);
   if (!status.ok()) return status;
   if (num_pairs_ == 0) {
-    std::memset(call.y, 0, static_cast<size_t>(call.num_tokens * hidden_) * sizeof(float));
+    if (!call.add) {
+      std::memset(call.y, 0, static_cast<size_t>(call.num_tokens * hidden_) * sizeof(float));
+    }
     alone_ = true;
     return {};
   }
   few_ = most_pairs_ <= runtime.few_tokens();
-  choose_units(store, runtime.num_threads(), shape);
-  status = lay_out(store, count, runtime.num_threads(), scratch);
+  choose_units(weights, runtime.num_threads(), shape);
+  status = lay_out(weights, count, runtime.num_threads(), scratch);
   if (!status.ok()) return status;
   sort_pairs(&count);
   if (prepare_now_) prepare_unit(0);
@@ -53,49 +56,45 @@ Status ExpertsJob::plan(CpuRuntime& runtime, const HostStore& store, const Exper
   stats.experts_distinct.fetch_add(static_cast<uint64_t>(num_groups_), std::memory_order_relaxed);
   stats.experts_flops.fetch_add(static_cast<uint64_t>(6 * num_pairs_ * hidden_ * intermediate_),
                                 std::memory_order_relaxed);
-  int64_t bytes = 0;
-  for (int m = 0; m < kNumMatrices; ++m) {
-    const Matrix which = static_cast<Matrix>(m);
-    bytes += store.matrix_bytes(call.layer, which);
-    if (store.layer(call.layer).format == WeightFormat::kFp8Block) {
-      auto [rows, cols] = store.scale_shape(call.layer, which);
-      bytes += rows * cols * static_cast<int64_t>(sizeof(float));
-    }
-  }
-  stats.experts_weight_bytes.fetch_add(static_cast<uint64_t>(num_groups_ * bytes),
+  stats.experts_weight_bytes.fetch_add(static_cast<uint64_t>(num_groups_ * weights.expert_bytes()),
                                        std::memory_order_relaxed);
   return {};
 }
 
-Status ExpertsJob::count_tokens(const HostStore& store, std::vector<int32_t>* count) {
-  const int64_t num_experts = store.layer(call_.layer).num_experts;
-  count->assign(static_cast<size_t>(num_experts), 0);
+int32_t ExpertsJob::expert_of(int64_t i) const {
+  const int64_t e = int64_t{call_.expert_ids[i]} - call_.first_expert;
+  return e < 0 || e >= num_experts_ ? -1 : static_cast<int32_t>(e);
+}
+
+Status ExpertsJob::count_tokens(const ExpertWeights& weights, std::vector<int32_t>* count) {
+  count->assign(static_cast<size_t>(num_experts_), 0);
   num_pairs_ = num_groups_ = most_pairs_ = 0;
   for (int64_t i = 0; i < call_.num_tokens * call_.per_token; ++i) {
-    const int32_t e = call_.expert_ids[i];
-    if (e == -1) continue;
-    if (e < 0 || e >= num_experts) {
+    const int32_t e = expert_of(i);
+    if (e < 0 && (call_.add || call_.expert_ids[i] == -1)) continue;
+    if (e < 0) {
       return Status::error("expert_ids[" + std::to_string(i / call_.per_token) + ", " +
-                           std::to_string(i % call_.per_token) + "] is " + std::to_string(e) +
-                           ", but MoE layer " + std::to_string(call_.layer) + " has experts 0 to " +
-                           std::to_string(num_experts - 1) + " (-1: none)");
+                           std::to_string(i % call_.per_token) + "] is " +
+                           std::to_string(call_.expert_ids[i]) + ", but MoE layer " +
+                           std::to_string(call_.layer) + " has experts 0 to " +
+                           std::to_string(num_experts_ - 1) + " (-1: none)");
     }
     ++num_pairs_;
     num_groups_ += (*count)[e]++ == 0;
   }
-  for (int64_t e = 0; e < num_experts; ++e) {
+  for (int64_t e = 0; e < num_experts_; ++e) {
     if ((*count)[e] == 0) continue;
     most_pairs_ = std::max<int64_t>(most_pairs_, (*count)[e]);
-    Status status = store.check_loaded(call_.layer, static_cast<int>(e));
+    Status status = weights.check_loaded(static_cast<int>(e));
     if (!status.ok()) return status;
   }
   return {};
 }
 
-void ExpertsJob::choose_units(const HostStore& store, int num_threads, JobShape* shape) {
+void ExpertsJob::choose_units(const ExpertWeights& weights, int num_threads, JobShape* shape) {
   const int64_t step = !few_ ? kManyTokensStep : HostStore::kRowSplit;
-  const int64_t row_bytes1 = store.row_bytes(call_.layer, Matrix::kGate);
-  const int64_t row_bytes2 = store.row_bytes(call_.layer, Matrix::kDown);
+  const int64_t row_bytes1 = weights.row_bytes(Matrix::kGate);
+  const int64_t row_bytes2 = weights.row_bytes(Matrix::kDown);
   threads_on_node_ = (num_threads + num_nodes_ - 1) / num_nodes_;
   step_ = step;
   // A stage-1 unit reads rows of gate and of up; a stage-2 unit reads its rows of every distinct
@@ -134,7 +133,7 @@ void ExpertsJob::choose_units(const HostStore& store, int num_threads, JobShape*
       3 * num_groups_ * intermediate_ * hidden_ <= kComputeAlone && num_pairs_ <= 2 * num_groups_;
 }
 
-Status ExpertsJob::lay_out(const HostStore& store, const std::vector<int32_t>& count,
+Status ExpertsJob::lay_out(const ExpertWeights& weights, const std::vector<int32_t>& count,
                            int num_threads, Scratch* scratch) {
   Layout layout;
   tokens_ = layout.add(static_cast<size_t>(num_pairs_) * sizeof(int32_t));
@@ -189,7 +188,7 @@ Status ExpertsJob::lay_out(const HostStore& store, const std::vector<int32_t>& c
     for (int m = 0; m < kNumMatrices; ++m) {
       for (int node = 0; node < num_nodes_; ++node) {
         new (at<WeightView>(views_) + (g * kNumMatrices + m) * num_nodes_ + node)
-            WeightView(store.view(call_.layer, static_cast<int>(e), static_cast<Matrix>(m), node));
+            WeightView(weights.view(static_cast<int>(e), static_cast<Matrix>(m), node));
       }
     }
     ++g;
@@ -206,7 +205,7 @@ void ExpertsJob::sort_pairs(std::vector<int32_t>* count) {
   }
   for (int64_t t = 0; t < call_.num_tokens; ++t) {
     for (int64_t a = 0; a < call_.per_token; ++a) {
-      const int32_t e = call_.expert_ids[t * call_.per_token + a];
+      const int32_t e = expert_of(t * call_.per_token + a);
       if (e < 0) continue;
       const int32_t pair = next[e]++;
       at<int32_t>(tokens_)[pair] = static_cast<int32_t>(t);
@@ -316,7 +315,7 @@ void ExpertsJob::stage2_unit(int node, uint32_t unit, int participant) {
   int64_t d_begin = node_begin;
   for (uint32_t before = 0; before < unit; ++before) d_begin += stage2_rows(node_end - d_begin);
   const int64_t d = stage2_rows(node_end - d_begin), d_end = d_begin + d;
-  for (int64_t t = 0; t < call_.num_tokens; ++t) {
+  for (int64_t t = 0; t < call_.num_tokens && !call_.add; ++t) {
     std::memset(call_.y + t * hidden_ + d_begin, 0, static_cast<size_t>(d) * sizeof(float));
   }
   float* tile = at<float>(tiles_) + tile_floats_ * static_cast<size_t>(participant);
@@ -337,14 +336,14 @@ void ExpertsJob::stage2_unit(int node, uint32_t unit, int participant) {
   }
 }
 
-Status experts(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call) {
+Status experts(CpuRuntime& runtime, const ExpertWeights& weights, const ExpertsCall& call) {
   if (call.num_tokens == 0) return {};
   const OperationScope scope(runtime.tracer(), Part::kExperts, call.layer);
   ExpertsJob job;
   JobShape shape;
   Pool& pool = runtime.pool();
   JobSlot* slot = pool.acquire();
-  Status status = job.plan(runtime, store, call, &slot->scratch, &shape);
+  Status status = job.plan(runtime, weights, call, &slot->scratch, &shape);
   if (status.ok() && shape.total() > 0) {
     if (job.alone()) {
       pool.run_alone(&job, shape);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "moe/expert_weights.h"
 #include "runtime/cpu_runtime.h"
 #include "runtime/host_store.h"
 #include "runtime/status.h"
@@ -32,7 +33,13 @@ struct ExpertsCall {
   const int32_t* expert_ids = nullptr;  // [num_tokens, per_token]; -1: none. Repeats are summed.
   const float* weights = nullptr;       // [num_tokens, per_token]
   float* y = nullptr;                   // [num_tokens, hidden], written whole
-  // Added to gate and up before the activation, [experts, intermediate] each; or none.
+  // With `add`, the weights are those of a group of the layer's experts, from first_expert on. The
+  // group's share is added to y, and ids outside it are other groups'. Groups in ascending order,
+  // the first onto zeros, give the bits of the whole.
+  bool add = false;
+  int32_t first_expert = 0;
+  // Added to gate and up before the activation, [experts, intermediate] each (with `add`, the
+  // group's); or none.
   const float* gate_bias = nullptr;
   const float* up_bias = nullptr;
   // The activation is swiglu_clamped where there is a limit, else swiglu.
@@ -42,10 +49,14 @@ struct ExpertsCall {
 class ExpertsJob final : public Job {
  public:
   ExpertsJob() : Job(Part::kExperts) {}
-  // Checks the ids, groups the tokens and lays out `scratch`. The call's arrays, the store and the
-  // scratch must live until the job is done.
-  Status plan(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call,
+  // Checks the ids, groups the tokens and lays out `scratch`. The call's arrays, the memory of the
+  // weights and the scratch must live until the job is done.
+  Status plan(CpuRuntime& runtime, const ExpertWeights& weights, const ExpertsCall& call,
               Scratch* scratch, JobShape* shape);
+  Status plan(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call,
+              Scratch* scratch, JobShape* shape) {
+    return plan(runtime, StoreExperts(store, call.layer), call, scratch, shape);
+  }
   // Too little work to share (known after plan).
   bool alone() const { return alone_; }
 
@@ -63,11 +74,13 @@ class ExpertsJob final : public Job {
     std::atomic<uint32_t> stage2_ready{0};  // hidden activations prepared
   };
 
-  Status count_tokens(const HostStore& store, std::vector<int32_t>* count);
-  void choose_units(const HostStore& store, int num_threads, JobShape* shape);
-  Status lay_out(const HostStore& store, const std::vector<int32_t>& count, int num_threads,
+  Status count_tokens(const ExpertWeights& weights, std::vector<int32_t>* count);
+  void choose_units(const ExpertWeights& weights, int num_threads, JobShape* shape);
+  Status lay_out(const ExpertWeights& weights, const std::vector<int32_t>& count, int num_threads,
                  Scratch* scratch);
   void sort_pairs(std::vector<int32_t>* count);
+  // Of pair i among the weights; -1 where it has none there.
+  int32_t expert_of(int64_t i) const;
 
   void prepare_unit(uint32_t unit);
   void panel_unit(uint32_t unit);
@@ -92,7 +105,7 @@ class ExpertsJob final : public Job {
   char* base_ = nullptr;
   int num_nodes_ = 1;
   int64_t num_groups_ = 0, num_pairs_ = 0, most_pairs_ = 0;  // most_pairs_: of one expert
-  int64_t hidden_ = 0, intermediate_ = 0;                    // D, F
+  int64_t num_experts_ = 0, hidden_ = 0, intermediate_ = 0;  // E, D, F
   bool few_ = true;                                          // see CpuRuntime::few_tokens
   bool alone_ = false, prepare_now_ = false;
   int64_t prepare_rows_ = 0;         // token rows of a prepare unit
@@ -109,7 +122,10 @@ class ExpertsJob final : public Job {
 };
 
 // Plans and runs the job with the calling thread taking part.
-Status experts(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call);
+Status experts(CpuRuntime& runtime, const ExpertWeights& weights, const ExpertsCall& call);
+inline Status experts(CpuRuntime& runtime, const HostStore& store, const ExpertsCall& call) {
+  return experts(runtime, StoreExperts(store, call.layer), call);
+}
 
 }  // namespace jaxmoe
 

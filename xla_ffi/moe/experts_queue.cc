@@ -3,6 +3,21 @@
 #include <cstring>
 
 namespace jaxmoe {
+namespace {
+
+// Copies the rows of chosen experts from one [experts, intermediate] array to another; the rest of
+// a model's biases is many times what a step reads.
+void copy_chosen_rows(const ExpertsCall& call, const ExpertLayerSpec& layer, const float* from,
+                      float* to) {
+  for (int64_t i = 0; i < call.num_tokens * call.per_token; ++i) {
+    const int32_t e = call.expert_ids[i];
+    if (e < 0 || e >= layer.num_experts) continue;  // plan() refuses what is out of range
+    const int64_t row = static_cast<int64_t>(e) * layer.intermediate;
+    std::memcpy(to + row, from + row, static_cast<size_t>(layer.intermediate) * sizeof(float));
+  }
+}
+
+}  // namespace
 
 static_assert(ExpertsQueue::kMaxTickets < kMaxOpenJobs, "synchronous operations need slots too");
 
@@ -45,8 +60,9 @@ Status ExpertsQueue::submit(std::shared_ptr<HostStore> store, const ExpertsCall&
   }
   entry->slot = runtime_.pool().acquire();
   entry->store = std::move(store);
+  const ExpertLayerSpec& layer = entry->store->layer(call.layer);
   entry->num_tokens = call.num_tokens;
-  entry->hidden = entry->store->layer(call.layer).hidden;
+  entry->hidden = layer.hidden;
 
   const size_t x_bytes = static_cast<size_t>(call.num_tokens * entry->hidden) *
                          (call.x_type == ActivationType::kF32 ? 4 : 2);
@@ -55,6 +71,11 @@ Status ExpertsQueue::submit(std::shared_ptr<HostStore> store, const ExpertsCall&
   const size_t x = layout.add(x_bytes), ids = layout.add(ids_bytes),
                weights = layout.add(ids_bytes);
   const size_t y = layout.add(static_cast<size_t>(call.num_tokens * entry->hidden) * sizeof(float));
+  const size_t bias_bytes =
+      call.gate_bias == nullptr
+          ? 0
+          : static_cast<size_t>(layer.num_experts) * static_cast<size_t>(layer.intermediate) * 4;
+  const size_t gate_bias = layout.add(bias_bytes), up_bias = layout.add(bias_bytes);
   Status status;
   if (!entry->staging.reserve(layout.total())) {
     status = Status::error("out of memory for " + std::to_string(layout.total()) +
@@ -72,6 +93,14 @@ Status ExpertsQueue::submit(std::shared_ptr<HostStore> store, const ExpertsCall&
     staged.weights = reinterpret_cast<const float*>(base + weights);
     staged.y = reinterpret_cast<float*>(base + y);
     entry->y = staged.y;
+    if (bias_bytes > 0) {
+      float* gate = reinterpret_cast<float*>(base + gate_bias);
+      float* up = reinterpret_cast<float*>(base + up_bias);
+      copy_chosen_rows(call, layer, call.gate_bias, gate);
+      copy_chosen_rows(call, layer, call.up_bias, up);
+      staged.gate_bias = gate;
+      staged.up_bias = up;
+    }
     status = entry->job.plan(runtime_, *entry->store, staged, &entry->slot->scratch, &shape);
   }
   if (!status.ok()) {

@@ -25,7 +25,8 @@ class ExpertsQueue {
   ExpertsQueue(const ExpertsQueue&) = delete;
   ExpertsQueue& operator=(const ExpertsQueue&) = delete;
 
-  // Copies x, ids and weights; call.y is ignored. The store is kept until wait.
+  // Copies x, ids, weights and the chosen experts' biases; call.y is ignored. The store is kept
+  // until wait.
   Status submit(std::shared_ptr<HostStore> store, const ExpertsCall& call, int32_t* ticket);
   // Blocks until done (working meanwhile) and writes y [num_tokens, hidden]. A ticket is good for
   // one wait; it is kept when the shape is wrong.
@@ -38,7 +39,7 @@ class ExpertsQueue {
     JobSlot* slot = nullptr;
     std::shared_ptr<HostStore> store;
     ExpertsJob job;
-    Scratch staging;  // x, ids, weights, y
+    Scratch staging;  // x, ids, weights, y, biases
     const float* y = nullptr;
     int64_t num_tokens = 0, hidden = 0;
     bool running = false;

@@ -129,7 +129,7 @@ class LinearJob final : public Job {
     const int64_t group = unit / blocks_, block = unit % blocks_;
     WeightView w = call_.weight;
     w.data += group * call_.weight_group_bytes;
-    if (w.scale != nullptr) w.scale += group * call_.scale_group_stride;
+    if (w.scale != nullptr) w.scale += group * call_.scale_group_bytes;
     const int64_t n_begin = block * block_rows_, n_end = std::min(w.n, n_begin + block_rows_);
     const int64_t n = n_end - n_begin;
 

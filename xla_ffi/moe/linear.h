@@ -16,7 +16,7 @@ struct LinearCall {
   WeightView weight;  // of group 0
   int64_t groups = 1;
   int64_t weight_group_bytes = 0;
-  int64_t scale_group_stride = 0;
+  int64_t scale_group_bytes = 0;
 
   ActivationType x_type = ActivationType::kBf16;
   const void* x = nullptr;  // [m, groups, k]

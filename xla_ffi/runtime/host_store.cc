@@ -18,7 +18,7 @@ constexpr int64_t kMostBytes = int64_t{1} << 50;
 constexpr int64_t kReadAtMost = int64_t{1} << 30;
 
 // The first page of a shared segment. A change of what lies where needs another version.
-constexpr int64_t kSharedVersion = 1;
+constexpr int64_t kSharedVersion = 2;
 constexpr uint32_t kEmpty = 0, kFilling = 0x4a4d5731, kComplete = 0x4a4d5732;
 struct SharedHeader {
   std::atomic<uint32_t> state;
@@ -29,6 +29,20 @@ struct SharedHeader {
 static_assert(sizeof(SharedHeader) == 4096);
 
 Matrix matrix_at(int i) { return static_cast<Matrix>(i); }
+
+const char* scale_type_name(ScaleType type) {
+  switch (type) {
+    case ScaleType::kNone:
+      return "none";
+    case ScaleType::kF32:
+      return "float32";
+    case ScaleType::kBf16:
+      return "bfloat16";
+    case ScaleType::kE8m0:
+      return "uint8 (e8m0)";
+  }
+  return "?";
+}
 
 Status pread_all(int fd, uint8_t* to, int64_t bytes, int64_t offset, const std::string& what) {
   int64_t done = 0;
@@ -65,18 +79,6 @@ const char* matrix_name(Matrix which) {
   return "?";
 }
 
-int64_t element_bytes(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kF32:
-      return 4;
-    case WeightFormat::kBf16:
-      return 2;
-    case WeightFormat::kFp8Block:
-      return 1;
-  }
-  return 0;
-}
-
 std::pair<int64_t, int64_t> node_rows(int64_t n, int node, int num_nodes) {
   int64_t groups = (n + HostStore::kRowSplit - 1) / HostStore::kRowSplit;
   auto boundary = [&](int i) { return std::min(n, groups * i / num_nodes * HostStore::kRowSplit); };
@@ -90,7 +92,7 @@ Status HostStore::create(const Topology& topology, std::vector<ExpertLayerSpec> 
   result->layers_ = std::move(layers);
   result->backing_ = backing;
   result->num_nodes_ = static_cast<int>(topology.nodes.size());
-  size_t entries = 0, scale_floats = 0;
+  size_t entries = 0, scale_bytes = 0;
   for (size_t l = 0; l < result->layers_.size(); ++l) {
     const ExpertLayerSpec& spec = result->layers_[l];
     // Bounds far beyond any model, within which no size below overflows.
@@ -103,15 +105,26 @@ Status HostStore::create(const Topology& topology, std::vector<ExpertLayerSpec> 
           ", intermediate " + std::to_string(spec.intermediate) + ", hidden " +
           std::to_string(spec.hidden) + ": wanted 1 to 65536, 1 to 1048576 and 1 to 1048576");
     }
+    for (int64_t columns : {spec.hidden, spec.intermediate}) {
+      if (columns_suit(spec.format, columns)) continue;
+      const FormatInfo& info = format_info(spec.format);
+      return Status::error("layer " + std::to_string(l) + " of format " + info.name +
+                           " has rows of " + std::to_string(columns) +
+                           " weights: wanted a multiple of " + std::to_string(info.group_cols) +
+                           " for hidden and intermediate");
+    }
     result->first_entry_.push_back(entries);
-    result->scale_offset_.push_back(scale_floats);
+    result->scale_offset_.push_back(scale_bytes);
     entries += static_cast<size_t>(spec.num_experts) * kNumMatrices;
     for (int m = 0; m < kNumMatrices && result->total_bytes_ <= kMostBytes; ++m) {
       int layer = static_cast<int>(l);
-      result->total_bytes_ += spec.num_experts * result->matrix_bytes(layer, matrix_at(m));
-      auto [rows, cols] = result->scale_shape(layer, matrix_at(m));
-      if (spec.format == WeightFormat::kFp8Block) {
-        scale_floats += static_cast<size_t>(spec.num_experts * rows * cols);
+      const Matrix which = matrix_at(m);
+      result->total_bytes_ +=
+          spec.num_experts * (result->matrix_bytes(layer, which) +
+                              result->rows(layer, which) * result->scale_row_bytes(layer, which));
+      if (!result->info(layer).scaled_by_group()) {
+        scale_bytes +=
+            static_cast<size_t>(spec.num_experts * result->scale_matrix_bytes(layer, which));
       }
     }
   }
@@ -127,23 +140,23 @@ Status HostStore::create(const Topology& topology, std::vector<ExpertLayerSpec> 
   }
 
   std::vector<size_t> node_bytes(static_cast<size_t>(result->num_nodes_), 0);
-  for (int node = 0; backing == Backing::kArena && node < result->num_nodes_; ++node) {
+  for (int node = 0; node < result->num_nodes_; ++node) {
     size_t bytes = 0;
     std::vector<size_t> offsets;
     for (int l = 0; l < result->num_layers(); ++l) {
       offsets.push_back(bytes);
       size_t per_expert = 0;
       for (int m = 0; m < kNumMatrices; ++m) {
-        auto [begin, end] = node_rows(result->rows(l, matrix_at(m)), node, result->num_nodes_);
-        per_expert += align_up(
-            static_cast<size_t>((end - begin) * result->row_bytes(l, matrix_at(m))), kSegmentAlign);
+        per_expert += result->data_segment_bytes(l, matrix_at(m), node) +
+                      result->scale_segment_bytes(l, matrix_at(m), node);
       }
       bytes += per_expert * static_cast<size_t>(result->layers_[l].num_experts);
     }
     node_bytes[node] = bytes;
     result->layer_offset_.push_back(std::move(offsets));
   }
-  const size_t scale_bytes = scale_floats * sizeof(float);
+  result->node_bytes_ = node_bytes;
+  result->scale_bytes_ = scale_bytes;
   Status status = shared != nullptr
                       ? result->place_shared(topology, node_bytes, entries, scale_bytes, *shared)
                       : result->place_private(topology, node_bytes, entries, scale_bytes);
@@ -158,8 +171,7 @@ Status HostStore::place_private(const Topology& topology, const std::vector<size
   marks_ = own_marks_.get();
   Status status = Arena::create(scale_bytes, -1, &own_scales_);
   if (!status.ok()) return status;
-  scales_ = reinterpret_cast<float*>(own_scales_->data());
-  if (backing_ != Backing::kArena) return {};
+  scales_ = own_scales_->data();
   const bool bind = !topology.fake && topology.nodes.size() > 1;
   for (int node = 0; node < num_nodes_; ++node) {
     std::unique_ptr<Arena> arena;
@@ -207,7 +219,7 @@ Status HostStore::place_shared(const Topology& topology, const std::vector<size_
                          " holds other weights or another layout of them; remove it");
   }
   marks_ = reinterpret_cast<Mark*>(segment_->data() + marks_at);
-  scales_ = reinterpret_cast<float*>(segment_->data() + scales_at);
+  scales_ = segment_->data() + scales_at;
   for (size_t at : node_at) node_data_.push_back(segment_->data() + at);
   if (header->state.load(std::memory_order_acquire) == kComplete) return seal();
   return {};
@@ -258,12 +270,26 @@ int64_t HostStore::cols(int layer, Matrix which) const {
 }
 
 int64_t HostStore::row_bytes(int layer, Matrix which) const {
-  return cols(layer, which) * element_bytes(layers_[layer].format);
+  return weight_row_bytes(layers_[layer].format, cols(layer, which));
+}
+
+int64_t HostStore::scale_row_bytes(int layer, Matrix which) const {
+  if (!info(layer).scaled_by_group()) return 0;
+  return scale_shape(layer, which).second * scale_bytes(info(layer).scale_type);
+}
+
+int64_t HostStore::scale_matrix_bytes(int layer, Matrix which) const {
+  auto [rows, cols] = scale_shape(layer, which);
+  return rows * cols * scale_bytes(info(layer).scale_type);
 }
 
 std::pair<int64_t, int64_t> HostStore::scale_shape(int layer, Matrix which) const {
-  return {(rows(layer, which) + kScaleBlock - 1) / kScaleBlock,
-          (cols(layer, which) + kScaleBlock - 1) / kScaleBlock};
+  return scale_dims(layers_[layer].format, rows(layer, which), cols(layer, which));
+}
+
+std::pair<int64_t, int64_t> HostStore::scale_rows(int layer, Matrix which, int node) const {
+  if (info(layer).scaled_by_group()) return node_rows(rows(layer, which), node, num_nodes_);
+  return {0, node == 0 ? scale_shape(layer, which).first : 0};
 }
 
 std::vector<int64_t> HostStore::bytes_per_node() const {
@@ -272,7 +298,8 @@ std::vector<int64_t> HostStore::bytes_per_node() const {
     for (int l = 0; l < num_layers(); ++l) {
       for (int m = 0; m < kNumMatrices; ++m) {
         auto [begin, end] = node_rows(rows(l, matrix_at(m)), node, num_nodes_);
-        bytes[node] += layers_[l].num_experts * (end - begin) * row_bytes(l, matrix_at(m));
+        bytes[node] += layers_[l].num_experts * (end - begin) *
+                       (row_bytes(l, matrix_at(m)) + scale_row_bytes(l, matrix_at(m)));
       }
     }
   }
@@ -306,18 +333,47 @@ Status HostStore::check_index(int64_t layer, int64_t expert, int64_t which) cons
   return {};
 }
 
-uint8_t* HostStore::segment(int layer, int expert, Matrix which, int node) const {
-  if (backing_ != Backing::kArena) return nullptr;
+size_t HostStore::data_segment_bytes(int layer, Matrix which, int node) const {
+  if (backing_ != Backing::kArena) return 0;
+  auto [begin, end] = node_rows(rows(layer, which), node, num_nodes_);
+  return align_up(static_cast<size_t>((end - begin) * row_bytes(layer, which)), kSegmentAlign);
+}
+
+size_t HostStore::scale_segment_bytes(int layer, Matrix which, int node) const {
+  auto [begin, end] = node_rows(rows(layer, which), node, num_nodes_);
+  return align_up(static_cast<size_t>((end - begin) * scale_row_bytes(layer, which)),
+                  kSegmentAlign);
+}
+
+// Where the node's part of a matrix begins: its rows, if they are in the arena, then their scales.
+uint8_t* HostStore::place(int layer, int expert, Matrix which, int node) const {
   size_t before = 0, per_expert = 0;
   for (int m = 0; m < kNumMatrices; ++m) {
-    auto [begin, end] = node_rows(rows(layer, matrix_at(m)), node, num_nodes_);
-    size_t bytes = align_up(static_cast<size_t>((end - begin) * row_bytes(layer, matrix_at(m))),
-                            kSegmentAlign);
+    const size_t bytes = data_segment_bytes(layer, matrix_at(m), node) +
+                         scale_segment_bytes(layer, matrix_at(m), node);
     if (m < static_cast<int>(which)) before += bytes;
     per_expert += bytes;
   }
   return node_data_[node] + layer_offset_[node][layer] + per_expert * static_cast<size_t>(expert) +
          before;
+}
+
+uint8_t* HostStore::segment(int layer, int expert, Matrix which, int node) const {
+  return backing_ == Backing::kArena ? place(layer, expert, which, node) : nullptr;
+}
+
+uint8_t* HostStore::scale(int layer, int expert, Matrix which, int node) const {
+  if (!info(layer).scaled()) return nullptr;
+  if (info(layer).scaled_by_group()) {
+    return place(layer, expert, which, node) + data_segment_bytes(layer, which, node);
+  }
+  size_t before = 0, per_expert = 0;
+  for (int m = 0; m < kNumMatrices; ++m) {
+    const size_t bytes = static_cast<size_t>(scale_matrix_bytes(layer, matrix_at(m)));
+    if (m < static_cast<int>(which)) before += bytes;
+    per_expert += bytes;
+  }
+  return scales_ + scale_offset_[layer] + per_expert * static_cast<size_t>(expert) + before;
 }
 
 Status HostStore::read_matrix(int layer, int expert, Matrix which, int fd, int64_t offset) {
@@ -371,7 +427,7 @@ Status HostStore::set_mapped(int layer, int expert, Matrix which, int file_idx, 
                          " to " + std::to_string(offset + bytes) + " of " + file->path() +
                          ", which has " + std::to_string(file->bytes()));
   }
-  if (offset % element_bytes(layers_[layer].format) != 0) {
+  if (offset % std::max(1, info(layer).bits / 8) != 0) {
     return Status::error(name(layer, expert, which) + " starts at byte " + std::to_string(offset) +
                          " of " + file->path() +
                          ", which is no multiple of its element's size: use the arena backing");
@@ -382,13 +438,18 @@ Status HostStore::set_mapped(int layer, int expert, Matrix which, int file_idx, 
   return {};
 }
 
-Status HostStore::set_scale(int layer, int expert, Matrix which, const float* scale, int64_t rows,
-                            int64_t cols) {
-  if (layers_[layer].format != WeightFormat::kFp8Block) {
-    return Status::error(name(layer, expert, which) +
-                         " has no scales: its format is not fp8_block");
+Status HostStore::set_scale(int layer, int expert, Matrix which, ScaleType type, const void* scale,
+                            int64_t rows, int64_t cols) {
+  if (!info(layer).scaled()) {
+    return Status::error(name(layer, expert, which) + " has no scales: its format is " +
+                         info(layer).name);
   }
   if (sealed_) return Status::error(name(layer, expert, which) + " is loaded and sealed");
+  if (type != info(layer).scale_type) {
+    return Status::error("scale of " + name(layer, expert, which) + " is " + scale_type_name(type) +
+                         "; wanted " + scale_type_name(info(layer).scale_type) + " for format " +
+                         info(layer).name);
+  }
   auto [want_rows, want_cols] = scale_shape(layer, which);
   if (rows != want_rows || cols != want_cols) {
     return Status::error("scale of " + name(layer, expert, which) + " is [" + std::to_string(rows) +
@@ -397,8 +458,25 @@ Status HostStore::set_scale(int layer, int expert, Matrix which, const float* sc
                          std::to_string(this->rows(layer, which)) + ", " +
                          std::to_string(this->cols(layer, which)) + "]");
   }
-  std::memcpy(const_cast<float*>(this->scale(layer, expert, which)), scale,
-              static_cast<size_t>(rows * cols) * sizeof(float));
+  const int64_t row_bytes = cols * scale_bytes(type);
+  if (type == ScaleType::kE8m0) {
+    const void* nan = std::memchr(scale, 255, static_cast<size_t>(rows * cols));
+    if (nan != nullptr) {
+      const int64_t at = static_cast<const uint8_t*>(nan) - static_cast<const uint8_t*>(scale);
+      return Status::error("scale of " + name(layer, expert, which) + " is 255, NaN, at [" +
+                           std::to_string(at / cols) + ", " + std::to_string(at % cols) +
+                           "]: the weights are damaged");
+    }
+  }
+  Status reserved = reserve_scale(layer, expert, which);
+  if (!reserved.ok()) return reserved;
+  for (int node = 0; node < num_nodes_; ++node) {
+    auto [begin, end] = scale_rows(layer, which, node);
+    if (begin == end) continue;
+    std::memcpy(this->scale(layer, expert, which, node),
+                static_cast<const uint8_t*>(scale) + begin * row_bytes,
+                static_cast<size_t>((end - begin) * row_bytes));
+  }
   marks_[entry_index(layer, expert, which)].fetch_or(kHasScale, std::memory_order_release);
   return {};
 }
@@ -425,9 +503,24 @@ Status HostStore::reserve(int layer, int expert, Matrix which) const {
   return {};
 }
 
+// Scales that lie together were reserved when the segment was opened.
+Status HostStore::reserve_scale(int layer, int expert, Matrix which) const {
+  if (segment_ == nullptr || sealed_ || !info(layer).scaled_by_group()) return {};
+  for (int node = 0; node < num_nodes_; ++node) {
+    const uint8_t* start = scale(layer, expert, which, node);
+    Status status = segment_->reserve(static_cast<size_t>(start - segment_->data()),
+                                      scale_segment_bytes(layer, which, node));
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+uint8_t HostStore::wanted_marks(int layer) const {
+  return info(layer).scaled() ? kHasData | kHasScale : kHasData;
+}
+
 bool HostStore::is_loaded(int layer, int expert, Matrix which) const {
-  const uint8_t wanted =
-      layers_[layer].format == WeightFormat::kFp8Block ? kHasData | kHasScale : kHasData;
+  const uint8_t wanted = wanted_marks(layer);
   uint8_t state = marks_[entry_index(layer, expert, which)].load(std::memory_order_acquire);
   return (state & wanted) == wanted;
 }
@@ -440,8 +533,7 @@ Status HostStore::check_has_data(int layer, int expert, Matrix which) const {
 }
 
 Status HostStore::check_loaded(int layer, int expert) const {
-  const uint8_t wanted =
-      layers_[layer].format == WeightFormat::kFp8Block ? kHasData | kHasScale : kHasData;
+  const uint8_t wanted = wanted_marks(layer);
   for (int m = 0; m < kNumMatrices; ++m) {
     uint8_t state =
         marks_[entry_index(layer, expert, matrix_at(m))].load(std::memory_order_acquire);
@@ -451,17 +543,6 @@ Status HostStore::check_loaded(int layer, int expert) const {
     }
   }
   return {};
-}
-
-const float* HostStore::scale(int layer, int expert, Matrix which) const {
-  if (layers_[layer].format != WeightFormat::kFp8Block) return nullptr;
-  size_t before = 0, per_expert = 0;
-  for (int m = 0; m < kNumMatrices; ++m) {
-    auto [rows, cols] = scale_shape(layer, matrix_at(m));
-    if (m < static_cast<int>(which)) before += static_cast<size_t>(rows * cols);
-    per_expert += static_cast<size_t>(rows * cols);
-  }
-  return scales_ + scale_offset_[layer] + per_expert * static_cast<size_t>(expert) + before;
 }
 
 WeightView HostStore::view(int layer, int expert, Matrix which, int node) const {
@@ -480,9 +561,39 @@ WeightView HostStore::view(int layer, int expert, Matrix which, int node) const 
   } else {
     view.data = mapped_[entry_index(layer, expert, which)];
   }
-  view.scale = scale(layer, expert, which);
-  view.scale_stride = view.scale != nullptr ? scale_shape(layer, which).second : 0;
+  // Scales likewise.
+  const int64_t scale_stride_bytes = scale_row_bytes(layer, which);
+  const int64_t first = scale_stride_bytes == 0 ? 0 : node_rows(view.n, node, num_nodes_).first;
+  view.scale = reinterpret_cast<const uint8_t*>(
+      reinterpret_cast<uintptr_t>(scale(layer, expert, which, node)) -
+      static_cast<uintptr_t>(first * scale_stride_bytes));
+  view.scale_stride = scale_shape(layer, which).second;
   return view;
+}
+
+std::vector<MemoryRange> HostStore::memory_ranges() const {
+  std::vector<MemoryRange> ranges;
+  for (size_t node = 0; node < node_data_.size(); ++node) {
+    ranges.push_back({"the experts of NUMA node " + std::to_string(node), node_data_[node],
+                      node_bytes_[node], sealed_});
+  }
+  {
+    std::lock_guard<std::mutex> lock(files_mutex_);
+    for (const auto& file : files_) {
+      ranges.push_back({file->path(), const_cast<uint8_t*>(file->data()), file->bytes(), true});
+    }
+  }
+  if (scale_bytes_ > 0) {
+    ranges.push_back(
+        {"the experts' scales", scales_, scale_bytes_, segment_ != nullptr && sealed_});
+  }
+  return ranges;
+}
+
+Status HostStore::lock_pages(std::shared_ptr<DeviceDriver> driver,
+                             const PageLock::Progress& progress, size_t part_bytes) {
+  if (page_lock_ != nullptr) return {};
+  return PageLock::create(std::move(driver), memory_ranges(), progress, &page_lock_, part_bytes);
 }
 
 }  // namespace jaxmoe

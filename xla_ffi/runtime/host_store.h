@@ -3,7 +3,10 @@
 // Per MoE layer, expert and matrix it knows where the rows lie. Two backings:
 //   arena: anonymous memory per NUMA node, filled in place by parallel reads; the default.
 //   mmap:  the checkpoint files themselves, mapped read-only.
-// Scales are always FP32 in memory of the store.
+// Scales lie in memory of the store, in the type of their format (kernels/formats.h). Those that
+// belong to groups of columns of a row are an eighth or so of the weights: they are placed on the
+// node of their rows, behind them, and counted. The few FP32 scales of FP8 blocks and rows lie
+// together.
 //
 // An arena may be private or lie, with its scales and the marks of what is loaded, in a named
 // segment of shared memory. Such a segment stays when the process ends; a store created with the
@@ -24,8 +27,10 @@
 #include <string>
 #include <vector>
 
+#include "kernels/formats.h"
 #include "kernels/kernels.h"
 #include "runtime/memory.h"
+#include "runtime/page_lock.h"
 #include "runtime/pool.h"
 #include "runtime/shared_segment.h"
 #include "runtime/status.h"
@@ -53,7 +58,6 @@ struct SharedName {
   std::array<uint8_t, 32> fingerprint = {};
 };
 
-int64_t element_bytes(WeightFormat format);
 // Rows [first, second) of n that `node` of `num_nodes` holds.
 std::pair<int64_t, int64_t> node_rows(int64_t n, int node, int num_nodes);
 
@@ -78,7 +82,10 @@ class HostStore {
   int64_t matrix_bytes(int layer, Matrix which) const {
     return rows(layer, which) * row_bytes(layer, which);
   }
-  int64_t total_bytes() const { return total_bytes_; }  // weights, without scales
+  // Of a row's scales, where they lie with the rows.
+  int64_t scale_row_bytes(int layer, Matrix which) const;
+  int64_t scale_matrix_bytes(int layer, Matrix which) const;  // all its scales, wherever they lie
+  int64_t total_bytes() const { return total_bytes_; }  // weights and the scales placed with them
   std::vector<int64_t> bytes_per_node() const;
 
   // Errors name layer, expert and matrix. Thread-safe for distinct matrices.
@@ -86,8 +93,9 @@ class HostStore {
   Status read_matrix(int layer, int expert, Matrix which, int fd, int64_t offset);
   Status map_file(const std::string& path, int* file_idx);
   Status set_mapped(int layer, int expert, Matrix which, int file_idx, int64_t offset);
-  Status set_scale(int layer, int expert, Matrix which, const float* scale, int64_t rows,
-                   int64_t cols);
+  // `type` must be the format's. A kE8m0 scale of 255, which stands for NaN, is an error.
+  Status set_scale(int layer, int expert, Matrix which, ScaleType type, const void* scale,
+                   int64_t rows, int64_t cols);
   // For writers that fill the arena themselves: the matrix counts as loaded from now on.
   Status mark_loaded(int layer, int expert, Matrix which);
   // Memory for the matrix is taken now, so that writing it cannot fail; for writers of a shared
@@ -106,8 +114,19 @@ class HostStore {
   WeightView view(int layer, int expert, Matrix which, int node) const;
   // Start of the node's rows in the arena; nullptr with mmap backing.
   uint8_t* segment(int layer, int expert, Matrix which, int node) const;
-  const float* scale(int layer, int expert, Matrix which) const;
+  // The scales [first, second) of scale_rows that `node` holds; nullptr for formats without. Where
+  // they do not lie with the rows, node 0 holds all of them.
+  uint8_t* scale(int layer, int expert, Matrix which, int node) const;
+  std::pair<int64_t, int64_t> scale_rows(int layer, Matrix which, int node) const;
   std::pair<int64_t, int64_t> scale_shape(int layer, Matrix which) const;
+
+  // Where weights and scales lie: each node's arena, or the mapped files, and the scales.
+  std::vector<MemoryRange> memory_ranges() const;
+  // Page-locks all of it, for every device of the driver's kind, until the store is destroyed.
+  // Everything must be in its place: a file that is mapped later is not locked.
+  Status lock_pages(std::shared_ptr<DeviceDriver> driver, const PageLock::Progress& progress = {},
+                    size_t part_bytes = PageLock::kPartBytes);
+  const PageLock* page_lock() const { return page_lock_.get(); }  // nullptr: not locked
 
  private:
   HostStore() = default;
@@ -120,6 +139,14 @@ class HostStore {
   Status place_shared(const Topology& topology, const std::vector<size_t>& node_bytes,
                       size_t num_entries, size_t scale_bytes, const SharedName& shared);
   uint64_t layout_hash() const;
+
+  const FormatInfo& info(int layer) const { return format_info(layers_[layer].format); }
+  // Bytes of a matrix's rows on a node, and of the scales with them, each a whole number of lines.
+  size_t data_segment_bytes(int layer, Matrix which, int node) const;
+  size_t scale_segment_bytes(int layer, Matrix which, int node) const;
+  uint8_t* place(int layer, int expert, Matrix which, int node) const;
+  Status reserve_scale(int layer, int expert, Matrix which) const;
+  uint8_t wanted_marks(int layer) const;
 
   std::string name(int layer, int expert, Matrix which) const;
   size_t entry_index(int layer, int expert, Matrix which) const;
@@ -135,14 +162,17 @@ class HostStore {
   std::vector<std::vector<size_t>>
       layer_offset_;                 // [node][layer]: where its experts begin in the arena
   std::vector<uint8_t*> node_data_;  // [node]: start of its arena
-  std::vector<std::unique_ptr<Arena>> arenas_;  // [node], where private
-  std::vector<size_t> scale_offset_;            // [layer], in floats
-  float* scales_ = nullptr;
+  std::vector<size_t> node_bytes_;   // [node]
+  std::vector<std::unique_ptr<Arena>> arenas_;  // [node], where private; mmap: of scales alone
+  std::vector<size_t> scale_offset_;            // [layer], where its scales lie together
+  uint8_t* scales_ = nullptr;
+  size_t scale_bytes_ = 0;
   std::unique_ptr<Arena> own_scales_;
   std::unique_ptr<SharedSegment> segment_;
   bool sealed_ = false;
   mutable std::mutex files_mutex_;
   std::vector<std::unique_ptr<MappedFile>> files_;
+  std::unique_ptr<PageLock> page_lock_;  // last: undone before the memory goes
 };
 
 }  // namespace jaxmoe

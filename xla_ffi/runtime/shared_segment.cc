@@ -15,6 +15,10 @@
 namespace jaxmoe {
 namespace {
 
+// Two seconds: attaching maps the segment and compares a header, even on a busy machine.
+constexpr int kLockAttempts = 200;
+constexpr useconds_t kLockPauseMicros = 10'000;
+
 Status failed(const std::string& name, const std::string& what) {
   return Status::error("shared memory /dev/shm" + name + ": " + what);
 }
@@ -59,8 +63,12 @@ Status SharedSegment::open(const std::string& name, size_t bytes,
   if (info.st_uid != geteuid() || (info.st_mode & 077) != 0) {
     return failed(name, "belongs to another user or is open to others; remove it");
   }
-  if (record_lock(result->fd_, F_WRLCK) != 0) {
-    return failed_errno(name, "another process is filling it");
+  // Whoever attaches to a full segment holds the lock for a moment, too; filling takes longer.
+  for (int attempt = 0; record_lock(result->fd_, F_WRLCK) != 0; ++attempt) {
+    if ((errno != EAGAIN && errno != EACCES) || attempt == kLockAttempts) {
+      return failed_errno(name, "another process is filling it");
+    }
+    usleep(kLockPauseMicros);
   }
   // Looked at again under the lock: its size may just have been set.
   if (fstat(result->fd_, &info) != 0) return failed_errno(name, "cannot be examined");

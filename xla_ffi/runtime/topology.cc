@@ -102,6 +102,7 @@ std::string format_cpu_list(std::vector<int> cpus) {
 }  // namespace
 
 std::vector<int> parse_cpu_list(const std::string& text) {
+  constexpr int kMaxCpus = 1 << 16;
   std::vector<int> cpus;
   std::stringstream stream(text);
   std::string part;
@@ -110,6 +111,7 @@ std::vector<int> parse_cpu_list(const std::string& text) {
     int fields = std::sscanf(part.c_str(), "%d-%d", &first, &last);
     if (fields < 1) continue;
     if (fields == 1) last = first;
+    if (first < 0 || last >= kMaxCpus) continue;  // no kernel has so many
     for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
   }
   return cpus;

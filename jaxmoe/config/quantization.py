@@ -1,0 +1,165 @@
+"""`quantization_config`: how linear weights are stored, by what config.json says.
+
+The tensors themselves have the last word (models/stored_forms.py); what is read here is refused if
+it changes results and is not implemented, and is what random weights are made like.
+
+Activations stay in the compute dtype whatever a scheme says of rounding them while it runs: that is
+a speed trick of other engines. Fixed scales of activations are part of a model and are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from jaxmoe.common.errors import ConfigError
+from jaxmoe.config.hf_fields import HfFields
+from jaxmoe.config.model_config import QuantConfig, QuantFormat
+
+_SUPPORTED = (
+    "none, fp8 (E4M3 with 128x128 blocks), mxfp4, mxfp8, compressed-tensors (FP8 a channel or a "
+    "128x128 block, symmetric INT4 in groups of 32 or 128, MXFP4, MXFP8)"
+)
+_CT_FORMATS = (
+    *("float-quantized", "naive-quantized", "pack-quantized"),
+    *("mxfp4-pack-quantized", "mxfp8-quantized"),
+)
+_CT_SCHEMES: Mapping[tuple[str, int, str, int | None], QuantFormat] = {
+    # type, bits, strategy, group size
+    ("float", 8, "channel", None): "fp8_channel",
+    ("float", 8, "block", None): "fp8_block",
+    ("float", 8, "group", 32): "mxfp8",
+    ("float", 4, "group", 32): "mxfp4",
+    ("int", 4, "group", 32): "int4_g32",
+    ("int", 4, "group", 128): "int4_g128",
+}
+_CT_WANTED = (
+    "float 8 channel, float 8 block, float 8 group 32, float 4 group 32, int 4 group 32 or 128"
+)
+
+
+def parse_quant(fields: HfFields) -> QuantConfig:
+    """Methods that are not implemented are refused by name."""
+    if fields.given("compression_config"):
+        raise fields.fail("compression_config", "given", _SUPPORTED)
+    table = fields.table("quantization_config")
+    if table is None:
+        return QuantConfig("none")
+    parsers = {
+        "fp8": _parse_fp8,
+        "mxfp4": _parse_mxfp4,
+        "mxfp8": _parse_mxfp8,
+        "compressed-tensors": _parse_compressed_tensors,
+    }
+    method = table.raw("quant_method")
+    if not isinstance(method, str) or method not in parsers:
+        raise table.fail("quant_method", method, _SUPPORTED)
+    parsed = parsers[method](table)
+    _refuse_unread(table)
+    return parsed
+
+
+def _refuse_unread(table: HfFields) -> None:
+    if left := table.unread():
+        raise ConfigError(f"{table.where}: not supported: {', '.join(left)}")
+
+
+def _parse_fp8(table: HfFields) -> QuantConfig:
+    _block_size(table, [128, 128])
+    _common(table)
+    return QuantConfig("fp8_block", _kept(table))
+
+
+def _parse_mxfp8(table: HfFields) -> QuantConfig:
+    _block_size(table, [1, 32])
+    _common(table)
+    return QuantConfig("mxfp8", _kept(table), layout="mxfp8")
+
+
+def _parse_mxfp4(table: HfFields) -> QuantConfig:
+    """gpt-oss: its experts, and nothing else."""
+    _common(table)
+    return QuantConfig("mxfp4", _kept(table), layout="mxfp4", only_experts=True)
+
+
+def _block_size(table: HfFields, wanted: list[int]) -> None:
+    block = table.raw("weight_block_size", default=None)
+    if not isinstance(block, (list, tuple)) or list(block) != wanted:
+        raise table.fail("weight_block_size", block, str(wanted))
+
+
+def _common(table: HfFields) -> None:
+    table.choice("fmt", of=("e4m3", "float8_e4m3fn"), default="e4m3")
+    table.choice("activation_scheme", of=("dynamic",), default="dynamic")
+    table.choice("scale_fmt", of=("ue8m0", "float", None), default=None)
+    table.choice("dequantize", of=(False, True), default=False)
+
+
+def _kept(table: HfFields) -> tuple[str, ...]:
+    return table.strings("modules_to_not_convert", "ignored_layers", default=())
+
+
+def _parse_compressed_tensors(table: HfFields) -> QuantConfig:
+    top = table.choice("format", of=(*_CT_FORMATS, None), default=None)
+    table.choice("quantization_status", of=("compressed", "frozen"), default="compressed")
+    table.ignore("global_compression_ratio", "version")
+    groups = table.raw("config_groups")
+    if not isinstance(groups, Mapping) or len(groups) != 1:
+        raise table.fail("config_groups", groups, "an object with one group")
+    ((name, values),) = groups.items()
+    if not isinstance(values, Mapping):
+        raise table.fail("config_groups", groups, "an object with one group")
+    group = HfFields(values, f"{table.where}, config_groups, {name}")
+    group.choice("format", of=(*_CT_FORMATS, None), default=top)
+    targets = group.strings("targets", default=("Linear",))
+    for target in targets:
+        if target != "Linear" and not target.startswith("re:"):
+            raise group.fail("targets", list(targets), "'Linear' and patterns ('re:...')")
+    activations = group.table("input_activations")
+    if activations is not None and activations.raw("dynamic", default=None) is not True:
+        raise group.fail("input_activations", "of fixed scales", "null, or 'dynamic': true")
+    weights = group.table("weights")
+    if weights is None:
+        raise ConfigError(f"{group.where} lacks 'weights'")
+    found = _scheme(weights)
+    _refuse_unread(weights)
+    _refuse_unread(group)
+    return QuantConfig(
+        found,
+        _patterns(table, "ignore", table.strings("ignore", default=())),
+        layout="compressed-tensors",
+        converted=() if "Linear" in targets else _patterns(group, "targets", targets),
+    )
+
+
+def _scheme(weights: HfFields) -> QuantFormat:
+    weights.choice("symmetric", of=(True,), default=True)
+    weights.choice("dynamic", of=(False,), default=False)
+    # The order in which columns were rounded, with the groups where they are; "group" moves them.
+    weights.choice("actorder", of=("weight", "static", None), default=None)
+    weights.ignore("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+    kind = weights.choice("type", of=("float", "int"))
+    bits = weights.integer("num_bits")
+    group = weights.integer("group_size", default=None)
+    strategy = weights.choice("strategy", of=("channel", "block", "group"))
+    if strategy == "block":
+        block = weights.raw("block_structure", default=None)
+        if not isinstance(block, (list, tuple)) or list(block) != [128, 128]:
+            raise weights.fail("block_structure", block, "[128, 128]")
+    if strategy != "group":
+        group = None
+    found = _CT_SCHEMES.get((kind, bits, strategy, group))
+    if found is None:
+        given = f"{kind} {bits} {strategy}" + (f" {group}" if group else "")
+        raise ConfigError(f"{weights.where}: weights are {given}; supported: {_CT_WANTED}")
+    return found
+
+
+def _patterns(table: HfFields, key: str, entries: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in entries:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry.removeprefix("re:"))
+            except (re.error, RecursionError, OverflowError) as error:
+                raise table.fail(key, entry, f"a regular expression ({error})") from None
+    return entries

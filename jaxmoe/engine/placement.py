@@ -1,0 +1,125 @@
+"""Where the model runs: the device of everything but the routed experts, which stay in host memory.
+
+With a GPU, non-expert weights and the KV cache lie there; the CPU computes the routed experts of
+decode and of short prompts in place, and for long prompts they are streamed (prefill/).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+
+from jaxmoe.common.errors import CapacityError, ConfigError
+from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.config.model_config import GqaConfig, MlaConfig, ModelConfig
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.device_driver import Device
+from jaxmoe.ffi.native_ops import NativeOps
+from jaxmoe.ffi.ops import Ops
+from jaxmoe.kernels.device_ops import DeviceOps
+from jaxmoe.weights.loaded_model import LoadedModel
+from jaxmoe.weights.memory import gib
+from jaxmoe.weights.param_spec import ParamSpec, num_blocks
+
+# Of the device's memory that XLA may take. The rest is for CUDA's own context and libraries.
+_MEMORY_FRACTION = "0.92"
+
+
+def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[Device, tuple[str, ...]]:
+    """The device, and notes for the start-up report.
+
+    Raises: ConfigError where `device="gpu"` cannot be.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+    if config.device == "cpu":
+        return cpu, ()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _MEMORY_FRACTION)
+    try:
+        gpus = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        gpus = []
+    if not gpus:
+        if config.device == "gpu":
+            raise ConfigError(
+                "device: gpu, but JAX sees no NVIDIA GPU; install the driver and the CUDA plugin "
+                '(pip install "jax[cuda13]"), or use device=cpu'
+            )
+        return cpu, ()
+    problem = _unsupported(model, config)
+    if problem is None:
+        return gpus[0], ()
+    if config.device == "gpu":
+        raise ConfigError(f"device: gpu, but {problem}; use device=cpu")
+    return cpu, (f"the GPU is not used: {problem}",)
+
+
+def _unsupported(model: ModelConfig, config: EngineConfig) -> str | None:
+    """Why the GPU's kernels cannot run the model, or None."""
+    if not isinstance(model.attention, MlaConfig | GqaConfig):
+        return f"{model.architecture}'s attention has no GPU kernel yet"
+    if config.compute_dtype == "float32":
+        return "float32 activations (audits) run on the CPU"
+    return None
+
+
+def check_leaves(specs: Mapping[str, ParamSpec]) -> str | None:
+    """Why the GPU's kernels cannot read some non-expert weight, or None."""
+    for path, spec in specs.items():
+        if spec.kind not in ("matrix", "head_map"):
+            continue
+        scale = specs.get(path.removesuffix(".data") + ".scale_inv")
+        n, k = spec.shape[-2:]
+        if spec.dtype == "float8_e4m3fn":
+            blocks = *spec.shape[:-2], num_blocks(n), num_blocks(k)
+            if scale is None or scale.dtype != "float32" or scale.shape != blocks:
+                return f"{path} is FP8 with other scales than by blocks of 128"
+        elif scale is not None or spec.dtype not in ("bfloat16", "float32"):
+            return f"{path} is in a format without a GPU kernel"
+    return None
+
+
+def free_bytes(device: Device) -> int:
+    """What XLA may still take of a GPU's memory."""
+    stats = device.memory_stats() or {}
+    return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
+
+
+def settle_device(
+    config: EngineConfig, device: Device, specs: Mapping[str, ParamSpec]
+) -> tuple[Device, tuple[str, ...]]:
+    """The device now that the weights' formats are known. Raises: ConfigError, as above."""
+    problem = None if device.platform == "cpu" else check_leaves(specs)
+    if problem is None:
+        return device, ()
+    if config.device == "gpu":
+        raise ConfigError(f"device: gpu, but {problem}; use device=cpu")
+    return jax.local_devices(backend="cpu")[0], (f"the GPU is not used: {problem}",)
+
+
+def to_device(loaded: LoadedModel, device: Device) -> LoadedModel:
+    """The model with all but the routed experts on `device`.
+
+    Raises: CapacityError where they do not fit.
+    """
+    need, free = sum(leaf.nbytes for leaf in loaded.leaves), free_bytes(device)
+    if need > free:
+        raise CapacityError(
+            f"the weights beside the routed experts take {gib(need)}, and {device.device_kind} has "
+            f"{gib(free)} free; use device=cpu or a smaller model"
+        )
+    return dataclasses.replace(loaded, state=jax.device_put(loaded.state, device))
+
+
+def device_ops(
+    device: Device, runtime: CpuRuntime, loaded: LoadedModel
+) -> dict[Literal["prefill", "decode"], Ops]:
+    """The operations for each kind of step: on a GPU with the routed experts on the CPU."""
+    prefill = NativeOps(runtime, loaded.host_store, "matrix")
+    decode = NativeOps(runtime, loaded.host_store, "vector")
+    if device.platform == "cpu":
+        return {"prefill": prefill, "decode": decode}
+    return {"prefill": DeviceOps(prefill, "prefill"), "decode": DeviceOps(decode, "decode")}

@@ -1,0 +1,3 @@
+"""Long prompts: the routed experts stream from host memory through a ring of slots on the
+device.
+"""

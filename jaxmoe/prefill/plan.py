@@ -1,0 +1,124 @@
+"""How a long prompt is computed in the device memory there is: pure arithmetic, no device.
+
+The ring holds groups of experts, from all of a layer down to two slots (paper section 3.1). More
+ring lets the loader run further ahead while attention computes; groups are as large as leaves
+at least `_MIN_SLOTS` of them, since every group is a round of kernels over the prompt's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxmoe.common.errors import CapacityError
+
+# Fewer slots and the loader waits for the model's attention; more gain nothing once a layer's worth
+# of weights fits.
+_MIN_SLOTS, _BEST_SLOTS = 2, 8
+_CHUNK_TOKENS = 4096  # of attention: large enough to fill a GPU, its temporaries stay below 2 GiB
+_WINDOW_ROWS = 16384  # of experts, see kernels/experts.py
+# Sizes in chunks that programs are compiled for.
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptShape:
+    """What memory depends on. expert_bytes: one expert with its scales, in the store's format.
+
+    attention_bytes: temporaries of attention per token of a chunk (heads, expanded keys).
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_bytes: int
+    hidden: int
+    intermediate: int
+    attention_bytes: int
+    compute_bytes: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SlpPlan:
+    """num_slots groups of `group_experts` each; prompts of up to `max_tokens` in one pass over the
+    weights, attention in chunks of `chunk_tokens`, experts in windows of `window_rows`.
+    """
+
+    group_experts: int
+    num_slots: int
+    chunk_tokens: int
+    window_rows: int
+    max_tokens: int
+    ring_bytes: int
+    activation_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        return self.ring_bytes + self.activation_bytes
+
+    def buffer_tokens(self, num_tokens: int) -> int:
+        """Size of the buffers that hold a prompt of `num_tokens`."""
+        chunks = -(-num_tokens // self.chunk_tokens)
+        return next(c for c in LADDER if c >= chunks) * self.chunk_tokens
+
+    def describe(self) -> str:
+        return (
+            f"ring of {self.num_slots} slots of {self.group_experts} experts, "
+            f"{self.ring_bytes / 2**30:.2f} GiB; activations of {self.max_tokens} tokens "
+            f"{self.activation_bytes / 2**30:.2f} GiB"
+        )
+
+
+def activation_bytes(shape: PromptShape, tokens: int, chunk: int, window: int) -> int:
+    """Device memory of a prompt's activations: the residual stream and the experts' input of all
+    tokens, then the larger of a chunk's and a window's temporaries.
+    """
+    stream = tokens * (shape.hidden * (4 + shape.compute_bytes) + shape.experts_per_token * 32)
+    in_chunk = chunk * (shape.attention_bytes + shape.hidden * (4 * 4 + 2 * shape.compute_bytes))
+    in_window = window * (
+        shape.hidden * (4 + shape.compute_bytes) + shape.intermediate * shape.compute_bytes
+    )
+    return stream + max(in_chunk, in_window)
+
+
+def plan_slp(
+    shape: PromptShape,
+    free_bytes: int,
+    max_prompt_tokens: int,
+    *,
+    chunk_tokens: int = _CHUNK_TOKENS,
+    window_rows: int = _WINDOW_ROWS,
+) -> SlpPlan:
+    """The ring and the chunking for `free_bytes` of device memory.
+
+    Activations of the longest prompt first, then as much ring as is left, at most one layer; where
+    not even two slots fit beside them, prompts are taken in shorter passes.
+
+    Raises CapacityError where two slots and one chunk do not fit.
+    """
+    smallest = _MIN_SLOTS * shape.expert_bytes
+    enough = next((c for c in LADDER if c * chunk_tokens >= max_prompt_tokens), LADDER[-1])
+    for chunks in reversed(LADDER[: LADDER.index(enough) + 1]):
+        tokens = chunks * chunk_tokens
+        used = activation_bytes(shape, tokens, chunk_tokens, window_rows)
+        if used + smallest <= free_bytes:
+            break
+    else:
+        need = activation_bytes(shape, chunk_tokens, chunk_tokens, window_rows) + smallest
+        raise CapacityError(
+            f"streaming experts to the device needs {need / 2**30:.2f} GiB of its memory, "
+            f"{free_bytes / 2**30:.2f} GiB are free; lower kv_cache_gb, or use --prefill=chunked"
+        )
+    fit = (free_bytes - used) // shape.expert_bytes  # experts that the ring can hold
+    choices = []
+    for group in range(1, shape.num_experts + 1):
+        if shape.num_experts % group:
+            continue
+        groups = shape.num_experts // group
+        # Slots divide the groups: a layer's groups lie in the same slots as every other layer's,
+        # and one program serves all.
+        slots = max(
+            (s for s in range(1, groups + 1) if groups % s == 0 and s * group <= fit), default=0
+        )
+        if slots >= _MIN_SLOTS:
+            choices.append((min(slots, _BEST_SLOTS), slots * group, group, slots))
+    _, held, group, slots = max(choices)
+    return SlpPlan(group, slots, chunk_tokens, window_rows, tokens, held * shape.expert_bytes, used)

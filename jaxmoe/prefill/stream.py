@@ -1,0 +1,58 @@
+"""One prompt at a time through the streamed layers, a layer a call, for an engine that has other
+work in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import jax
+
+from jaxmoe.decode.batch import StepRow
+from jaxmoe.prefill.slp import SlpPrefill
+
+
+class PromptStream:
+    """caches: the page arrays of every layer as they are now."""
+
+    def __init__(self, slp: SlpPrefill, caches: Callable[[], list[tuple[jax.Array, ...]]]) -> None:
+        self._slp, self._caches = slp, caches
+        self._run: Generator[int, None, Any] | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """That one pass over the weights takes."""
+        return self._slp.max_tokens
+
+    def begin(self, row: StepRow) -> None:
+        """Starts with the row's tokens; what was under way is dropped."""
+        self.stop()
+        self._run = self._slp.layers(row, self._caches)
+
+    def advance(self) -> float:
+        """Computes one more layer: which fraction of the layers is done, 1 at the end.
+
+        Raises: ffi.registry.NATIVE_ERRORS where the weights could not be loaded; this prompt is
+        dropped then, the next may begin.
+        """
+        assert self._run is not None, "nothing has begun"
+        try:
+            done = next(self._run)
+        except StopIteration:
+            self._run = None
+            return 1.0
+        except BaseException:
+            self._run = None
+            raise
+        return done / (self._slp.num_layers + 1)
+
+    def stop(self) -> None:
+        """Drops the prompt under way, if any."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
+
+    def close(self) -> None:
+        self.stop()
+        self._slp.close()

@@ -1,0 +1,65 @@
+"""The planner by hand-made tables."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from jaxmoe.common.errors import CapacityError
+from jaxmoe.prefill.plan import PromptShape, activation_bytes, plan_slp
+
+GB = 10**9
+V3 = PromptShape(
+    num_experts=256,
+    experts_per_token=8,
+    expert_bytes=3 * 7168 * 2048 + 3 * 896 * 4,
+    hidden=7168,
+    intermediate=2048,
+    attention_bytes=500_000,
+)
+
+
+@pytest.mark.parametrize(
+    "free_gb, tokens, slots, group",
+    [
+        (60, 32768, 8, 32),  # a whole layer in the ring
+        (18, 32768, 8, 32),
+        (12, 32768, 8, 16),
+        (6, 32768, 8, 4),
+        (4.4, 32768, 4, 1),
+        (3.5, 16384, 2, 1),  # longer prompts take more than one pass
+    ],
+)
+def test_ring_takes_what_activations_leave(free_gb, tokens, slots, group):
+    plan = plan_slp(V3, int(free_gb * GB), 32768)
+    assert (plan.max_tokens, plan.num_slots, plan.group_experts) == (tokens, slots, group)
+    assert plan.device_bytes <= free_gb * GB
+    assert plan.ring_bytes == slots * group * V3.expert_bytes
+    # The same slots serve every layer.
+    assert (256 // group) % slots == 0
+
+
+def test_every_choice_fits_and_serves_every_layer():
+    for experts in (8, 60, 64, 128, 160, 384):
+        shape = dataclasses.replace(V3, num_experts=experts)
+        for free in range(int(3.2 * GB), 40 * GB, GB // 2):
+            plan = plan_slp(shape, free, 20000)
+            assert plan.device_bytes <= free
+            assert plan.num_slots >= 2
+            assert experts % plan.group_experts == 0
+            assert experts // plan.group_experts % plan.num_slots == 0
+
+
+def test_too_little_memory_is_said():
+    need = activation_bytes(V3, 4096, 4096, 16384) + 2 * V3.expert_bytes
+    plan_slp(V3, need, 32768)
+    with pytest.raises(CapacityError, match="GiB are free"):
+        plan_slp(V3, need - 1, 32768)
+
+
+def test_buffers_come_in_few_sizes():
+    plan = plan_slp(V3, 60 * GB, 65536)
+    sizes = {plan.buffer_tokens(n) for n in range(1, 65537, 97)}
+    assert len(sizes) <= 9
+    assert all(plan.buffer_tokens(n) >= n for n in range(1, 65537, 97))
