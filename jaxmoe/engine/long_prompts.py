@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from jaxmoe.common.errors import CapacityError, CheckpointError
+from jaxmoe.common.errors import CapacityError, CheckpointError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.engine.placement import free_bytes
@@ -63,6 +63,11 @@ def start_streaming(
         return None, ()
     if loaded.host_store is None:
         return None, ()
+    if model.linear_attention is not None:
+        problem = f"{model.architecture}'s recurrent layers cannot be computed apart from decode"
+        if config.prefill == "slp":
+            raise ConfigError(f"prefill: slp, but {problem}; use prefill=chunked")
+        return None, (f"long prompts are computed in chunks: {problem}",)
     driver = DeviceDriver.for_device(device)
     on_stage("page-locking the experts", 0.0)
     try:

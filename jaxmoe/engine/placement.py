@@ -61,6 +61,8 @@ def _unsupported(model: ModelConfig, config: EngineConfig) -> str | None:
     """Why the GPU's kernels cannot run the model, or None."""
     if not isinstance(model.attention, MlaConfig | GqaConfig):
         return f"{model.architecture}'s attention has no GPU kernel yet"
+    if model.linear_attention is not None:
+        return f"{model.architecture}'s recurrent layers have no GPU kernel yet"
     if config.compute_dtype == "float32":
         return "float32 activations (audits) run on the CPU"
     return None

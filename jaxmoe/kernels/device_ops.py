@@ -291,6 +291,9 @@ class DeviceOps:
         assert out is not None
         return jnp.where(step.token_rows[:, None, None] < 0, 0.0, out), cache
 
+    def gated_delta(self, *args: Any, **options: Any) -> Any:
+        raise NotImplementedError("recurrent states have no GPU kernel yet")
+
     def _expand(self, latent, m: Weight, num_heads: int, dtype) -> jax.Array:
         y = self._product(latent, m.data[None], m.scale_inv, dtype)
         return y.reshape(latent.shape[0], num_heads, -1)

@@ -45,7 +45,7 @@ class GptOssNames(Qwen3MoeNames):
             cut = _all_rows if which == "down" else partial(_rows, first=_FIRST[which])
             scale = PackedExperts(form.scale_name(name), (rows, groups), cut)
             slab = (rows, groups, group // 2)
-            return PackedExperts(form.weight_name(name), slab, cut, scale)
+            return PackedExperts(form.weight_name(name), slab, cut, scale=scale)
         if which == "down":
             return PackedExperts(name, (width, hidden), np.transpose)
         return PackedExperts(name, (hidden, 2 * width), partial(_columns, first=_FIRST[which]))

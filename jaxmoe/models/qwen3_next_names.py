@@ -77,10 +77,12 @@ class Qwen35MoeNames(Qwen3NextNames):
         hidden, width = self._config.hidden_size, self._config.moe.expert_intermediate
         name = self.expert_tensor(layer, 0, which)
         if which == "down":
-            return PackedExperts(name, (hidden, width), partial(_rows, first=0, count=hidden), 0)
+            return PackedExperts(
+                name, (hidden, width), partial(_rows, first=0, count=hidden), first_row=0
+            )
         first = 0 if which == "gate" else width
         cut = partial(_rows, first=first, count=width)
-        return PackedExperts(name, (2 * width, hidden), cut, first)
+        return PackedExperts(name, (2 * width, hidden), cut, first_row=first)
 
 
 def _rows(slab: np.ndarray, first: int, count: int) -> np.ndarray:

@@ -58,8 +58,8 @@ class PackedExperts:
     tensor: str
     slab: tuple[int, ...]
     cut: Callable[[np.ndarray], np.ndarray]
-    first_row: int | None = None
     scale: PackedExperts | None = None
+    first_row: int | None = None
 
 
 class NameMap(Protocol):

@@ -143,14 +143,18 @@ WEIGHT_MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("mutation", WEIGHT_MUTATIONS)
-def test_changed_weights_are_noticed(mutation: str):
-    case, edit_tensors = WEIGHT_MUTATIONS[mutation]
+@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5_moe"])
+def test_changed_weights_are_noticed(case: str):
     fixture = load_fixture(case)
     prompt = fixture.prompts[0][:NUM_TOKENS]
-    runner = reference_runner(case, "float32", edit_tensors=edit_tensors)
+    runner = reference_runner(case, "float32")
     (logits,) = runner.step([prompt], NUM_TOKENS)
-    assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED
+    assert relative_error(logits, fixture.logits[: len(prompt)]) <= 1e-4
+    for name, (of, edit_tensors) in WEIGHT_MUTATIONS.items():
+        if of == case:
+            change_stored(runner, case, "float32", edit_tensors)
+            (logits,) = runner.step([prompt], NUM_TOKENS)
+            assert relative_error(logits, fixture.logits[: len(prompt)]) > MUST_EXCEED, name
 
 
 FORMAT_MUTATIONS = {

@@ -123,7 +123,7 @@ async def _client(server: Server, rng: random.Random, end: float, log: _Log) -> 
         body = chat(name, max_tokens=rng.randrange(1, 60), stream=rng.random() < 0.7)
         path = CHAT
         if kind < 0.05:
-            body |= rng.choice([{"temperature": 9}, {"n": 0}, {"messages": 1}, {"stop": [""]}])
+            body |= rng.choice([{"temperature": -1}, {"n": 0}, {"messages": 1}, {"stop": 5}])
         elif kind < 0.25:
             task = asyncio.create_task(exchange(server.port, encode(path, body)))
             await asyncio.sleep(rng.random() * 0.2)
