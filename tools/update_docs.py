@@ -1,14 +1,20 @@
-"""Writes what is generated from the code into README.md and jaxmoe/serving/FIELDS.md.
+"""Writes what is generated from the code, and from measurements, into README.md and
+jaxmoe/serving/FIELDS.md.
 
 .venv/bin/python tools/update_docs.py            rewrites them
 .venv/bin/python tools/update_docs.py --check    exit code 1 where they are out of date
+
+The README's performance tables come from tools/measured/*.json, one file a run of jaxmoe_bench
+(kernel, layer, decode or prefill) with --json; the command that made it stands above each table.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxmoe.cli import flags
 from jaxmoe.serving.fields import docs_table
@@ -17,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reliability.figures import markdown  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- made by tools/update_docs.py -->\n", "<!-- end -->\n"
+MEASURED = ROOT / "tools" / "measured"
+BEGIN, END = "<!-- {} made by tools/update_docs.py -->\n", "<!-- end -->\n"
 FIELDS_HEAD = """# Request fields
 
 Made from `fields.py` by `tools/update_docs.py`.
@@ -33,19 +40,69 @@ others are called as they are here. What is "refused" may have the value that as
 FIGURES = ROOT / "tests/reliability/figures.json"
 
 
+def between(text: str, name: str, content: str) -> str:
+    """The text with `content` between the marks of `name`."""
+    begin = BEGIN.format(name)
+    before, found_begin, rest = text.partition(begin)
+    _, found, after = rest.partition(END)
+    assert found_begin and found, f"README.md has no place between {begin!r} and {END!r}"
+    return before + begin + content + END + after
+
+
+def measured_tables(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table a run, by the names of their files."""
+    return "".join(_table(runs[name]) + "\n" for name in sorted(runs))
+
+
+def _table(run: Mapping[str, Any]) -> str:
+    machines = run["machines"]
+    about = dict.fromkeys(
+        f"{m['cpu']} ({m['cpu_id']}), {m['isa']}, {m['logical_cpus']} CPUs" for m in machines
+    )
+    loads = [m["load_average"] for m in machines]
+    lines = [
+        f"`{run['command']}` on {'; '.join(about)}, load {min(loads):.1f} to {max(loads):.1f}:",
+        "",
+        "| figure | threads | time | tok/s | read ceiling | of it | peak | of it | of the roof |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for f in run["figures"]:
+        rate = "" if f["tokens_per_s"] is None else f"{f['tokens_per_s']:.1f}"
+        lines.append(
+            f"| {f['name']} | {f['threads']} | {f['median_seconds'] * 1e3:.3g} ms | {rate} | "
+            f"{f['read_ceiling_bytes_per_s'] / 1e9:.1f} GB/s | {f['fraction_of_read_ceiling']:.2f} "
+            f"| {f['peak_flops_per_s'] / 1e9:.0f} GFLOP/s | {f['fraction_of_peak']:.2f} | "
+            f"{f['fraction_of_roofline']:.2f} |"
+        )
+    for o in run["overheads"]:
+        lines += [
+            "",
+            f"{o['threads']} threads: an experts call without work takes "
+            f"{o['empty_experts_call_ffi_us']:.2f} us through FFI and "
+            f"{o['empty_experts_call_us']:.2f} us in C++, "
+            f"a job that does nothing {o['empty_pool_job_us']:.2f} us.",
+        ]
+    if run["comparisons"]:
+        lines += ["", "| in alternating rounds | threads | jaxmoe | rival | | times |"]
+        lines += ["|---|---|---|---|---|---|"]
+    for c in run["comparisons"]:
+        ours, theirs = (
+            sorted(c[name])[len(c[name]) // 2] for name in ("tokens_per_s", "rival_tokens_per_s")
+        )
+        lines.append(
+            f"| {c['name']} | {c['threads']} | {ours:.1f} tok/s | {theirs:.1f} tok/s | "
+            f"{c['rival']}: `{Path(c['command'].split()[0]).name} "
+            f"{' '.join(c['command'].split()[3:])}` | {c['ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def readme() -> str:
-    """README.md with its tables filled in, in their order: flags, reliability figures."""
-    out = (ROOT / "README.md").read_text()
-    tables = [flags.docs_table((flags.SERVER,)), markdown(json.loads(FIGURES.read_text()))]
-    at = 0
-    for table in tables:
-        at = out.find(BEGIN, at) + len(BEGIN)
-        end = out.find(END, at)
-        assert at >= len(BEGIN) and end >= 0, f"README.md lacks a place of {BEGIN!r} and {END!r}"
-        out = out[:at] + table + "\n" + out[end:]
-        at += len(table)
-    assert BEGIN not in out[at:], "README.md has a place that no table is for"
-    return out
+    text = (ROOT / "README.md").read_text()
+    text = between(text, "flags", flags.docs_table((flags.SERVER,)) + "\n")
+    text = between(text, "reliability", markdown(json.loads(FIGURES.read_text())) + "\n")
+    runs = {file.stem: json.loads(file.read_text()) for file in MEASURED.glob("*.json")}
+    return between(text, "measured", measured_tables(runs))
 
 
 def main() -> int:

@@ -1,4 +1,12 @@
-"""jaxmoe_bench: measures a server that speaks OpenAI's API, this one or any other.
+"""jaxmoe_bench: measures this machine's kernels and steps, or a server that speaks OpenAI's API.
+
+    jaxmoe_bench kernel --json=kernel.json --plot=kernel.png      bare kernels, cold weights
+    jaxmoe_bench layer                                            the routed-experts operation
+    jaxmoe_bench decode --model=DIR_OR_CONFIG.json                whole steps, one token each
+    jaxmoe_bench prefill --model=... --against=llama-bench:PATH --against_model=FILE.gguf
+
+These state every figure beside the read ceiling and the peak of arithmetic, measured in the same
+minute. A server, this one or any other:
 
     jaxmoe_bench serve --request_rate=0.5,1,2 --slo_ttft_ms=2000 --plot=sweep.png
     jaxmoe_bench serve --url=http://HOST:8000 --concurrency=1,4,16 --json=sweep.json
@@ -22,7 +30,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxmoe.cli import bench_client, bench_load, bench_plot, bench_report, command
+from jaxmoe.cli import bench_client, bench_load, bench_local, bench_plot, bench_report, command
 from jaxmoe.cli import flags as option_flags
 from jaxmoe.cli.bench_load import Point
 from jaxmoe.common.errors import ConfigError, JaxMoeError
@@ -49,7 +57,8 @@ def define_flags() -> flags.FlagValues:
         flags.DEFINE_float(name, default, words, lower_bound=0.0, flag_values=values)
 
     text("url", "http://127.0.0.1:8000", "of the server, with or without /v1")
-    text("model", None, "default: the first that the server names")
+    text("model", None, "decode, prefill: a checkpoint, or a config.json for random weights; of a "
+         "server: default the first that it names")  # fmt: skip
     flags.DEFINE_enum(
         "endpoint",
         "chat",
@@ -78,6 +87,7 @@ def define_flags() -> flags.FlagValues:
     whole("seed", 0, "of prompts and of the moments they are sent at")
     text("json", None, "file for all figures and every request's times")
     text("plot", None, "PNG file for the curves")
+    bench_local.define_flags(values)
     flags.DEFINE_boolean("quiet", False, "no progress on stderr", flag_values=values)
     command.define_help(values)
     return values
@@ -97,16 +107,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(values: flags.FlagValues, rest: list[str]) -> int:
     given: dict[str, Any] = {name: values[name].value for name in values}
-    if len(rest) != 1 or rest[0] not in KINDS:
-        raise ConfigError(f"got {' '.join(rest) or 'nothing'}, wanted one of {', '.join(KINDS)}")
-    points = sweep(rest[0], given["request_rate"], given["concurrency"])
-    for name in ("requests", "output_tokens", "input_tokens"):
-        if not given[name]:
-            raise ConfigError(f"--{name}: got 0, wanted at least 1")
+    if len(rest) != 1 or rest[0] not in (*bench_local.KINDS, *KINDS):
+        raise ConfigError(
+            f"got {' '.join(rest) or 'nothing'}, wanted one of "
+            + ", ".join((*bench_local.KINDS, *KINDS))
+        )
     for name in ("json", "plot"):
         folder = Path(given[name] or ".").parent
         if not folder.is_dir():
             raise ConfigError(f"--{name}: there is no directory {folder}")
+    named = {name for name in values if values[name].present}
+    if rest[0] in bench_local.KINDS:
+        return bench_local.run(rest[0], given, named)
+    for name in sorted(named & bench_local.OWN):
+        raise ConfigError(f"--{name}: {rest[0]} does not take it")
+    points = sweep(rest[0], given["request_rate"], given["concurrency"])
+    for name in ("requests", "output_tokens", "input_tokens"):
+        if not given[name]:
+            raise ConfigError(f"--{name}: got 0, wanted at least 1")
     if given["plot"]:
         bench_plot.require()
     slo = bench_report.Slo(

@@ -11,8 +11,6 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from jaxmoe.common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,6 +104,7 @@ async def send(
 ) -> Timed:
     """Sends one request and times its answer; whatever goes wrong is in `error`."""
     import httpx
+    import orjson
 
     timed = Timed(due_s)
     content = orjson.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
@@ -153,6 +152,8 @@ def _take(timed: Timed, event: Any) -> None:
 
 async def _events(response: httpx.Response) -> AsyncIterator[Any]:
     """The JSON of every event. Cut at line feeds only: text may hold other line separators."""
+    import orjson
+
     rest = b""
     async for data in response.aiter_bytes():
         *lines, rest = (rest + data).split(b"\n")

@@ -172,6 +172,8 @@ def run_batch(
                 bar.update(0)
 
             totals = BatchRun(llm, outputs, params, model, done).run(in_path)
+        if llm.engine.profile is not None and not quiet:
+            print(llm.engine.profile.describe(), file=sys.stderr)
         if not quiet:
             print(totals.describe(), file=sys.stderr)
     return 0

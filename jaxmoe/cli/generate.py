@@ -128,6 +128,8 @@ def _run_prompts(
                 f"{count / max(seconds, 1e-9):.1f} tok/s, first token after {ttft_s:.2f} s",
                 file=sys.stderr,
             )
+        if llm.engine.profile is not None and not quiet:
+            print(llm.engine.profile.describe(), file=sys.stderr)
     return 0
 
 

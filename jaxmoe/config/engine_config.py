@@ -121,6 +121,13 @@ class EngineConfig:
         high=1024,
         optional=True,
     )
+    calibrate: bool = checked(
+        True,
+        "bool",
+        "measure once on this machine from how many tokens an expert on work is cut into small "
+        "pieces, and keep the answer in cache_dir; only with a gibibyte of experts and more; "
+        "results are the same without it",
+    )
     isa: str | None = checked(
         None,
         "str",
@@ -141,12 +148,23 @@ class EngineConfig:
         "where compiled programs are kept for the next start; empty: nowhere",
         optional=True,
     )
+    profile: str | None = checked(
+        None,
+        "str",
+        'count where the time of every step goes, for /metrics and the end of a run: "seconds", '
+        "or the file (*.json) for a trace that ui.perfetto.dev opens",
+        optional=True,
+    )
     show_progress: bool = checked(True, "bool", "show a progress bar while weights are loaded")
 
     def __post_init__(self) -> None:
         if isinstance(self.model, os.PathLike):
             object.__setattr__(self, "model", os.fspath(self.model))
         check_fields(self, ConfigError)
+        if self.profile not in (None, "seconds") and not self.profile.endswith(".json"):
+            raise ConfigError(
+                f'profile: got {self.profile!r}, wanted "seconds" or the name of a .json file'
+            )
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> EngineConfig:
@@ -163,6 +181,11 @@ class EngineConfig:
     @property
     def cache_path(self) -> Path | None:
         return Path(self.cache_dir).expanduser() if self.cache_dir else None
+
+    @property
+    def trace_path(self) -> Path | None:
+        """Where the trace goes; None where none is wanted."""
+        return None if self.profile in (None, "seconds") else Path(self.profile)
 
     def describe(self) -> str:
         """The effective options on one line."""

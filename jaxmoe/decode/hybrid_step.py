@@ -138,7 +138,10 @@ class HybridStep:
             indices = rows.logit_index
             if targets is not None:
                 indices = jnp.concatenate([indices, jnp.arange(targets.shape[0], dtype=jnp.int32)])
+            begun = ops[kind].mark(step.token_ids, "begin")
+            step = dataclasses.replace(step, token_ids=begun)
             raw, caches = forward(leaves, caches, step, kind, indices, num_microbatches)
+            raw = ops[kind].mark(raw, "logits")
             prompt = None
             if targets is not None:
                 raw, own = jnp.split(raw, [rows.logit_index.shape[0]])
@@ -149,7 +152,9 @@ class HybridStep:
                 adjusted = adjust(raw, counts, rows, biases)
             if masks is not None:
                 adjusted = apply_masks(adjusted, masks)
-            return sample(raw, adjusted, rows), prompt, caches, counts
+            drawn = sample(raw, adjusted, rows)
+            ended = ops[kind].mark(drawn.token_ids, "end")
+            return dataclasses.replace(drawn, token_ids=ended), prompt, caches, counts
 
         def logits(leaves, caches, step):
             indices = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32)

@@ -25,6 +25,7 @@ from jaxmoe.decode.hybrid_step import LOGITS_CHUNK_TOKENS, Kind, RowResult
 from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.engine.checks import check_params, check_prompt, resolve_max_tokens
 from jaxmoe.engine.completion import Completion
+from jaxmoe.engine.profile import KINDS, StepProfile
 from jaxmoe.engine.stats import Stats
 from jaxmoe.engine.streamed_prompt import StreamedPrompt, Streamer
 from jaxmoe.ffi.registry import NATIVE_ERRORS
@@ -68,6 +69,7 @@ class Engine:
         defaults: what requests that say nothing get.
         seed: where the seeds of requests that bring none start.
         counters: of the native runtime (`CpuRuntime.stats`), for figures.
+        profile: counts where the time of steps goes (profile.py).
         streamer, route: what computes long prompts with their experts streamed, and which prompts
             it is to compute.
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
@@ -92,6 +94,7 @@ class Engine:
         route: PrefillRoute | None = None,
         states: StateLayout | None = None,
         counters: Callable[[], Mapping[str, int]] = dict,
+        profile: StepProfile | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """on_plan may be set: told what a step will compute, before it does."""
@@ -126,6 +129,7 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._counters = counters
+        self.profile = profile
         self._stats = Stats()
         self._seeds = (seed + 0x9E3779B97F4A7C15 * i for i in itertools.count())
         self._ids = (f"req-{i}" for i in itertools.count())
@@ -204,14 +208,24 @@ class Engine:
     def step(self) -> list[Delta]:
         """Computes one step; what it added to each completion it completed a token of."""
         self._check_alive()
+        if self.profile is None:
+            return self._step()[1]
+        self.profile.begin()
+        plan, deltas = self._step()
+        # A prompt whose experts are streamed is many programs, which nothing splits.
+        if plan is not None and plan.kind in KINDS:
+            self.profile.end(plan.kind, tokens=plan.num_tokens, compiled=self._runner.last_compiled)
+        return deltas
+
+    def _step(self) -> tuple[StepPlan | None, list[Delta]]:
         if self._streamed is not None:
             self._streamed.drop_stale()
         plan = self.scheduler.plan()
         if plan is None:
-            return []
+            return None, []
         self.on_plan(plan)
         if plan.kind == "stream":
-            return self._stream_layer(plan)
+            return plan, self._stream_layer(plan)
         now = self._clock()
         for row in plan.rows:
             if row.seq.is_new:
@@ -237,7 +251,7 @@ class Engine:
         if self._route is not None and plan.kind == "prefill" and not compiled:
             if plan.num_tokens == self.scheduler.prefill_chunk_tokens:  # small ones mislead
                 self._route.observe("chunked", plan.num_tokens, now - started)
-        return [
+        return plan, [
             self._take(row, result, now)
             for row, result in zip(plan.rows, results, strict=True)
             if row.samples
@@ -344,7 +358,8 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Figures as of the last step (stats.py); always the same names in the same order."""
-        return self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+        figures = self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+        return figures if self.profile is None else figures | self.profile.snapshot()
 
     def set_read_ceiling(self, bytes_per_s: float) -> None:
         """What the machine could read; for figures."""

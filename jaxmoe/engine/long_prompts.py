@@ -23,8 +23,8 @@ from jaxmoe.weights.loaded_model import LoadedModel
 
 # Of what XLA may take: the rest is for programs' temporaries outside the plan.
 _SHARE = 0.9
-# FLOP/s of a thread in the experts' many-row kernels, as measured by tools/bench_decode.py and
-# kernel_bench; only a first guess, corrected by the first prompts.
+# FLOP/s of a thread in the experts' many-row kernels, as measured by earlier forms of
+# jaxmoe_bench; only a first guess, corrected by the first prompts.
 _FLOPS = {"scalar": 2e9, "avx2": 6e10, "avx512": 8e10, "avx512_bf16": 1.2e11, "amx": 8e11}
 # Of the GPU at large prompts, likewise.
 _DEVICE_FLOPS = 2e14

@@ -1,7 +1,7 @@
 """What the engine's threads read from memory when they only read: the bound of decoding, for the
 share of it that /metrics shows. Measured once, when a server's engine starts.
 
-What it does not do: figures to quote (jaxmoe_doctor --bandwidth and tools/bench_decode.py measure
+What it does not do: figures to quote (jaxmoe_doctor --bandwidth and jaxmoe_bench measure
 longer, in the same minute as what they are compared with).
 """
 

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.hybrid_step import HybridStep
-from jaxmoe.engine import compile_cache, read_ceiling
+from jaxmoe.engine import calibration, compile_cache, read_ceiling
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
 from jaxmoe.engine.placement import choose_device, device_ops, settle_device, to_device
+from jaxmoe.engine.profile import StepProfile
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device
 from jaxmoe.kv_cache import store
@@ -65,6 +66,8 @@ class Started:
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
+        if self.engine.profile is not None:
+            self.engine.profile.close()
         if self.engine.grammars is not None:
             self.engine.grammars.close()
         if self.long_prompts is not None:
@@ -90,9 +93,17 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     programs = compile_cache.enable(config.cache_path)
     device, notes = choose_device(config, model_config)
     runtime = CpuRuntime(num_threads=_num_threads(config, device), isa=config.isa)
-    loaded = long_prompts = None
+    loaded = long_prompts = profile = None
     try:
+        if config.profile is not None and device.platform != "cpu":
+            notes += ("profile: steps on a GPU are not split into parts, nothing is counted",)
+        elif config.profile is not None:
+            profile = StepProfile(runtime, config.trace_path)
         loaded = _load(config, directory, runtime, on_stage)
+        calibrated = None
+        if config.calibrate and loaded.report.expert_bytes >= calibration.LEAST_EXPERT_BYTES:
+            on_stage("measuring this machine", 0.0)
+            calibrated = calibration.calibrate(runtime, config.cache_path)
         device, more = settle_device(config, device, loaded.specs)
         notes += more
         if device.platform == "cpu":
@@ -144,10 +155,13 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         prefix_cache=config.prefix_cache,
         states=states,
         counters=runtime.stats,
+        profile=profile,
         streamer=long_prompts.stream if long_prompts else None,
         route=long_prompts.route if long_prompts else None,
     )
-    placed = describe_placement(device, long_prompts)
+    placed = list(describe_placement(device, long_prompts))
+    if calibrated is not None:
+        placed.insert(0, calibrated.describe())
     report = describe(
         config, directory, layout, states, loaded, runtime, programs, placed, notes, device
     )
@@ -262,6 +276,8 @@ def describe(
         slower.append("float32 activations and cache: for audits, about half as fast")
     if config.backing == "mmap" and config.load_format != "dummy":
         slower.append("experts mapped from the files: one NUMA node, first use reads the disk")
+    if config.profile is not None:
+        slower.append("the time of steps is counted (profile), which costs some of it")
     if states is not None and config.prefix_cache and states.num_kept == 0:
         slower.append(
             "prefix cache off: state_cache_gb holds no recurrent state of "

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.linear import FAMILY_CODES, Family
 
 
 def kv_write(pages: jax.Array, new: jax.Array, kv_slots: jax.Array) -> jax.Array:
@@ -32,12 +33,17 @@ def paged_attention(
     positions: jax.Array,
     block_tables: jax.Array,
     *,
+    family: Family,
     scale: float,
     v_dim: int,
     window: int | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """f32 `[T, N, v_dim]`; arguments as in `reference.paged_attention`."""
+    """f32 `[T, N, v_dim]`; arguments as in `reference.paged_attention`.
+
+    family: "vector" computes in FP32; "matrix", the form for prompts, multiplies blocks of queries
+    and keys, BF16 ones in BF16 where the CPU can.
+    """
     keys = cache[0]
     if q.ndim != 3 or keys.ndim != 4 or q.shape[2] != keys.shape[3] or q.shape[1] % keys.shape[2]:
         raise ValueError(
@@ -64,6 +70,7 @@ def paged_attention(
         *cache[1:],
         *(() if sinks is None else (sinks,)),
         runtime_id=np.int64(runtime.id),
+        family=FAMILY_CODES[family],
         scale=np.float32(scale),
         window=np.int64(0 if window is None else window),
         has_sinks=sinks is not None,

@@ -9,9 +9,13 @@ from __future__ import annotations
 import types
 from typing import Literal, Self
 
+import numpy as np
+
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.ffi import _native
 from jaxmoe.ffi.registry import register_targets
+
+_TRACE_LEVELS = ("off", "seconds", "events")
 
 
 class CpuRuntime:
@@ -79,7 +83,9 @@ class CpuRuntime:
         return self._native.kernel_name(code, weight_format, bf16_activations)
 
     def stats(self) -> dict[str, int]:
-        """Totals since creation: calls, distinct experts, weight and cache bytes read."""
+        """Totals since creation: calls, distinct experts, weight and cache bytes read, arithmetic,
+        and nanoseconds by part where they are counted (`set_trace_level`).
+        """
         return self._native.stats()
 
     def device_stats(self) -> dict[str, float]:
@@ -107,7 +113,28 @@ class CpuRuntime:
         The ceiling that bandwidth figures are stated against: measure it in the same minute.
         `total_bytes` must be far larger than the last-level cache.
         """
-        return self._native.read_bandwidth(total_bytes, repeats)
+        return _native.read_bandwidth(self._native, total_bytes, repeats)
+
+    @property
+    def few_tokens(self) -> int:
+        """Activation rows of a matrix up to which work is handed out in long runs of memory."""
+        return self._native.few_tokens
+
+    def set_few_tokens(self, tokens: int) -> None:
+        """Changes speed only: no sum's order depends on it."""
+        if tokens < 0:
+            raise ConfigError(f"few_tokens is {tokens}; wanted at least 0")
+        self._native.set_few_tokens(tokens)
+
+    def set_trace_level(self, level: Literal["off", "seconds", "events"]) -> None:
+        """What operations note of themselves: nothing, their time, or all units of all threads."""
+        self._native.set_trace_level(_TRACE_LEVELS.index(level))
+
+    def take_trace(self) -> list[tuple[str, np.ndarray, int]]:
+        """What was noted since the last call: a track a thread, its events int64 `[n, 5]` (begin,
+        end, kind, part, detail; see xla_ffi/runtime/trace.h), and how many did not fit.
+        """
+        return self._native.take_trace()
 
     def close(self) -> None:
         """Ends the threads. Programs that still name this runtime get an error. Idempotent."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.ffi import attention
@@ -21,7 +22,9 @@ from jaxmoe.ffi import linear as linear_op
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.experts import StoreId
 from jaxmoe.ffi.linear import Family
-from jaxmoe.ffi.ops import GatedDeltaWeights, StepInputs, Weight
+from jaxmoe.ffi.ops import GatedDeltaWeights, Point, StepInputs, Weight
+
+_POINTS: tuple[Point, ...] = ("begin", "logits", "end")
 
 
 class NativeOps:
@@ -54,6 +57,11 @@ class NativeOps:
         # A step of many rows keeps every core busy by itself, and staging its activations twice
         # costs a few percent.
         return self._family == "vector"
+
+    def mark(self, x: jax.Array, point: Point) -> jax.Array:
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        call = jax.ffi.ffi_call("jaxmoe_mark", out, input_output_aliases={0: 0})
+        return call(x, runtime_id=np.int64(self._runtime.id), point=np.int64(_POINTS.index(point)))
 
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         """One row after the other, by code for one row: the same bits in a step of any size."""
@@ -147,6 +155,7 @@ class NativeOps:
             step.token_rows,
             step.positions,
             step.block_tables,
+            family=self._family,
             scale=scale,
             v_dim=v_dim,
             window=window,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,15 @@ class StepInputs:
     state_saves: jax.Array | None = None
 
 
+# Moments of a compiled step that figures of where its time goes are told by.
+Point = Literal["begin", "logits", "end"]
+
+
 class Ops(Protocol):
+    def mark(self, x: jax.Array, point: Point) -> jax.Array:
+        """`x` itself; says, when it is ready, that the program has come to this point."""
+        ...
+
     @property
     def expands_latents(self) -> bool:
         """Whether MLA calls `attend_latents` instead of `attend`."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
-from jaxmoe.ffi.ops import GatedDeltaWeights, StepInputs, Weight
+from jaxmoe.ffi.ops import GatedDeltaWeights, Point, StepInputs, Weight
 from jaxmoe.ffi.reference_delta import gated_delta
 from jaxmoe.quant.formats import FORMATS, WeightFormat
 
@@ -96,6 +96,9 @@ class ReferenceOps:
     @property
     def splits_experts(self) -> bool:
         return False  # one after the other all the same
+
+    def mark(self, x: jax.Array, point: Point) -> jax.Array:
+        return x
 
     def map_rows(self, f: Callable[[Any], Any], x: Any) -> Any:
         return jax.vmap(f)(x)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config.model_config import ClampedSwiglu
-from jaxmoe.ffi.ops import StepInputs, Weight
+from jaxmoe.ffi.ops import Point, StepInputs, Weight
 from jaxmoe.ffi.reference import kv_write
 from jaxmoe.kernels import attention
 from jaxmoe.kernels.grouped_matmul import (
@@ -90,6 +90,9 @@ class DeviceOps:
         self._context = context
         self._interpret = interpret
         self._tiling = DECODE_TILING if kind == "decode" else PREFILL_TILING
+
+    def mark(self, x: jax.Array, point: Point) -> jax.Array:
+        return x  # a GPU's program is not split into parts
 
     @property
     def expands_latents(self) -> bool:

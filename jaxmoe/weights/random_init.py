@@ -18,7 +18,7 @@ from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.quant.formats import FORMATS
 from jaxmoe.weights import memory
 from jaxmoe.weights.buffers import aligned_empty, to_jax
-from jaxmoe.weights.host_store import HostStore
+from jaxmoe.weights.host_store import ExpertLayout, HostStore
 from jaxmoe.weights.loaded_model import LoadedModel, LoadReport
 from jaxmoe.weights.loader import leaf_bytes
 from jaxmoe.weights.model_registry import ModelRegistry
@@ -29,6 +29,40 @@ from jaxmoe.weights.read_pool import run_all
 from jaxmoe.weights.tensor_table import MATRICES, expert_layouts
 
 _log = logging.getLogger(__name__)
+
+
+def fill_expert_matrix(
+    values: RandomValues, store: HostStore, layer: int, expert: int, which: Matrix
+) -> int:
+    """Random weights, with their scales, for one matrix of an arena; returns the weights' bytes."""
+    name, layout = f"{layer}.{expert}.{which}", store.layouts[layer]
+    fan_in = layout.shape(which)[1]
+    num_bytes = 0
+    for first_row, rows in store.writable_rows(layer, expert, which):
+        values.fill_weights(rows, name, fan_in, first_row * rows.shape[1])
+        num_bytes += rows.nbytes
+    shape, dtype = layout.scale_shape(which), FORMATS[layout.format].scale_dtype
+    if shape is not None and dtype is not None:
+        scales = values.scales(layout.format, shape, name, fan_in, jax.numpy.dtype(dtype))
+        store.set_scale(layer, expert, which, scales)
+    return num_bytes
+
+
+def random_experts(runtime: CpuRuntime, layout: ExpertLayout, seed: int = 0) -> HostStore:
+    """A store of one layer of random experts, for measurements; the caller closes it."""
+    values = RandomValues(seed)
+    store = HostStore.create(runtime, [layout])
+    tasks = [
+        partial(fill_expert_matrix, values, store, 0, expert, which)
+        for expert in range(layout.num_experts)
+        for which in MATRICES
+    ]
+    try:
+        run_all(tasks, runtime.num_threads)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def random_model(
@@ -76,15 +110,7 @@ def random_model(
         bar.add(buffer.nbytes)
 
     def make_matrix(store: HostStore, layer: int, expert: int, which: Matrix) -> None:
-        name, layout = f"{layer}.{expert}.{which}", layouts[layer]
-        fan_in = layout.shape(which)[1]
-        for first_row, rows in store.writable_rows(layer, expert, which):
-            values.fill_weights(rows, name, fan_in, first_row * rows.shape[1])
-            bar.add(rows.nbytes)
-        shape, dtype = layout.scale_shape(which), FORMATS[layout.format].scale_dtype
-        if shape is not None and dtype is not None:
-            scales = values.scales(layout.format, shape, name, fan_in, jax.numpy.dtype(dtype))
-            store.set_scale(layer, expert, which, scales)
+        bar.add(fill_expert_matrix(values, store, layer, expert, which))
 
     tasks = [partial(make_leaf, path) for path in description.specs]
     if store is not None:

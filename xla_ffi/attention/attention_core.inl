@@ -136,20 +136,22 @@ inline float softmax_row(float* scores, int64_t seen, float* running_max, float*
   return factor;
 }
 
+template <typename Call>
+inline int64_t slot_of(const Call& call, int64_t position) {
+  return static_cast<int64_t>(call.pages[position / call.page_size]) * call.page_size +
+         position % call.page_size;
+}
+
 void attend_chunk(const ChunkCall& call, const SoftmaxState& state) {
   for (int64_t i = 0; i < call.m; ++i) {
     state.max[i] = kMinusInfinity;
     state.sum[i] = 0.0f;
   }
   __builtin_memset(state.acc, 0, static_cast<size_t>(call.m * call.v_ld) * sizeof(float));
-  auto slot_of = [&call](int64_t position) {
-    return static_cast<int64_t>(call.pages[position / call.page_size]) * call.page_size +
-           position % call.page_size;
-  };
   for (int64_t begin = call.begin; begin < call.end; begin += kKeyBlock) {
     const int64_t block = call.end - begin < kKeyBlock ? call.end - begin : kKeyBlock;
     for (int64_t s = 0; s < block; ++s) {
-      const int64_t slot = slot_of(begin + s);
+      const int64_t slot = slot_of(call, begin + s);
       decode_row(call.keys, slot, call.head_dim, call.key_block + s * call.q_ld);
       if (call.values.data != nullptr) {
         decode_row(call.values, slot, call.v_dim, call.value_block + s * call.v_ld);
@@ -158,7 +160,7 @@ void attend_chunk(const ChunkCall& call, const SoftmaxState& state) {
     // One head's rows lie a stride of all heads apart, on scattered pages: no hardware prefetcher
     // follows. The next block arrives while this one is computed.
     for (int64_t s = begin + block; s < begin + block + kKeyBlock && s < call.end; ++s) {
-      const int64_t slot = slot_of(s);
+      const int64_t slot = slot_of(call, s);
       prefetch_row(call.keys, slot, call.head_dim);
       if (call.values.data != nullptr) prefetch_row(call.values, slot, call.v_dim);
     }

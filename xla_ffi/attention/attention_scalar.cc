@@ -15,10 +15,19 @@ constexpr int kScoreKeys = 2;
 
 #include "attention/attention_core.inl"
 
+constexpr int kTileVectors = 2;  // 4 x 2 sums and 3 operands of 16 registers
+inline int64_t block_q_ld(int64_t dim) { return dim; }
+inline int64_t block_v_ld(int64_t dim) { return padded_dim(dim); }
+
+#include "attention/attention_block_f32.inl"
+//
+#include "attention/attention_block.inl"
+
 }  // namespace
 
 AttentionKernels scalar_kernels() {
-  return {"attention_scalar", padded_dim, attend_chunk, merge, finish};
+  return {"attention_scalar", padded_dim, attend_chunk, merge,     finish,
+          attend_block,       false,      block_q_ld,   block_v_ld};
 }
 
 }  // namespace jaxmoe::attention_isa

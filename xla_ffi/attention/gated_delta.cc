@@ -28,7 +28,8 @@ class MixJob final : public Job {
  public:
   MixJob(const GatedDeltaCall& call, const GatedDeltaKernels& kernels, const Run* runs,
          const int32_t* run_of_token, float* mixed, float* decay, float* rate)
-      : call_(call),
+      : Job(Part::kAttention),
+        call_(call),
         kernels_(kernels),
         runs_(runs),
         run_of_token_(run_of_token),
@@ -121,7 +122,8 @@ class UpdateJob final : public Job {
   UpdateJob(const GatedDeltaCall& call, const GatedDeltaKernels& kernels,
             const std::vector<Run>& runs, const float* mixed, const float* decay, const float* rate,
             float* blocks)
-      : call_(call),
+      : Job(Part::kAttention),
+        call_(call),
         kernels_(kernels),
         runs_(runs),
         mixed_(mixed),
@@ -326,6 +328,7 @@ const GatedDeltaKernels& gated_delta_kernels(Isa isa) {
 }
 
 Status gated_delta(CpuRuntime& runtime, const GatedDeltaCall& call) {
+  const OperationScope scope(runtime.tracer(), Part::kAttention, call.num_tokens);
   if (call.num_tokens == 0) return {};
   // Kept per thread: no allocation after the largest step.
   thread_local std::vector<Run> runs;

@@ -19,6 +19,11 @@ constexpr int64_t kChunkPositions = 512;
 // Query vectors that go through a key block together: its decoding (once a block) is then a few
 // percent of the work, and their sums (32 x 512 FP32 for MLA) stay in a second-level cache.
 constexpr int64_t kMostQueries = 32;
+// In the block form a block's keys and values are also put in the order of the matrix product,
+// which costs as much as some ten queries' work on it; and what 128 queries of MLA need (BF16
+// queries of 576, FP32 sums of 512) is 400 KiB, half of the smallest second-level cache beside
+// AVX-512.
+constexpr int64_t kMostBlockQueries = 128;
 // Multiply-adds that take about as long as waking a worker.
 constexpr int64_t kComputeAlone = 256 << 10;
 
@@ -36,7 +41,12 @@ struct Group {
 class AttentionJob final : public Job {
  public:
   AttentionJob(const PagedAttentionCall& call, const AttentionKernels& kernels)
-      : call_(call), kernels_(kernels) {}
+      : Job(Part::kAttention),
+        call_(call),
+        kernels_(kernels),
+        blocks_(call.family == Family::kMatrix),
+        most_queries_(blocks_ ? kMostBlockQueries : kMostQueries),
+        key_block_(blocks_ ? kBlockKeys : kKeyBlock) {}
 
   Status check() const;
   Status plan(CpuRuntime& runtime, std::vector<Group>* groups, Scratch* scratch, JobShape* shape);
@@ -44,24 +54,30 @@ class AttentionJob final : public Job {
   void run_unit(int phase, int node, uint32_t unit, int participant) noexcept override;
 
  private:
+  // Of one participant, with offsets into its part of the scratch.
+  struct Places {
+    size_t q, visible, keys, values, scores, weights, weights_alone, acc_alone, row, states;
+  };
   SoftmaxState state_at(float* base) const {
-    return {base, base + kMostQueries, base + 2 * kMostQueries};
+    return {base, base + most_queries_, base + 2 * most_queries_};
   }
-  float* participant_scratch(int participant) const {
-    return scratch_ + participant_floats_ * participant;
+  char* participant_scratch(int participant) const {
+    return scratch_ + participant_bytes_ * static_cast<size_t>(participant);
   }
   SoftmaxState partial(int64_t index) const { return state_at(partials_ + state_floats_ * index); }
   int64_t first_position(int64_t token) const {
     if (call_.window == 0) return 0;
     return std::max<int64_t>(0, call_.positions[token] + int64_t{1} - call_.window);
   }
-  void load_queries(const Group& group, float* q, int32_t* visible) const;
-  void attend(const Group& group, int64_t chunk, float* scratch, const SoftmaxState& state) const;
+  void load_queries(const Group& group, char* scratch) const;
+  void attend(const Group& group, int64_t chunk, char* scratch, const SoftmaxState& state) const;
   // `spare` is another state's place.
   void finish(const Group& group, const SoftmaxState& state, const SoftmaxState& spare) const;
 
   const PagedAttentionCall& call_;
   const AttentionKernels& kernels_;
+  const bool blocks_;  // the block form
+  const int64_t most_queries_, key_block_;
   const Group* groups_ = nullptr;
   int64_t chunk_ = 0, q_ld_ = 0, v_ld_ = 0;
   bool share_chunks_ = false, alone_ = false;
@@ -69,8 +85,10 @@ class AttentionJob final : public Job {
   // done.
   const int32_t* unit_group_ = nullptr;
   std::atomic<uint32_t>* chunks_left_ = nullptr;
-  int64_t state_floats_ = 0, participant_floats_ = 0;
-  float* scratch_ = nullptr;
+  int64_t state_floats_ = 0;
+  size_t participant_bytes_ = 0;
+  Places places_ = {};
+  char* scratch_ = nullptr;
   float* partials_ = nullptr;
   uint32_t first_unit_[kMaxNodes] = {};
 };
@@ -111,12 +129,12 @@ Status AttentionJob::check() const {
 
 Status AttentionJob::plan(CpuRuntime& runtime, std::vector<Group>* groups, Scratch* scratch,
                           JobShape* shape) {
-  q_ld_ = kernels_.padded_dim(call_.head_dim);
-  v_ld_ = kernels_.padded_dim(call_.v_dim);
+  q_ld_ = blocks_ ? kernels_.block_q_ld(call_.head_dim) : kernels_.padded_dim(call_.head_dim);
+  v_ld_ = blocks_ ? kernels_.block_v_ld(call_.v_dim) : kernels_.padded_dim(call_.v_dim);
   chunk_ = std::max<int64_t>(1, kChunkPositions / call_.page_size) * call_.page_size;
   const int64_t per_kv_head = call_.num_heads / call_.num_kv_heads;
-  const int64_t most_heads = std::min(per_kv_head, kMostQueries);
-  const int64_t most_tokens = std::max<int64_t>(1, kMostQueries / per_kv_head);
+  const int64_t most_heads = std::min(per_kv_head, most_queries_);
+  const int64_t most_tokens = std::max<int64_t>(1, most_queries_ / per_kv_head);
 
   groups->clear();
   int64_t chunks = 0, compute = 0, kv_positions = 0;
@@ -165,15 +183,25 @@ Status AttentionJob::plan(CpuRuntime& runtime, std::vector<Group>* groups, Scrat
   }
 
   state_floats_ =
-      static_cast<int64_t>(align_up(static_cast<size_t>(kMostQueries * (2 + v_ld_)), 16));
-  // Queries, what each sees (to, from), key block, value block, scores, two states.
-  participant_floats_ = kMostQueries * q_ld_ + 2 * kMostQueries + kKeyBlock * (q_ld_ + v_ld_) +
-                        kMostQueries * kKeyBlock + 2 * state_floats_;
-  participant_floats_ =
-      static_cast<int64_t>(align_up(static_cast<size_t>(participant_floats_), 16));
+      static_cast<int64_t>(align_up(static_cast<size_t>(most_queries_ * (2 + v_ld_)), 16));
+  const size_t element = blocks_ && kernels_.block_bf16 ? 2 : 4;
+  const auto bytes = [](int64_t count, size_t each) { return static_cast<size_t>(count) * each; };
+  Layout mine;
+  places_.q = mine.add(bytes(most_queries_ * q_ld_, element));
+  places_.visible = mine.add(bytes(2 * most_queries_, sizeof(int32_t)));
+  places_.keys = mine.add(bytes(key_block_ * q_ld_, element));
+  places_.values = mine.add(bytes(key_block_ * v_ld_, element));
+  places_.scores = mine.add(bytes(most_queries_ * key_block_, sizeof(float)));
+  if (blocks_) {
+    places_.weights = mine.add(bytes(most_queries_ * key_block_, element));
+    places_.weights_alone = mine.add(bytes(kBlockRows * key_block_, element));
+    places_.acc_alone = mine.add(bytes(kBlockRows * v_ld_, sizeof(float)));
+    places_.row = mine.add(bytes(q_ld_ + kBlockRows, sizeof(float)));
+  }
+  places_.states = mine.add(bytes(2 * state_floats_, sizeof(float)));
+  participant_bytes_ = align_up(mine.total(), kCacheLine);
   Layout layout;
-  const size_t parts =
-      layout.add(static_cast<size_t>(participant_floats_ * threads) * sizeof(float));
+  const size_t parts = layout.add(participant_bytes_ * static_cast<size_t>(threads));
   const size_t partials =
       layout.add(share_chunks_ ? static_cast<size_t>(state_floats_ * chunks) * sizeof(float) : 0);
   const size_t unit_group =
@@ -184,7 +212,7 @@ Status AttentionJob::plan(CpuRuntime& runtime, std::vector<Group>* groups, Scrat
     return Status::error("out of memory for " + std::to_string(layout.total()) +
                          " bytes of attention scratch");
   }
-  scratch_ = reinterpret_cast<float*>(scratch->data() + parts);
+  scratch_ = scratch->data() + parts;
   partials_ = reinterpret_cast<float*>(scratch->data() + partials);
   groups_ = groups->data();
   shape->nodes = runtime.num_nodes();
@@ -213,63 +241,110 @@ Status AttentionJob::plan(CpuRuntime& runtime, std::vector<Group>* groups, Scrat
       static_cast<uint64_t>(kv_positions * call_.num_kv_heads * elements *
                             (call_.cache_type == ActivationType::kF32 ? 4 : 2)),
       std::memory_order_relaxed);
+  int64_t seen = 0;  // positions, summed over tokens
+  for (int64_t t = 0; t < call_.num_tokens; ++t) {
+    if (call_.token_rows[t] != -1) seen += call_.positions[t] + int64_t{1} - first_position(t);
+  }
+  stats.attention_flops.fetch_add(
+      static_cast<uint64_t>(2 * seen * call_.num_heads * (call_.head_dim + call_.v_dim)),
+      std::memory_order_relaxed);
   return {};
 }
 
-void AttentionJob::load_queries(const Group& group, float* q, int32_t* visible) const {
+void AttentionJob::load_queries(const Group& group, char* scratch) const {
+  const bool halves = blocks_ && kernels_.block_bf16;
+  float* q = reinterpret_cast<float*>(scratch + places_.q);
+  uint16_t* q_halves = reinterpret_cast<uint16_t*>(scratch + places_.q);
+  int32_t* visible = reinterpret_cast<int32_t*>(scratch + places_.visible);
+  const auto bytes = [](int64_t count, size_t each) { return static_cast<size_t>(count) * each; };
   int64_t i = 0;
   for (int64_t t = group.first_token; t < group.first_token + group.num_tokens; ++t) {
     for (int64_t n = group.first_head; n < group.first_head + group.num_heads; ++n, ++i) {
-      float* to = q + i * q_ld_;
       const int64_t from = (t * call_.num_heads + n) * call_.head_dim;
+      visible[i] = call_.positions[t] + 1;
+      visible[most_queries_ + i] = static_cast<int32_t>(first_position(t));
+      if (halves) {
+        uint16_t* to = q_halves + i * q_ld_;
+        std::memcpy(to, static_cast<const uint16_t*>(call_.q) + from, bytes(call_.head_dim, 2));
+        std::memset(to + call_.head_dim, 0, bytes(q_ld_ - call_.head_dim, 2));
+        continue;
+      }
+      float* to = q + i * q_ld_;
       if (call_.q_type == ActivationType::kF32) {
-        std::memcpy(to, static_cast<const float*>(call_.q) + from,
-                    static_cast<size_t>(call_.head_dim) * sizeof(float));
+        std::memcpy(to, static_cast<const float*>(call_.q) + from, bytes(call_.head_dim, 4));
       } else {
         widen_bf16(static_cast<const uint16_t*>(call_.q) + from, call_.head_dim, to);
       }
-      for (int64_t h = 0; h < call_.head_dim; ++h) to[h] *= call_.scale;
+      if (!blocks_) {  // there the scores are scaled, as BF16 queries could not be
+        for (int64_t h = 0; h < call_.head_dim; ++h) to[h] *= call_.scale;
+      }
       for (int64_t h = call_.head_dim; h < q_ld_; ++h) to[h] = 0;
-      visible[i] = call_.positions[t] + 1;
-      visible[kMostQueries + i] = static_cast<int32_t>(first_position(t));
     }
+  }
+  if (blocks_) {  // rows that complete the last tile
+    const int64_t rows = (i + kBlockRows - 1) / kBlockRows * kBlockRows;
+    const size_t row_bytes = bytes(q_ld_, halves ? 2 : 4);
+    std::memset(scratch + places_.q + row_bytes * static_cast<size_t>(i), 0,
+                row_bytes * static_cast<size_t>(rows - i));
   }
 }
 
-void AttentionJob::attend(const Group& group, int64_t chunk, float* scratch,
+void AttentionJob::attend(const Group& group, int64_t chunk, char* scratch,
                           const SoftmaxState& state) const {
-  ChunkCall chunk_call;
-  chunk_call.q = scratch;
-  chunk_call.m = group.num_tokens * group.num_heads;
-  chunk_call.q_ld = q_ld_;
-  chunk_call.head_dim = call_.head_dim;
-  chunk_call.v_dim = call_.v_dim;
-  chunk_call.v_ld = v_ld_;
-  chunk_call.visible = reinterpret_cast<int32_t*>(scratch + kMostQueries * q_ld_);
-  chunk_call.first = chunk_call.visible + kMostQueries;
-  chunk_call.key_block = scratch + kMostQueries * q_ld_ + 2 * kMostQueries;
-  chunk_call.value_block = chunk_call.key_block + kKeyBlock * q_ld_;
-  chunk_call.scores = chunk_call.value_block + kKeyBlock * v_ld_;
+  const int64_t m = group.num_tokens * group.num_heads;
+  const int32_t* visible = reinterpret_cast<int32_t*>(scratch + places_.visible);
+  const int32_t* first = visible + most_queries_;
   const int64_t element = call_.cache_type == ActivationType::kF32 ? 4 : 2;
-  chunk_call.keys = {
+  const CacheHead keys{
       static_cast<const char*>(call_.keys) + group.kv_head * call_.head_dim * element,
       call_.cache_type, call_.num_kv_heads * call_.head_dim};
+  CacheHead values;
   if (call_.values != nullptr) {
-    chunk_call.values = {
-        static_cast<const char*>(call_.values) + group.kv_head * call_.v_dim * element,
-        call_.cache_type, call_.num_kv_heads * call_.v_dim};
+    values = {static_cast<const char*>(call_.values) + group.kv_head * call_.v_dim * element,
+              call_.cache_type, call_.num_kv_heads * call_.v_dim};
   }
-  chunk_call.pages = call_.block_tables + group.row * call_.pages_per_row;
-  chunk_call.page_size = call_.page_size;
-  chunk_call.begin = chunk * chunk_;
-  chunk_call.end = std::min(group.length, chunk_call.begin + chunk_);
+  int64_t begin = chunk * chunk_;
+  const int64_t end = std::min(group.length, begin + chunk_);
   // Whole blocks that no query sees are not read; those left are the same as in any batch.
-  int32_t begin = chunk_call.first[0];
-  for (int64_t i = 1; i < chunk_call.m; ++i) begin = std::min(begin, chunk_call.first[i]);
-  if (begin > chunk_call.begin) {
-    chunk_call.begin += (begin - chunk_call.begin) / kKeyBlock * kKeyBlock;
+  const int32_t least = *std::min_element(first, first + m);
+  if (least > begin) begin += (least - begin) / key_block_ * key_block_;
+
+  const auto fill = [&](auto* c) {
+    c->m = m;
+    c->q_ld = q_ld_;
+    c->head_dim = call_.head_dim;
+    c->v_dim = call_.v_dim;
+    c->v_ld = v_ld_;
+    c->visible = visible;
+    c->first = first;
+    c->keys = keys;
+    c->values = values;
+    c->pages = call_.block_tables + group.row * call_.pages_per_row;
+    c->page_size = call_.page_size;
+    c->begin = begin;
+    c->end = end;
+    c->scores = reinterpret_cast<float*>(scratch + places_.scores);
+  };
+  if (blocks_) {
+    BlockCall c;
+    fill(&c);
+    c.q = scratch + places_.q;
+    c.scale = call_.scale;
+    c.keys_packed = scratch + places_.keys;
+    c.values_packed = scratch + places_.values;
+    c.weights = scratch + places_.weights;
+    c.weights_alone = scratch + places_.weights_alone;
+    c.acc_alone = reinterpret_cast<float*>(scratch + places_.acc_alone);
+    c.row = reinterpret_cast<float*>(scratch + places_.row);
+    kernels_.attend_block(c, state);
+  } else {
+    ChunkCall c;
+    fill(&c);
+    c.q = reinterpret_cast<float*>(scratch + places_.q);
+    c.key_block = reinterpret_cast<float*>(scratch + places_.keys);
+    c.value_block = reinterpret_cast<float*>(scratch + places_.values);
+    kernels_.attend_chunk(c, state);
   }
-  kernels_.attend_chunk(chunk_call, state);
 }
 
 void AttentionJob::finish(const Group& group, const SoftmaxState& state,
@@ -284,7 +359,7 @@ void AttentionJob::finish(const Group& group, const SoftmaxState& state,
     std::memset(spare.acc, 0, static_cast<size_t>(m * v_ld_) * sizeof(float));
     kernels_.merge(m, v_ld_, state, spare);
   }
-  float* rows[kMostQueries];
+  float* rows[kMostBlockQueries];
   int64_t i = 0;
   for (int64_t t = group.first_token; t < group.first_token + group.num_tokens; ++t) {
     for (int64_t n = group.first_head; n < group.first_head + group.num_heads; ++n) {
@@ -296,14 +371,13 @@ void AttentionJob::finish(const Group& group, const SoftmaxState& state,
 
 void AttentionJob::run_unit(int, int node, uint32_t unit, int participant) noexcept {
   unit += first_unit_[node];
-  float* scratch = participant_scratch(participant);
-  int32_t* visible = reinterpret_cast<int32_t*>(scratch + kMostQueries * q_ld_);
-  float* states = scratch + participant_floats_ - 2 * state_floats_;
+  char* scratch = participant_scratch(participant);
+  float* states = reinterpret_cast<float*>(scratch + places_.states);
   const SoftmaxState total = state_at(states), part = state_at(states + state_floats_);
   if (share_chunks_) {
     const int32_t g = unit_group_[unit];
     const Group& group = groups_[g];
-    load_queries(group, scratch, visible);
+    load_queries(group, scratch);
     attend(group, group.first_chunk + unit - group.first_state, scratch, partial(unit));
     // Whoever ends the group's last chunk merges them, first to last.
     if (chunks_left_[g].fetch_sub(1, std::memory_order_acq_rel) == 1) {
@@ -317,7 +391,7 @@ void AttentionJob::run_unit(int, int node, uint32_t unit, int participant) noexc
     return;
   }
   const Group& group = groups_[unit];
-  load_queries(group, scratch, visible);
+  load_queries(group, scratch);
   attend(group, group.first_chunk, scratch, total);
   for (int64_t chunk = group.first_chunk + 1; chunk * chunk_ < group.length; ++chunk) {
     attend(group, chunk, scratch, part);
@@ -329,25 +403,33 @@ void AttentionJob::run_unit(int, int node, uint32_t unit, int participant) noexc
 }  // namespace
 
 const AttentionKernels& attention_kernels(Isa isa) {
-  static const AttentionKernels scalar = attention_isa::scalar_kernels();
-  static const AttentionKernels avx2 = attention_isa::avx2_kernels();
-  static const AttentionKernels avx512 = attention_isa::avx512_kernels();
-  switch (isa) {
-    case Isa::kScalar:
-      return scalar;
-    case Isa::kAvx2:
-      return avx2;
-    case Isa::kAvx512:
-    case Isa::kAvx512Bf16:
-    case Isa::kAmx:
-      return avx512;
+  static const AttentionKernels tables[kNumIsas] = {
+      attention_isa::scalar_kernels(), attention_isa::avx2_kernels(),
+      attention_isa::avx512_kernels(), attention_isa::avx512bf16_kernels(),
+      attention_isa::amx_kernels()};
+  return tables[static_cast<int>(isa)];
+}
+
+const AttentionKernels& attention_kernels(Isa isa, Family family, ActivationType q_type,
+                                          ActivationType cache_type) {
+  // BF16 products are exact for BF16 operands alone.
+  const bool halves = q_type == ActivationType::kBf16 && cache_type == ActivationType::kBf16;
+  if (family == Family::kMatrix && attention_kernels(isa).block_bf16) {
+    // Nor are they of use where vdpbf16ps is slower than two FP32 FMAs, which shows in what the
+    // kernels of decode are made of.
+    const MatmulKernel& decode = select_kernel(kernel_table(isa), Family::kVector,
+                                               WeightFormat::kFp8Block, ActivationType::kBf16);
+    const bool slow = isa == Isa::kAvx512Bf16 && decode.isa != Isa::kAvx512Bf16;
+    if (!halves || slow) isa = Isa::kAvx512;
   }
-  return scalar;
+  return attention_kernels(isa);
 }
 
 Status paged_attention(CpuRuntime& runtime, const PagedAttentionCall& call) {
   if (call.num_tokens == 0) return {};
-  AttentionJob job(call, attention_kernels(runtime.isa()));
+  const OperationScope scope(runtime.tracer(), Part::kAttention, call.num_tokens);
+  AttentionJob job(call,
+                   attention_kernels(runtime.isa(), call.family, call.q_type, call.cache_type));
   Status status = job.check();
   if (!status.ok()) return status;
   // Kept per thread: no allocation after the largest step.

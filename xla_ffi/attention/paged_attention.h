@@ -29,7 +29,12 @@ struct KvWriteCall {
 
 Status kv_write(const KvWriteCall& call);
 
+// kMatrix is the block form, made for the many queries of a prompt: products of matrices, in BF16
+// where the CPU has them and queries and cache are BF16 (the softmax weights are then rounded to
+// it, as activations of that family are). Like kernels, the two forms round differently, and a
+// program has one of them for good.
 struct PagedAttentionCall {
+  Family family = Family::kVector;
   ActivationType q_type = ActivationType::kBf16;
   const void* q = nullptr;  // [num_tokens, num_heads, head_dim]
   int64_t num_tokens = 0, num_heads = 0, head_dim = 0;

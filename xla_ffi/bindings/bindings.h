@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels/kernels.h"
+#include "runtime/cpu_runtime.h"
 #include "runtime/device_driver.h"
 #include "runtime/host_store.h"
 #include "runtime/page_lock.h"
@@ -31,6 +32,7 @@ inline void throw_os_error(const Status& status) {
 WeightFormat format_from_name(const std::string& name);
 // Of an open runtime object; throws when it is closed.
 const Topology& topology_of(pybind11::handle runtime);
+std::shared_ptr<CpuRuntime> cpu_of(pybind11::handle runtime);
 // The store of an open HostStore object, the driver of a DeviceDriver; throw when they are closed.
 std::shared_ptr<HostStore> store_of(pybind11::handle store);
 std::shared_ptr<DeviceDriver> driver_of(pybind11::handle driver);
@@ -38,6 +40,7 @@ std::shared_ptr<DeviceDriver> driver_of(pybind11::handle driver);
 // ends it and is passed on.
 Status with_progress(const pybind11::object& function,
                      const std::function<Status(const PageLock::Progress&)>& lock);
+void bind_bench(pybind11::module_& module);
 void bind_host_store(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 

@@ -1,5 +1,6 @@
 // The extension module: CpuRuntime, HostStore and the FFI handlers, with Python's exceptions for
 // their errors.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "bench/read_bandwidth.h"
 #include "bindings/bindings.h"
 #include "handlers/checks.h"
 #include "handlers/handlers.h"
@@ -98,6 +98,48 @@ py::dict stats(const RuntimeBinding& binding) {
   result["linear_weight_bytes"] = stats.linear_weight_bytes.load();
   result["attention_calls"] = stats.attention_calls.load();
   result["attention_kv_bytes"] = stats.attention_kv_bytes.load();
+  result["experts_flops"] = stats.experts_flops.load();
+  result["linear_flops"] = stats.linear_flops.load();
+  result["attention_flops"] = stats.attention_flops.load();
+  const char* const names[] = {"experts", "linear", "attention"};
+  PartTimes& times = binding.get().cpu->tracer().times();
+  for (int part = 0; part < 3; ++part) {
+    result[(std::string(names[part]) + "_ns").c_str()] = times.operation_ns[part].load();
+    result[(std::string(names[part]) + "_busy_ns").c_str()] = times.busy_ns[part].load();
+  }
+  result["program_ns"] = times.program_ns.load();
+  result["sampling_ns"] = times.sampling_ns.load();
+  return result;
+}
+
+void set_trace_level(const RuntimeBinding& binding, int level) {
+  if (level < 0 || level > 2) {
+    throw py::value_error("level is " + std::to_string(level) + "; wanted 0, 1 or 2");
+  }
+  binding.get().cpu->tracer().set_level(static_cast<TraceLevel>(level));
+}
+
+// [(track, int64 [n, 5] of begin, end, kind, part, detail, dropped)]
+py::list take_trace(const RuntimeBinding& binding) {
+  std::vector<Tracer::Taken> taken;
+  {
+    py::gil_scoped_release release;
+    taken = binding.get().cpu->tracer().take();
+  }
+  py::list result;
+  for (const Tracer::Taken& track : taken) {
+    py::array_t<int64_t> events({static_cast<py::ssize_t>(track.events.size()), py::ssize_t{5}});
+    auto at = events.mutable_unchecked<2>();
+    for (py::ssize_t i = 0; i < at.shape(0); ++i) {
+      const TraceEvent& event = track.events[static_cast<size_t>(i)];
+      at(i, 0) = event.begin_ns;
+      at(i, 1) = event.end_ns;
+      at(i, 2) = static_cast<int64_t>(event.kind);
+      at(i, 3) = static_cast<int64_t>(event.part);
+      at(i, 4) = event.detail;
+    }
+    result.append(py::make_tuple(track.track, events, track.dropped));
+  }
   return result;
 }
 
@@ -135,6 +177,7 @@ py::dict handlers() {
   add("jaxmoe_experts_wait", JaxmoeExpertsWait);
   add("jaxmoe_kv_write", JaxmoeKvWrite);
   add("jaxmoe_paged_attention", JaxmoePagedAttention);
+  add("jaxmoe_mark", JaxmoeMark);
   add("jaxmoe_gated_delta", JaxmoeGatedDelta);
   add("jaxmoe_slot_acquire", JaxmoeSlotAcquire);
   add("jaxmoe_slot_release", JaxmoeSlotRelease);
@@ -155,18 +198,6 @@ py::dict cuda_handlers() {
   return result;
 }
 
-// On the CPUs that the runtime's participants use, so the ceiling is that of the same threads.
-std::vector<double> measure_read_bandwidth(const RuntimeBinding& binding, int64_t total_bytes,
-                                           int repeats) {
-  std::shared_ptr<CpuRuntime> cpu = binding.get().cpu;
-  std::vector<int> cpus;
-  for (const Placement& placement : place_threads(cpu->topology(), cpu->num_threads())) {
-    cpus.push_back(placement.cpu);
-  }
-  py::gil_scoped_release release;
-  return read_bandwidth(cpus, total_bytes, repeats);
-}
-
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < kNumIsas; ++i) {
@@ -177,8 +208,10 @@ std::vector<std::string> supported_isas() {
 
 }  // namespace
 
-const Topology& topology_of(py::handle runtime) {
-  return runtime.cast<RuntimeBinding&>().get().cpu->topology();
+const Topology& topology_of(py::handle runtime) { return cpu_of(runtime)->topology(); }
+
+std::shared_ptr<CpuRuntime> cpu_of(py::handle runtime) {
+  return runtime.cast<RuntimeBinding&>().get().cpu;
 }
 
 }  // namespace jaxmoe
@@ -202,14 +235,21 @@ PYBIND11_MODULE(_native, module) {
       .def("kernel_name", &jaxmoe::kernel_name, py::arg("family"), py::arg("weight_format"),
            py::arg("bf16_activations"))
       .def("stats", &jaxmoe::stats)
+      .def_property_readonly("few_tokens",
+                             [](const RuntimeBinding& r) { return r.get().cpu->few_tokens(); })
+      .def(
+          "set_few_tokens",
+          [](const RuntimeBinding& r, int64_t tokens) { r.get().cpu->set_few_tokens(tokens); },
+          py::arg("tokens"))
+      .def("set_trace_level", &jaxmoe::set_trace_level, py::arg("level"))
+      .def("take_trace", &jaxmoe::take_trace)
       .def("device_stats", &jaxmoe::device_stats)
       .def("check_device", &jaxmoe::check_device)
       .def("describe_device", &jaxmoe::describe_device)
-      .def("read_bandwidth", &jaxmoe::measure_read_bandwidth, py::arg("total_bytes"),
-           py::arg("repeats"))
       .def("close", &RuntimeBinding::close);
   jaxmoe::bind_host_store(module);
   jaxmoe::bind_device(module);
+  jaxmoe::bind_bench(module);
   module.def("handlers", &jaxmoe::handlers);
   module.def("cuda_handlers", &jaxmoe::cuda_handlers);
   module.def("supported_isas", &jaxmoe::supported_isas);

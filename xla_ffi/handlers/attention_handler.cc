@@ -36,7 +36,8 @@ ffi::Error kv_write_impl(ffi::AnyBuffer pages, ffi::AnyBuffer rows, ffi::AnyBuff
 ffi::Error attention_impl(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer token_rows,
                           ffi::AnyBuffer positions, ffi::AnyBuffer block_tables,
                           ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
-                          int64_t runtime_id, float scale, int64_t window, bool has_sinks) {
+                          int64_t runtime_id, int64_t family, float scale, int64_t window,
+                          bool has_sinks) {
   constexpr const char* kOp = "paged_attention";
   std::shared_ptr<NativeRuntime> runtime = runtimes().get(runtime_id);
   if (runtime == nullptr) {
@@ -44,6 +45,12 @@ ffi::Error attention_impl(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer 
                    " (was it closed?)");
   }
   PagedAttentionCall call;
+  std::optional<Family> kind = family_of(family);
+  if (!kind) {
+    return failure(std::string(kOp) + ": family " + std::to_string(family) +
+                   "; wanted 0 (vector) or 1 (matrix)");
+  }
+  call.family = *kind;
   JAXMOE_RETURN_IF_ERROR(expect_activation(kOp, "q", q, {-1, -1, -1}, &call.q_type));
   call.num_tokens = q.dimensions()[0];
   call.num_heads = q.dimensions()[1];
@@ -127,6 +134,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoePagedAttention, attention_impl,
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("runtime_id")
+                                  .Attr<int64_t>("family")
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<bool>("has_sinks"));

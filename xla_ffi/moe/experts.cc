@@ -23,6 +23,7 @@ constexpr int64_t kManyTokensStep = 16;
 Status ExpertsJob::plan(CpuRuntime& runtime, const ExpertWeights& weights, const ExpertsCall& call,
                         Scratch* scratch, JobShape* shape) {
   call_ = call;
+  tracer_ = &runtime.tracer();
   num_nodes_ = weights.num_nodes();
   num_experts_ = weights.spec().num_experts;
   hidden_ = weights.spec().hidden;
@@ -43,6 +44,7 @@ Status ExpertsJob::plan(CpuRuntime& runtime, const ExpertWeights& weights, const
     alone_ = true;
     return {};
   }
+  few_ = most_pairs_ <= runtime.few_tokens();
   choose_units(weights, runtime.num_threads(), shape);
   status = lay_out(weights, count, runtime.num_threads(), scratch);
   if (!status.ok()) return status;
@@ -52,6 +54,8 @@ Status ExpertsJob::plan(CpuRuntime& runtime, const ExpertWeights& weights, const
   RuntimeStats& stats = runtime.stats();
   stats.experts_calls.fetch_add(1, std::memory_order_relaxed);
   stats.experts_distinct.fetch_add(static_cast<uint64_t>(num_groups_), std::memory_order_relaxed);
+  stats.experts_flops.fetch_add(static_cast<uint64_t>(6 * num_pairs_ * hidden_ * intermediate_),
+                                std::memory_order_relaxed);
   stats.experts_weight_bytes.fetch_add(static_cast<uint64_t>(num_groups_ * weights.expert_bytes()),
                                        std::memory_order_relaxed);
   return {};
@@ -88,17 +92,16 @@ Status ExpertsJob::count_tokens(const ExpertWeights& weights, std::vector<int32_
 }
 
 void ExpertsJob::choose_units(const ExpertWeights& weights, int num_threads, JobShape* shape) {
-  const int64_t step = most_pairs_ > kFewTokens ? kManyTokensStep : HostStore::kRowSplit;
+  const int64_t step = !few_ ? kManyTokensStep : HostStore::kRowSplit;
   const int64_t row_bytes1 = weights.row_bytes(Matrix::kGate);
   const int64_t row_bytes2 = weights.row_bytes(Matrix::kDown);
   threads_on_node_ = (num_threads + num_nodes_ - 1) / num_nodes_;
   step_ = step;
   // A stage-1 unit reads rows of gate and of up; a stage-2 unit reads its rows of every distinct
   // expert.
-  block1_ =
-      rows_per_unit(num_groups_ * intermediate_, 2 * row_bytes1, num_threads, step, most_pairs_);
+  block1_ = rows_per_unit(num_groups_ * intermediate_, 2 * row_bytes1, num_threads, step, few_);
   block1_ = std::min(block1_, (intermediate_ + step - 1) / step * step);
-  block2_ = rows_per_unit(hidden_, num_groups_ * row_bytes2, num_threads, step, kFewTokens + 1);
+  block2_ = rows_per_unit(hidden_, num_groups_ * row_bytes2, num_threads, step, false);
 
   prepare_rows_ = std::max<int64_t>(1, kConvertAlone / 2 / hidden_);
   uint32_t prepare_units =
@@ -233,7 +236,7 @@ void ExpertsJob::prepare_unit(uint32_t unit) {
 }
 
 void ExpertsJob::wait_prepared() {
-  wait_for_peer([this] { return prepare_left_.load(std::memory_order_acquire) == 0; });
+  tracer_->wait(part(), [this] { return prepare_left_.load(std::memory_order_acquire) == 0; });
 }
 
 void ExpertsJob::panel_unit(uint32_t unit) {
@@ -256,7 +259,8 @@ void ExpertsJob::stage1_unit(int node, uint32_t unit, int participant) {
   const void* x;
   const int32_t* rows;
   if (kernel_->panel_bytes != nullptr) {
-    wait_for_peer([&group] { return group.panel_ready.load(std::memory_order_acquire) != 0; });
+    tracer_->wait(part(),
+                  [&group] { return group.panel_ready.load(std::memory_order_acquire) != 0; });
     x = base_ + group.panel1;
     rows = nullptr;
   } else {
@@ -302,7 +306,7 @@ void ExpertsJob::finish_stage1(Group& group) {
 // A stage-2 unit's run in each expert's matrix is 1/num_groups of what the unit reads, hence long
 // ones first.
 int64_t ExpertsJob::stage2_rows(int64_t left) const {
-  if (most_pairs_ > kFewTokens) return std::min(left, block2_);
+  if (!few_) return std::min(left, block2_);
   return guided_rows(left, threads_on_node_, block2_, step_);
 }
 
@@ -318,7 +322,8 @@ void ExpertsJob::stage2_unit(int node, uint32_t unit, int participant) {
   for (int64_t g = 0; g < num_groups_; ++g) {
     Group& group = at<Group>(groups_)[g];
     const int64_t m = group.end - group.begin;
-    wait_for_peer([&group] { return group.stage2_ready.load(std::memory_order_acquire) != 0; });
+    tracer_->wait(part(),
+                  [&group] { return group.stage2_ready.load(std::memory_order_acquire) != 0; });
     const void* x = kernel_->panel_bytes != nullptr
                         ? base_ + group.panel2
                         : base_ + h_prepared_ + h_row_bytes_ * static_cast<size_t>(group.begin);
@@ -333,6 +338,7 @@ void ExpertsJob::stage2_unit(int node, uint32_t unit, int participant) {
 
 Status experts(CpuRuntime& runtime, const ExpertWeights& weights, const ExpertsCall& call) {
   if (call.num_tokens == 0) return {};
+  const OperationScope scope(runtime.tracer(), Part::kExperts, call.layer);
   ExpertsJob job;
   JobShape shape;
   Pool& pool = runtime.pool();

@@ -48,6 +48,7 @@ struct ExpertsCall {
 
 class ExpertsJob final : public Job {
  public:
+  ExpertsJob() : Job(Part::kExperts) {}
   // Checks the ids, groups the tokens and lays out `scratch`. The call's arrays, the memory of the
   // weights and the scratch must live until the job is done.
   Status plan(CpuRuntime& runtime, const ExpertWeights& weights, const ExpertsCall& call,
@@ -99,11 +100,13 @@ class ExpertsJob final : public Job {
   }
 
   ExpertsCall call_;
+  Tracer* tracer_ = nullptr;
   const MatmulKernel* kernel_ = nullptr;
   char* base_ = nullptr;
   int num_nodes_ = 1;
   int64_t num_groups_ = 0, num_pairs_ = 0, most_pairs_ = 0;  // most_pairs_: of one expert
   int64_t num_experts_ = 0, hidden_ = 0, intermediate_ = 0;  // E, D, F
+  bool few_ = true;                                          // see CpuRuntime::few_tokens
   bool alone_ = false, prepare_now_ = false;
   int64_t prepare_rows_ = 0;         // token rows of a prepare unit
   int64_t block1_ = 0, block2_ = 0;  // weight rows of a stage-1 unit / least of a stage-2 unit

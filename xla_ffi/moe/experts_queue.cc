@@ -40,6 +40,7 @@ void ExpertsQueue::retire(Entry* entry) {
 
 Status ExpertsQueue::submit(std::shared_ptr<HostStore> store, const ExpertsCall& call,
                             int32_t* ticket) {
+  const OperationScope scope(runtime_.tracer(), Part::kExperts, call.layer);
   Entry* entry = nullptr;
   int index = 0;
   {
@@ -114,6 +115,7 @@ Status ExpertsQueue::submit(std::shared_ptr<HostStore> store, const ExpertsCall&
 }
 
 Status ExpertsQueue::wait(int32_t ticket, int64_t num_tokens, int64_t hidden, float* y) {
+  const OperationScope scope(runtime_.tracer(), Part::kExperts, -1);
   Entry* entry = ticket >= 0 ? &entries_[ticket % kMaxTickets] : nullptr;
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -23,7 +23,8 @@ constexpr int64_t kRowStep = 16;
 
 class LinearJob final : public Job {
  public:
-  LinearJob(const LinearCall& call, const MatmulKernel& kernel) : call_(call), kernel_(kernel) {}
+  LinearJob(const LinearCall& call, const MatmulKernel& kernel, Tracer& tracer)
+      : Job(Part::kLinear), call_(call), kernel_(kernel), tracer_(tracer) {}
 
   Status plan(CpuRuntime& runtime, Scratch* scratch, JobShape* shape) {
     const WeightView& w = call_.weight;
@@ -38,7 +39,7 @@ class LinearJob final : public Job {
 
     const int64_t weight_row_bytes = w.row_stride_bytes;
     block_rows_ = rows_per_unit(w.n * call_.groups, weight_row_bytes, runtime.num_threads(),
-                                kRowStep, call_.m);
+                                kRowStep, call_.m <= runtime.few_tokens());
     block_rows_ = std::min(block_rows_, (w.n + kRowStep - 1) / kRowStep * kRowStep);
     blocks_ = (w.n + block_rows_ - 1) / block_rows_;
     if (call_.groups * blocks_ > kMaxUnits || chunks > kMaxUnits) {
@@ -90,7 +91,7 @@ class LinearJob final : public Job {
     if (phase == 0) {
       prepare_unit(unit);
     } else {
-      wait_for_peer([this] { return prepare_left_.load(std::memory_order_acquire) == 0; });
+      tracer_.wait(part(), [this] { return prepare_left_.load(std::memory_order_acquire) == 0; });
       matmul_unit(unit, participant);
     }
   }
@@ -158,6 +159,7 @@ class LinearJob final : public Job {
 
   const LinearCall& call_;
   const MatmulKernel& kernel_;
+  Tracer& tracer_;
   char* base_ = nullptr;
   int64_t chunk_rows_ = 0, chunks_ = 0, chunks_per_unit_ = 0, block_rows_ = 0, blocks_ = 0;
   size_t row_bytes_ = 0, panel_bytes_ = 0, tile_floats_ = 0;
@@ -171,8 +173,9 @@ class LinearJob final : public Job {
 
 Status linear(CpuRuntime& runtime, const LinearCall& call) {
   if (call.m == 0 || call.groups == 0 || call.weight.n == 0) return {};
+  const OperationScope scope(runtime.tracer(), Part::kLinear, call.m);
   const MatmulKernel& kernel = runtime.kernel(call.family, call.weight.format, call.x_type);
-  LinearJob job(call, kernel);
+  LinearJob job(call, kernel, runtime.tracer());
   JobShape shape;
   Pool& pool = runtime.pool();
   JobSlot* slot = pool.acquire();
@@ -187,6 +190,9 @@ Status linear(CpuRuntime& runtime, const LinearCall& call) {
     stats.linear_calls.fetch_add(1, std::memory_order_relaxed);
     stats.linear_weight_bytes.fetch_add(
         static_cast<uint64_t>(call.groups * call.weight.n * call.weight.row_stride_bytes),
+        std::memory_order_relaxed);
+    stats.linear_flops.fetch_add(
+        static_cast<uint64_t>(2 * call.groups * call.weight.n * call.weight.k * call.m),
         std::memory_order_relaxed);
   }
   pool.release(slot);

@@ -7,14 +7,11 @@
 
 namespace jaxmoe {
 
-// Activation rows up to which a unit's time is that of its weight bytes.
-inline constexpr int64_t kFewTokens = 4;
-
 // A unit should stream long enough that taking it (about 0.1 us) and starting its streams cost
 // nothing, and every thread should get several, so that the slowest ends at most a fraction of its
 // share late.
-//   Most, few tokens: 4 MiB. A run of memory begins at half speed: on Zen 4 runs of 64 KiB in
-//   random
+//   Most, few tokens (CpuRuntime::few_tokens): 4 MiB. A run of memory begins at half speed: on Zen
+//   4 runs of 64 KiB in random
 //     places are read at 0.68 of the ceiling, of 256 KiB at 0.9, of 1 MiB at 1.0.
 //   Most, many tokens: 256 KiB, so that a unit's results stay in a core's second-level cache.
 //   Least: 16 KiB, about 1 us; less would be hand-out.
@@ -22,9 +19,9 @@ inline constexpr int64_t kFewTokens = 4;
 // `step` is the granule the kernels like (rows of a register tile); results never depend on the
 // choice.
 inline int64_t rows_per_unit(int64_t total_rows, int64_t bytes_per_row, int threads, int64_t step,
-                             int64_t tokens) {
+                             bool few_tokens) {
   constexpr int64_t kLeastBytes = 16 << 10, kUnitsPerThread = 8;
-  const int64_t most_bytes = tokens <= kFewTokens ? 4 << 20 : 256 << 10;
+  const int64_t most_bytes = few_tokens ? 4 << 20 : 256 << 10;
   const int64_t share = total_rows * bytes_per_row / (kUnitsPerThread * std::max(threads, 1));
   const int64_t bytes = std::clamp(share, kLeastBytes, most_bytes);
   const int64_t rows = bytes / std::max<int64_t>(bytes_per_row, 1) / step * step;

@@ -31,6 +31,10 @@ struct RuntimeStats {
   std::atomic<uint64_t> linear_weight_bytes{0};
   std::atomic<uint64_t> attention_calls{0};
   std::atomic<uint64_t> attention_kv_bytes{0};
+  // Arithmetic that was asked for; a multiply-add counts as two.
+  std::atomic<uint64_t> experts_flops{0};
+  std::atomic<uint64_t> linear_flops{0};
+  std::atomic<uint64_t> attention_flops{0};
 };
 
 class CpuRuntime {
@@ -42,7 +46,14 @@ class CpuRuntime {
   Isa isa() const { return isa_; }
   const Topology& topology() const { return topology_; }
   Pool& pool() { return *pool_; }
+  Tracer& tracer() { return pool_->tracer(); }
   RuntimeStats& stats() { return stats_; }
+  // Activation rows of one matrix up to which a unit's time is that of its weight bytes: units are
+  // then long runs of memory, beyond they are what a second-level cache holds. Which it is decides
+  // who computes what when, never in which order anything is added, so it may be chosen by
+  // measurement (and only such things may).
+  int64_t few_tokens() const { return few_tokens_.load(std::memory_order_relaxed); }
+  void set_few_tokens(int64_t tokens) { few_tokens_.store(tokens, std::memory_order_relaxed); }
   std::string describe() const;
 
   // The table's kernel. F32 activations always take the kVector form: kMatrix rounds them to BF16.
@@ -65,6 +76,8 @@ class CpuRuntime {
   bool isa_forced_ = false;
   KernelTable table_;
   RuntimeStats stats_;
+  // Measured on Zen 4: up to four tokens an expert the long runs win.
+  std::atomic<int64_t> few_tokens_{4};
   std::unique_ptr<Pool> pool_;
 };
 

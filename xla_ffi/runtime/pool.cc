@@ -151,7 +151,10 @@ void Pool::run_alone(Job* job, const JobShape& shape) {
   kernel_thread_init(isa_);
   for (int p = 0; p < shape.phases; ++p) {
     for (int n = 0; n < shape.nodes; ++n) {
-      for (uint32_t unit = 0; unit < shape.units[p][n]; ++unit) job->run_unit(p, n, unit, 0);
+      for (uint32_t unit = 0; unit < shape.units[p][n]; ++unit) {
+        const UnitScope scope(tracer_, job->part(), p);
+        job->run_unit(p, n, unit, 0);
+      }
     }
   }
   kernel_thread_release(isa_);
@@ -179,7 +182,11 @@ bool Pool::participate(JobSlot* slot, int participant, int home_node) {
           if (next >= (value >> 20 & kFieldMask)) break;
           if (counter.compare_exchange_weak(value, value + 1, std::memory_order_acq_rel,
                                             std::memory_order_acquire)) {
-            slot->job_.load(std::memory_order_relaxed)->run_unit(p, node, next, participant);
+            Job* job = slot->job_.load(std::memory_order_relaxed);
+            {
+              const UnitScope scope(tracer_, job->part(), p);
+              job->run_unit(p, node, next, participant);
+            }
             // From here on the job may be gone; the slot stays.
             if (slot->left_.fetch_sub(1, std::memory_order_seq_cst) == 1 &&
                 slot->waiter_asleep_.load(std::memory_order_seq_cst) != 0) {
@@ -206,6 +213,7 @@ void Pool::worker_main(int participant) {
   char name[16];
   std::snprintf(name, sizeof(name), "jaxmoe-%d", participant);
   pthread_setname_np(pthread_self(), name);
+  Tracer::name_thread(participant);
   size_t set_bytes = CPU_ALLOC_SIZE(place.cpu + 1);
   cpu_set_t* set = CPU_ALLOC(place.cpu + 1);
   CPU_ZERO_S(set_bytes, set);

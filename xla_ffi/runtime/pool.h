@@ -20,6 +20,7 @@
 #include "kernels/kernels.h"
 #include "runtime/scratch.h"
 #include "runtime/topology.h"
+#include "runtime/trace.h"
 
 namespace jaxmoe {
 
@@ -30,10 +31,15 @@ inline constexpr uint32_t kMaxUnits = (1u << 20) - 1;  // per phase and node
 
 class Job {
  public:
+  explicit Job(Part part = Part::kOther) : part_(part) {}
   virtual ~Job() = default;
+  Part part() const { return part_; }
   // `participant` is below Pool::num_participants() and unique among the threads now working on
   // this job: it indexes per-thread scratch.
   virtual void run_unit(int phase, int node, uint32_t unit, int participant) noexcept = 0;
+
+ private:
+  const Part part_;
 };
 
 struct JobShape {
@@ -79,6 +85,7 @@ class Pool {
 
   int num_participants() const { return static_cast<int>(placement_.size()); }
   int participants_on(int node) const { return participants_on_[node]; }
+  Tracer& tracer() { return tracer_; }
   int num_failed_pins() const { return failed_pins_.load(std::memory_order_relaxed); }
 
   // A slot to describe and run a job in. acquire waits until one is free; try_acquire may return
@@ -105,6 +112,7 @@ class Pool {
 
   const std::vector<Placement> placement_;
   const Isa isa_;
+  Tracer tracer_;
   std::vector<int> participants_on_;
   std::vector<int> node_of_cpu_;  // empty: one node, or a fake topology
   std::unique_ptr<JobSlot[]> slots_;
