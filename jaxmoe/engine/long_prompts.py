@@ -39,6 +39,10 @@ class LongPrompts:
     ring: ExpertRing
     report: str
 
+    def on_compile(self, call: Callable[[bool], None]) -> None:
+        """Whom to tell when programs are compiled, and when they are."""
+        self.stream.slp.on_compile = call
+
     def close(self) -> None:
         self.stream.close()
 

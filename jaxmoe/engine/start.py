@@ -135,6 +135,8 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
         )
         notes += more
+        if long_prompts is not None:
+            long_prompts.on_compile(lambda begins: step.on_compile(begins))
     except BaseException:
         if long_prompts is not None:
             long_prompts.close()

@@ -129,7 +129,9 @@ class SlpDevice:
     ) -> None:
         loaded = dataclasses.replace(loaded, state=jax.device_put(loaded.state, device))
         pages = -(-max_prompt_tokens // page_size)
-        self._caches = store.allocate(cache_spec(config, compute_dtype), pages, page_size, device)
+        self._caches = store.allocate(
+            cache_spec(config, compute_dtype), pages, page_size, device=device
+        )
         jax.block_until_ready((loaded.state, self._caches))
         if free_bytes is None:
             free_bytes = driver.memory_info()[0] * 9 // 10

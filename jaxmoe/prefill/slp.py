@@ -70,6 +70,8 @@ class SlpPrefill:
         plan: what the ring and the buffers were sized by.
         page_size, pages_per_sequence: of the cache.
         groups: how a group's experts are computed.
+
+    on_compile: may be set; called with True before programs are compiled, and with False after.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class SlpPrefill:
         model = nnx.merge(graphdef, state)
         assert isinstance(model, Decoder)
         self._plan, self._ring, self._device = plan, ring, device
+        self.on_compile: Callable[[bool], None] = lambda begins: None
+        self._compiled: dict[tuple[Any, ...], Any] = {}
         self._page_size, self._pages = page_size, pages_per_sequence
         self._dtype = model.compute_dtype
         self._hidden = model.config.hidden_size
@@ -160,15 +164,10 @@ class SlpPrefill:
 
     def close(self) -> None:
         """Drops the weights, the compiled programs that name the ring, and the ring."""
-        programs: tuple[Any, ...] = (
-            self._embed,
-            self._take,
-            self._put,
-            self._chunk,
-            self._experts,
-        )
+        programs: tuple[Any, ...] = (self._embed, self._take, self._put)
         for program in programs:
             program.clear_cache()
+        self._compiled.clear()
         self._layers.clear()
         self._embed_leaves.clear()
         self._ring.close()
@@ -196,17 +195,20 @@ class SlpPrefill:
         tokens[:num_tokens] = row.token_ids
         steps = self._steps(row)
         slots = tuple(self._ring.groups)
-        self._ring.start()  # while the rest is prepared, weights are on their way
+        # Before weights are on their way: a ring that waits for a compiler looks stuck.
+        self._prepare(size, steps, slots, caches())
+        self._ring.start()
         try:
             buffers = self._buffers(tokens)
             for i, (kind, leaves) in enumerate(self._layers):
                 for begin, context, step in steps:
                     part = self._take(buffers[0], begin)
-                    part, taken, cache = self._chunk(kind, context, leaves, part, caches()[i], step)
+                    program = self._compiled[kind, context]
+                    part, taken, cache = program(leaves, part, caches()[i], step)
                     caches()[i] = cache
                     buffers = self._put(buffers, begin, part, taken)
                 if kind.is_moe:
-                    buffers = self._experts(kind, leaves, buffers, slots)
+                    buffers = self._compiled[kind, "experts", size](leaves, buffers, slots)
                 # Here a failed load shows, before the next layer's cache depends on it.
                 jax.block_until_ready(buffers)
                 yield i + 1
@@ -225,6 +227,45 @@ class SlpPrefill:
                 next(run)
             except StopIteration as end:
                 return end.value
+
+    def _prepare(
+        self,
+        size: int,
+        steps: Sequence[tuple[np.int32, int, StepInputs]],
+        slots: tuple[ExpertGroup, ...],
+        caches: Sequence[tuple[jax.Array, ...]],
+    ) -> None:
+        """Compiles what a prompt in buffers of `size` tokens needs and was not compiled yet."""
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+
+        def like(rows: int, columns: int, dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, columns), dtype, sharding=sharding)
+
+        per_token = self._router.experts_per_token
+        part = like(self._plan.chunk_tokens, self._hidden, jnp.float32)
+        buffers = (
+            like(size, self._hidden, jnp.float32),
+            like(size, self._hidden, self._dtype),
+            like(size, per_token, jnp.int32),
+            like(size, per_token, jnp.float32),
+        )
+        missing: dict[tuple[Any, ...], Any] = {}
+        for (kind, leaves), cache in zip(self._layers, caches, strict=True):
+            for _, context, step in steps:
+                missing[kind, context] = partial(
+                    self._chunk.lower, kind, context, leaves, part, cache, step
+                )
+            if kind.is_moe:
+                missing[kind, "experts", size] = partial(
+                    self._experts.lower, kind, leaves, buffers, slots
+                )
+        missing = {key: lower for key, lower in missing.items() if key not in self._compiled}
+        if not missing:
+            return
+        self.on_compile(True)
+        for key, lower in missing.items():
+            self._compiled[key] = lower().compile()
+        self.on_compile(False)
 
     def _buffers(self, tokens: np.ndarray) -> Buffers:
         """The embedded tokens, and room for what the experts need of them."""

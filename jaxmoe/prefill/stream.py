@@ -17,18 +17,18 @@ class PromptStream:
     """caches: the page arrays of every layer as they are now."""
 
     def __init__(self, slp: SlpPrefill, caches: Callable[[], list[tuple[jax.Array, ...]]]) -> None:
-        self._slp, self._caches = slp, caches
+        self.slp, self._caches = slp, caches
         self._run: Generator[int, None, Any] | None = None
 
     @property
     def max_tokens(self) -> int:
         """That one pass over the weights takes."""
-        return self._slp.max_tokens
+        return self.slp.max_tokens
 
     def begin(self, row: StepRow) -> None:
         """Starts with the row's tokens; what was under way is dropped."""
         self.stop()
-        self._run = self._slp.layers(row, self._caches)
+        self._run = self.slp.layers(row, self._caches)
 
     def advance(self) -> float:
         """Computes one more layer: which fraction of the layers is done, 1 at the end.
@@ -45,7 +45,7 @@ class PromptStream:
         except BaseException:
             self._run = None
             raise
-        return done / (self._slp.num_layers + 1)
+        return done / (self.slp.num_layers + 1)
 
     def stop(self) -> None:
         """Drops the prompt under way, if any."""
@@ -55,4 +55,4 @@ class PromptStream:
 
     def close(self) -> None:
         self.stop()
-        self._slp.close()
+        self.slp.close()
