@@ -253,7 +253,10 @@ def test_missing_extras_are_named_before_any_load(run, server, monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "got nothing, wanted one of serve, throughput, latency"),
+        (
+            [],
+            "got nothing, wanted one of kernel, layer, decode, prefill, serve, throughput, latency",
+        ),
         (["serv"], "got serv, wanted one of"),
         (["serve", "--concurrency=0"], "--concurrency: got '0', wanted numbers above 0"),
         (["serve", "--request_rate=1,x"], "--request_rate: got '1,x'"),

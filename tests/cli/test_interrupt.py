@@ -1,4 +1,5 @@
 import gc
+import signal
 import sys
 import time
 
@@ -7,7 +8,15 @@ import pytest
 from jaxmoe.cli import interrupt
 
 
-def test_a_keyboard_interrupt_that_python_drops_comes_again():
+@pytest.fixture
+def default_sigint():
+    """Whatever an earlier test of this process made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_keyboard_interrupt_that_python_drops_comes_again(default_sigint):
     def callback(phase, info):
         gc.callbacks.remove(callback)
         raise KeyboardInterrupt

@@ -3,6 +3,7 @@ the process was killed or stopped in the middle of them.
 """
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -55,8 +56,10 @@ async def check_texts(front, expected, name):
 
 async def kill_and_recover(front, expected, number, name, within_s, rng):
     """One request in flight, the signal somewhere in it."""
-    stream = front.generate(f"{name}-victim", expected[0][0], PARAMS)
-    for _ in range(rng.randrange(1, 40)):
+    # Long, since several tokens may come in one item.
+    params = dataclasses.replace(PARAMS, max_tokens=240)
+    stream = front.generate(f"{name}-victim", expected[0][0], params)
+    for _ in range(rng.randrange(1, 12)):
         await anext(stream)
     pid, start = front.pid, time.monotonic()
     os.kill(pid, number)

@@ -12,7 +12,7 @@ slow = pytest.mark.slow  # interpreted kernels take long to compile
 @pytest.mark.parametrize(
     ("case", "kind"),
     [
-        ("qwen3_moe", "decode"),
+        pytest.param("qwen3_moe", "decode", marks=slow),
         pytest.param("qwen3_moe", "prefill", marks=slow),
         pytest.param("deepseek_v3", "decode", marks=slow),
         pytest.param("deepseek_v3", "prefill", marks=slow),
