@@ -271,25 +271,32 @@ class Scheduler:
         if self._streaming not in prefilling:
             self._streaming = None
         if self._streaming is None:
-            for seq in prefilling:
-                count = self._streams(seq.num_prompt - seq.num_computed - 1)
-                if count and not seq.wants_prompt_logprobs:
-                    self._streaming, self._stream_count = seq, count
-                    break
+            self._streaming = next((s for s in prefilling if self._stream_size(s)), None)
+            self._stream_count = self._stream_size(self._streaming) if self._streaming else 0
         seq = self._streaming
-        if seq is None or (len(prefilling) > 1 and self._last_prefill == "stream"):
+        if seq is None or (self._chunked(prefilling) and self._last_prefill == "stream"):
             self._last_prefill = "prefill"
             return None
         self._last_prefill = "stream"
         row = Row(seq, seq.num_computed, self._stream_count, samples=False)
         return StepPlan("stream", (row,))
 
+    def _stream_size(self, seq: Sequence) -> int:
+        """How many of the tokens that are left to compute are to be streamed; 0: none."""
+        if seq.wants_prompt_logprobs:
+            return 0
+        return self._streams(seq.num_prompt - seq.num_computed - 1)
+
+    def _chunked(self, prefilling: list[Sequence]) -> list[Sequence]:
+        """Those that neither are streamed nor wait for it."""
+        return [s for s in prefilling if s is not self._streaming and not self._stream_size(s)]
+
     def _plan_prefill(self, prefilling: list[Sequence]) -> StepPlan:
         streamed = self._plan_stream(prefilling)
         if streamed is not None:
             return streamed
         if self._streaming is not None:
-            prefilling = [s for s in prefilling if s is not self._streaming]
+            prefilling = self._chunked(prefilling)
         rows, room = [], self.prefill_chunk_tokens
         if prefilling[0].wants_prompt_logprobs:
             prefilling, room = prefilling[:1], self._prompt_logprobs_tokens

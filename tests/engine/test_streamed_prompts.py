@@ -108,6 +108,16 @@ def test_short_prompts_and_decodes_go_on_between_layers():
     assert "decode" in between and "prefill" in between, kinds
 
 
+def test_a_second_long_prompt_waits_for_the_first():
+    engine, step, stream = make(forced="slp")
+    engine.add_request(list(LONG), GREEDY, request_id="one")
+    engine.add_request(list(LONG), GREEDY, request_id="two")
+    outputs = drain(engine)
+    assert outputs["one"].text == outputs["two"].text == "oka"
+    assert [e[0] for e in stream.log] == ["begin", *["layer"] * LAYERS] * 2
+    assert step.calls.count(("prefill", 1)) == 2  # the last tokens only
+
+
 def test_a_prompt_longer_than_a_pass_takes_several():
     engine, _, stream = make(max_tokens=12, forced="slp")
     engine.add_request(list(LONG), GREEDY, request_id="long")
