@@ -13,6 +13,7 @@ import os
 import random
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 from reliability.client import CHAT, COMPLETIONS, ask, chat, encode, exchange
@@ -62,8 +63,9 @@ def measure(seconds: int) -> list[Goal]:
             "answers",
             "none of them 500 or wrong",
             f"{log.answered:,} requests: {done['stop'] + done['length']:,} completions whole, "
-            f"{done['abort']:,} cancelled, {log.refused:,} refused as nonsense, {log.wrong} wrong",
-            log.wrong == 0 and done["error"] == 0,
+            f"{done['abort']:,} cancelled, {log.refused:,} refused as nonsense, "
+            f"{log.wrong.total()} wrong{''.join(f'; {n} x {w}' for w, n in log.wrong.items())}",
+            not log.wrong and done["error"] == 0,
         ),
     ]
 
@@ -72,13 +74,16 @@ class _Log:
     def __init__(self) -> None:
         self.memory: list[tuple[float, int, int]] = []  # seconds, front's, engine's bytes
         self.steps: list[tuple[float, float]] = []  # seconds, a decode step's seconds
-        self.answered = self.refused = self.wrong = 0
+        self.answered = self.refused = 0
+        self.wrong: Counter[str] = Counter()  # what was wrong, how often
 
 
 async def _baseline(server: Server) -> tuple[int, int]:
-    """Descriptors and threads of all its processes, after some requests of each kind."""
+    """Descriptors and threads of all its processes, once their pools of threads are as large as
+    they get: those start threads as requests come at once, up to their limit, and keep them."""
     for body in (chat("hi", max_tokens=4), chat("hi", max_tokens=4, stream=True)):
-        await asyncio.gather(*(ask(server.port, CHAT, body) for _ in range(4)))
+        for _ in range(4):
+            await asyncio.gather(*(ask(server.port, CHAT, body) for _ in range(4 * _CLIENTS)))
     await server.settle()
     await asyncio.sleep(0.5)
     files = threads = 0
@@ -137,18 +142,20 @@ async def _client(server: Server, rng: random.Random, end: float, log: _Log) -> 
             path, body = COMPLETIONS, {"prompt": name, "max_tokens": 20, "temperature": 0}
         try:
             answer = await exchange(server.port, encode(path, body))
-        except (OSError, TimeoutError):
-            log.wrong += 1
+        except (OSError, TimeoutError) as e:
+            log.wrong[type(e).__name__] += 1
             continue
         log.answered += 1
-        if kind < 0.05:
-            log.refused += answer.status == 400
-            log.wrong += answer.status != 400
-        elif answer.status != 200 or (path == CHAT and body["stream"] and not answer.has_end):
-            log.wrong += 1
+        if kind < 0.05 and answer.status == 400:
+            log.refused += 1
+        elif answer.status != (400 if kind < 0.05 else 200):
+            log.wrong[f"status {answer.status}"] += 1
+        elif path == CHAT and body["stream"] and not answer.has_end:
+            log.wrong["stream without its end"] += 1
         elif path == COMPLETIONS:
             text = answer.json["choices"][0]["text"]
-            log.wrong += known.setdefault(name, text) != text
+            if (first := known.setdefault(name, text)) != text:
+                log.wrong[f"{text!r} instead of {first!r}"] += 1
 
 
 def _slope(memory: list[tuple[float, int, int]]) -> tuple[float, str]:

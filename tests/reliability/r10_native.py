@@ -32,7 +32,7 @@ def _build(folder: str, options: Sequence[str]) -> str:
     """What went wrong; empty for nothing."""
     made = _run(
         ["cmake", "-S", "xla_ffi", "-B", f"build/{folder}", "-G", "Ninja", "-DJAXMOE_TESTS=ON"]
-        + ["-DCMAKE_BUILD_TYPE=RelWithDebInfo", *options]
+        + list(options)
     )
     if made.returncode == 0:
         made = _run(["cmake", "--build", f"build/{folder}", "--parallel", _JOBS])
