@@ -31,7 +31,7 @@ def measure(_: int) -> list[Goal]:
         _guarded("/dev/shm full", _full_shm),
         _guarded("disk full", _full_disk),
         _guarded("descriptors used up", _few_descriptors),
-        Goal("GPU memory short", "refused at plan", "no GPU is used yet", None),
+        _guarded("GPU memory short", _short_gpu),
     ]
 
 
@@ -76,15 +76,31 @@ def _refused_at_plan() -> tuple[str, str, bool]:
     wanted = "refused before a weight is read, with both numbers"
     with _control_group(_LIMIT_MIB) as (within, _):
         process = ServeProcess("--kv_cache_gb=3", "--max_num_seqs=1024", within=within)
-        try:
-            code = process.wait(120)
-        finally:
-            process.process.kill()
-        process.process.stdout.close()
-        process.process.stderr.close()
+        return wanted, *_refusal(process, "3.00 GiB")
+
+
+def _refusal(process: ServeProcess, word: str) -> tuple[str, bool]:
+    """What a server said that does not start, and whether it was one error with that word."""
+    try:
+        code = process.wait(120)
+    finally:
+        process.process.kill()
+    process.process.stdout.close()
+    process.process.stderr.close()
     errors = [line for line in process.err if "error:" in line]
     got = errors[0].partition("error: ")[2][:160] if errors else f"exit code {code}"
-    return wanted, got, code == 1 and len(errors) == 1 and "3.00 GiB" in got
+    return got, code == 1 and len(errors) == 1 and word in got
+
+
+def _short_gpu() -> tuple[str, str, bool]:
+    """XLA may take a share of the GPU's memory that not even the weights beside the experts fit."""
+    wanted = "refused at the start, with both numbers"
+    if not Path("/dev/nvidiactl").exists():
+        raise FileNotFoundError("no GPU")
+    process = ServeProcess(
+        "--device=gpu", JAX_PLATFORMS="cuda,cpu", XLA_PYTHON_CLIENT_MEM_FRACTION="0.00002"
+    )
+    return wanted, *_refusal(process, "free")
 
 
 def _killed_later() -> tuple[str, str, bool]:
