@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.attention.zigzag import ArrayParts, Parts
@@ -181,14 +180,6 @@ class DslpDevices:
     def prefill(self, row: StepRow) -> jax.Array:
         """The residual stream of the row's last token, on the first device."""
         return self.dslp.prefill(row, lambda: self.caches)
-
-    def cached(self, row: StepRow, layer: int) -> list[np.ndarray]:
-        """What the pages hold of the row's tokens and of what came before them."""
-        count = row.start + len(row.token_ids)
-        pages = np.asarray(row.pages)
-        return [
-            np.asarray(a)[pages].reshape(-1, *a.shape[2:])[:count] for a in self.caches[layer]
-        ]
 
     def close(self) -> None:
         """Ends the loaders; the weights stay the caller's."""

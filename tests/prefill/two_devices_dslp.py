@@ -14,7 +14,8 @@ from flax import nnx
 from support import tiny_models
 from support.compare import mean_kl, relative_error
 from support.parity import load_fixture
-from support.tiny_runner import PAGE_SIZE, native_runner
+from support.plain_prefill import PlainPrefill, cached
+from support.tiny_runner import PAGE_SIZE
 
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.batch import StepRow
@@ -87,8 +88,16 @@ def model(request, tmp_path_factory):
         one.runtime.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+def runs(*ordinary: tuple) -> list:
+    """All cases in both compute dtypes; those not named are slow."""
+    both = [(case, dtype) for case in CASES for dtype in ("float32", "bfloat16")]
+    slow = [pytest.mark.slow]
+    return [pytest.param(*run, marks=[] if run in ordinary else slow) for run in both]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), runs(("deepseek_v3_fp8", "float32"), ("qwen3_moe_fp8", "bfloat16"))
+)
 def test_logits_at_every_length_are_those_of_transformers(model, case, dtype):
     """Every beginning of the fixture's prompts is a prompt of its own, cut its own way."""
     fixture, it = load_fixture(case), model(case, dtype)
@@ -107,3 +116,98 @@ def test_logits_at_every_length_are_those_of_transformers(model, case, dtype):
         theirs = mean_kl(fixture.logits_bf16, fixture.logits)
         assert mean_kl(logits, fixture.logits) <= theirs
         assert relative_error(logits, fixture.logits) > 1e-4
+
+
+def prompt_of(count: int, seed: int = 5) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 500, count).tolist()
+
+
+def pages_for(dslp: DslpDevices, count: int) -> list[int]:
+    """In no order, so that a position read from the wrong page shows."""
+    pages = np.random.default_rng(2).permutation(dslp.caches[0][0].shape[0])
+    return pages[: -(-count // dslp.page_size)].tolist()
+
+
+def assert_same(model: Model, plain: PlainPrefill, dslp: DslpDevices, row: StepRow) -> None:
+    """The logits and all keys and values of all layers, float32, are those of plain prefill."""
+    want, got = plain.run(row), model.logits(dslp.prefill(row))
+    np.testing.assert_allclose(got, want, atol=SAME_TOLERANCE * float(np.abs(want).max()))
+    for layer in range(model.config.num_layers):
+        for w, g in zip(
+            cached(plain.caches, row, layer), cached(dslp.caches, row, layer), strict=True
+        ):
+            np.testing.assert_allclose(g, w, atol=SAME_TOLERANCE * float(np.abs(w).max()))
+
+
+def plain_for(model: Model, max_tokens=1100) -> PlainPrefill:
+    return PlainPrefill(
+        model.loaded, model.config, model.runtime, max_tokens, dtype=model.dtype
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "lengths"),
+    [
+        ("deepseek_v3_fp8", (1, 127, 128, 129, 1000)),
+        *(
+            pytest.param(case, (1, 127, 128, 129, 1000), marks=pytest.mark.slow)
+            for case in (*CASES[1:], "gpt_oss")
+        ),
+        *(pytest.param(case, (4097,), marks=pytest.mark.slow) for case in CASES),
+    ],
+)
+def test_prompts_of_all_lengths_are_those_of_plain_prefill(model, case, lengths):
+    it, room = model(case), max(lengths) + 16
+    plain, dslp = plain_for(it, room), it.devices(room)
+    for count in lengths:
+        assert_same(it, plain, dslp, StepRow(prompt_of(count), 0, pages_for(dslp, count), 0, None))
+    assert [s["bytes"] for s in dslp.rings.stats()] == dslp.rings.streamed_bytes
+    dslp.close()
+
+
+@pytest.mark.parametrize(
+    "case", ["qwen3_moe_fp8", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != "qwen3_moe_fp8"), "gpt_oss"]
+)
+def test_a_prompt_goes_on_from_what_is_cached(model, case):
+    """By plain prefill or by a pass before, whole pages or not, longer or shorter than the rest."""
+    it = model(case)
+    plain, dslp = plain_for(it), it.devices()
+    pages = pages_for(dslp, 300)
+    for first, second in ((16, 1), (48, 129), (250, 33), (255, 45)):
+        tokens = prompt_of(first + second, seed=first)
+        before = StepRow(tokens[:first], 0, pages, 0, None)
+        plain.run(before)
+        dslp.caches = [tuple(a.copy() for a in arrays) for arrays in plain.caches]
+        assert_same(it, plain, dslp, StepRow(tokens[first:], first, pages, 0, None))
+        dslp.prefill(before)
+        assert_same(it, plain, dslp, StepRow(tokens[first:], first, pages, 0, None))
+    dslp.close()
+
+
+@pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[3], marks=pytest.mark.slow)])
+def test_rings_of_any_length(model, case):
+    """(experts of a slot, slots), from two experts of the rank's twelve to all of them."""
+    it = model(case)
+    plain = plain_for(it, 200)
+    for ring in ((1, 2), (1, 3), (1, 12), (2, 2), (2, 3), (3, 4), (6, 2)):
+        dslp = it.devices(200, ring=ring)
+        row = StepRow(prompt_of(129), 0, pages_for(dslp, 129), 0, None)
+        assert_same(it, plain, dslp, row)
+        dslp.close()
+
+
+def test_each_device_streams_its_half(model):
+    it = model("qwen3_moe_fp8")
+    dslp = it.devices(64)
+    layout = it.loaded.host_store.layouts[0]
+    total = layout.total_bytes * len(it.loaded.host_store.layouts)
+    assert dslp.rings.streamed_bytes == [total // 2, total // 2]
+    dslp.close()
+
+
+def test_all_to_all_computes_the_same(model):
+    it = model("qwen3_moe_fp8")
+    plain, dslp = plain_for(it, 200), it.devices(200, exchange="all_to_all")
+    for count in (1, 129):
+        assert_same(it, plain, dslp, StepRow(prompt_of(count), 0, pages_for(dslp, count), 0, None))
+    dslp.close()
