@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.common.collectives import send_bits
 from jaxmoe.ffi.ops import Ops, StepInputs, Weight
 
 _MASKED = -1e30  # of a softmax over nothing; not -inf: the difference of two must be a number
@@ -305,7 +306,12 @@ class RingOps:
             owner = (rank - turn) % self._ranks
             visiting = held
             if turn + 1 < self._ranks:  # on its way while this one is attended to
-                held = jax.tree.map(lambda a: jax.lax.ppermute(a, self._axis, onward), visiting)
+                held = jax.tree.map(
+                    lambda array: send_bits(
+                        lambda a: jax.lax.ppermute(a, self._axis, onward), array
+                    ),
+                    visiting,
+                )
             for piece, begin, count in self._pieces(visiting, owner):
                 # Padding is before everything.
                 positions = jnp.where(step.token_rows < 0, -1, step.positions - begin)

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.common.collectives import send_bits
+
 
 def expert_share(num_experts: int, num_ranks: int, rank: int) -> tuple[int, int]:
     """(first, count) of a rank's experts: all ranks have as many, but for one."""
@@ -94,7 +96,7 @@ class SmallEp(_OverRanks):
 
     def send(self, x: jax.Array, expert_ids: jax.Array, combine_weights: jax.Array) -> Sent:
         x, ids, weights = (
-            jax.lax.all_gather(a, self.axis, tiled=True)
+            send_bits(lambda a: jax.lax.all_gather(a, self.axis, tiled=True), a)
             for a in (x, expert_ids, combine_weights.astype(jnp.float32))
         )
         return Sent(x, self._local(ids), weights)
@@ -131,7 +133,7 @@ class AllToAll(_OverRanks):
         def sent(rows: jax.Array, empty: Any) -> jax.Array:
             buffer = jnp.full((self.num_ranks * capacity, *rows.shape[1:]), empty, rows.dtype)
             buffer = buffer.at[at].set(rows, mode="drop")
-            return jax.lax.all_to_all(buffer, self.axis, 0, 0, tiled=True)
+            return send_bits(lambda a: jax.lax.all_to_all(a, self.axis, 0, 0, tiled=True), buffer)
 
         token = jnp.repeat(jnp.arange(num_tokens), per_token)
         weights = combine_weights.astype(jnp.float32).reshape(-1, 1)

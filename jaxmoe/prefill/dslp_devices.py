@@ -58,7 +58,6 @@ def plan_for(
     assert loaded.host_store is not None
     layout = loaded.host_store.layouts[0]
     itemsize = jax.numpy.dtype(compute_dtype).itemsize
-    options = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
     return plan_dslp(
         prompt_shape(config, layout.total_bytes // layout.num_experts, itemsize),
         num_ranks,
@@ -66,7 +65,7 @@ def plan_for(
         max_prompt_tokens,
         kv_bytes=store.token_bytes(cache_spec(config, compute_dtype)[:1]),
         max_context=max_context,
-        **options,
+        chunk_tokens=chunk_tokens,
     )
 
 

@@ -9,7 +9,8 @@ from jaxmoe.common.errors import CapacityError
 from jaxmoe.moe.small_ep import most_experts
 from jaxmoe.prefill.plan import LADDER, PromptShape, SlpPlan, plan_slp
 
-_CHUNK_TOKENS = 4096  # as prefill/plan.py
+_CHUNK_TOKENS = 4096  # as prefill/plan.py, or the longest prompt's in whole blocks of keys
+_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def plan_dslp(
     *,
     kv_bytes: int,
     max_context: int,
-    chunk_tokens: int = _CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> DslpPlan:
     """The same ring and chunking on every device; `free_bytes` is that of the one with the least.
 
@@ -60,6 +61,9 @@ def plan_dslp(
 
     Raises: CapacityError where two slots and one chunk do not fit.
     """
+    if chunk_tokens is None:
+        longest = 2 * chunk_length(max_prompt_tokens, num_ranks)
+        chunk_tokens = min(_CHUNK_TOKENS, -(-longest // _BLOCK) * _BLOCK)
     assert chunk_tokens % 2 == 0, chunk_tokens
     own = dataclasses.replace(shape, num_experts=most_experts(shape.num_experts, num_ranks))
     most = -(-max_prompt_tokens // num_ranks)

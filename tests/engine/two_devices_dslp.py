@@ -1,4 +1,4 @@
-"""Prompts that two CPU devices compute together, in an engine. Collected by test_dslp_prompts.py
+"""Prompts that two CPU devices compute together, in an engine. Collected by tests/prefill/test_dslp.py
 only, in a process with two devices.
 """
 

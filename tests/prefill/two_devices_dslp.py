@@ -19,6 +19,7 @@ from support.parity import load_fixture
 from support.plain_prefill import PlainPrefill, cached
 from support.tiny_runner import PAGE_SIZE
 
+from jaxmoe.common.collectives import count_collectives, exchanged_bytes
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.batch import StepRow
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
@@ -205,6 +206,36 @@ def test_each_device_streams_its_half(model):
     layout = it.loaded.host_store.layouts[0]
     total = layout.total_bytes * len(it.loaded.host_store.layouts)
     assert dslp.rings.streamed_bytes == [total // 2, total // 2]
+    dslp.close()
+
+
+def test_programs_have_the_collectives_they_need_and_no_others(model):
+    """None where a load may fail. Keys (and values) go round once, a piece of the prefix with them;
+    what is sent is counted from the programs, in their own formats.
+    """
+    it = model("deepseek_v3_fp8", "bfloat16")
+    dslp = it.devices(200)
+    pages = pages_for(dslp, 80)
+    dslp.prefill(StepRow(prompt_of(40), 0, pages, 0, None))
+    dslp.prefill(StepRow(prompt_of(40), 40, pages, 0, None))
+    found = {}
+    for key, program in dslp.dslp.programs.items():
+        name = "chunk after a prefix" if key[0] == "chunk" and key[-1] else key[0]
+        found.setdefault(name, set()).add(
+            (*count_collectives(program.as_text()).items(), *exchanged_bytes(program.as_text(), 2).items())
+        )
+    rows, config = dslp.plan.rank.buffer_tokens(20), it.config
+    position = (config.attention.kv_lora_rank + config.attention.rope_head_dim) * 2
+    token = config.hidden_size * 2 + config.moe.router.experts_per_token * 8
+    (prefix,) = {key[-1] for key in dslp.dslp.programs if key[0] == "fetch"}
+    ring = "collective-permute"
+    assert found == {
+        **dict.fromkeys(("embed", "empty", "insert", "fetch", "keys", "experts"), {()}),
+        "chunk": {((ring, 1), (ring, rows * position))},
+        "chunk after a prefix": {((ring, 2), (ring, (rows + prefix // 2) * position))},
+        "send": {(("all-gather", 3), ("all-gather", rows * token))},
+        "back": {(("reduce-scatter", 1), ("reduce-scatter", rows * config.hidden_size * 4))},
+    }
     dslp.close()
 
 
