@@ -110,8 +110,10 @@ class EngineConfig:
         "auto",
         "str",
         "how prompts are computed: chunked (routed experts on the CPU), slp (experts streamed to "
-        "the device, layer by layer), or whichever is predicted to be faster",
-        choices=("auto", "chunked", "slp"),
+        "the device, layer by layer), dslp (the same on all devices of the host at once, each with "
+        "a part of the prompt and of the experts), or (auto) chunked or slp, whichever is predicted "
+        "to be faster",
+        choices=("auto", "chunked", "slp", "dslp"),
     )
     num_threads: int | None = checked(
         None,

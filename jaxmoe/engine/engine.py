@@ -300,12 +300,14 @@ class Engine:
 
     def _note_stream(self, row: Row, seconds: float) -> None:
         assert self._route is not None
-        predicted = self._route.predict_s("slp", row.count)
-        self._route.observe("slp", row.count, seconds)
+        path = "slp" if self._streamed is None else self._streamed.path
+        predicted = self._route.predict_s(path, row.count)
+        self._route.observe(path, row.count, seconds)
         _log.info(
-            "request %s: %d prompt tokens by slp, predicted %.2f s, took %.2f s",
+            "request %s: %d prompt tokens by %s, predicted %.2f s, took %.2f s",
             row.seq.request.request_id,
             row.count,
+            path,
             predicted,
             seconds,
         )

@@ -15,6 +15,7 @@ from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.prefill.device import make_slp
+from jaxmoe.prefill.rank_rings import RankRings
 from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.stream import PromptStream
 from jaxmoe.scheduler.prefill_route import PrefillRoute
@@ -36,7 +37,7 @@ class LongPrompts:
 
     stream: PromptStream
     route: PrefillRoute
-    ring: ExpertRing
+    ring: ExpertRing | RankRings
     report: str
 
     def on_compile(self, call: Callable[[bool], None]) -> None:

@@ -17,6 +17,7 @@ from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import calibration, compile_cache, read_ceiling
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
+from jaxmoe.engine.dslp_prompts import start_dslp
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
 from jaxmoe.engine.placement import choose_device, device_ops, settle_device, to_device
@@ -131,10 +132,15 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             device=device,
             has_states=states is not None,
         )
-        long_prompts, more = start_streaming(
-            config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
-        )
-        notes += more
+        if config.prefill == "dslp":
+            long_prompts = start_dslp(
+                config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
+            )
+        else:
+            long_prompts, more = start_streaming(
+                config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
+            )
+            notes += more
         if long_prompts is not None:
             long_prompts.on_compile(lambda begins: step.on_compile(begins))
     except BaseException:

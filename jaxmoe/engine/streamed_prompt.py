@@ -6,11 +6,14 @@ from typing import Protocol
 
 from jaxmoe.decode.batch import StepRow
 from jaxmoe.request import Sequence, Status
+from jaxmoe.scheduler.prefill_route import Path
 
 
 class Streamer(Protocol):
     """What the engine needs of prefill/stream.py."""
 
+    @property
+    def path(self) -> Path: ...
     @property
     def max_tokens(self) -> int: ...
     def begin(self, row: StepRow) -> None: ...
@@ -26,6 +29,11 @@ class StreamedPrompt:
         self._num_preemptions = 0
         self.seconds = 0.0  # of the engine's time that the one under way has taken
         self.seq: Sequence | None = None
+
+    @property
+    def path(self) -> Path:
+        """How it is computed."""
+        return self._streamer.path
 
     def begin(self, seq: Sequence, row: StepRow) -> None:
         self._streamer.begin(row)

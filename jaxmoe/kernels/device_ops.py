@@ -20,6 +20,7 @@ from jaxmoe.kernels.grouped_matmul import (
     BLOCK,
     DECODE_TILING,
     PREFILL_TILING,
+    Tiles,
     grouped_matmul,
     narrowed,
     tiles_of,
@@ -88,7 +89,7 @@ class DeviceOps:
         self._kind: Kind = kind
         self._one_sequence = one_sequence
         self._context = context
-        self._interpret = interpret
+        self.interpret = interpret
         self._tiling = DECODE_TILING if kind == "decode" else PREFILL_TILING
 
     def mark(self, x: jax.Array, point: Point) -> jax.Array:
@@ -129,7 +130,7 @@ class DeviceOps:
             tiles,
             out_dtype=out_dtype or x.dtype,
             tiling=tiling,
-            interpret=self._interpret,
+            interpret=self.interpret,
         )
         return jnp.swapaxes(y.reshape(num_heads, num_tokens, -1), 0, 1)
 
@@ -144,7 +145,7 @@ class DeviceOps:
             whole(x.shape[0], tiling.rows),
             out_dtype=out_dtype or x.dtype,
             tiling=tiling,
-            interpret=self._interpret,
+            interpret=self.interpret,
         )
 
     def _product_of_parts(self, x, data, scale, out_dtype):
@@ -210,7 +211,7 @@ class DeviceOps:
                 page_size=page_size,
                 scale=scale,
                 window=window,
-                interpret=self._interpret,
+                interpret=self.interpret,
             )
             out, lse = out[None], lse[None]
         else:
@@ -225,7 +226,7 @@ class DeviceOps:
                 num_splits=_NUM_SPLITS,
                 scale=scale,
                 window=window,
-                interpret=self._interpret,
+                interpret=self.interpret,
             )
         merged = attention.merge(out, lse, sinks)
         return jnp.where(step.token_rows[:, None, None] < 0, 0.0, merged), cache
@@ -251,21 +252,56 @@ class DeviceOps:
         num_pages, page_size, _, width = cache[0].shape
         flat = cache[0].reshape(num_pages * page_size, width)
         table = step.block_tables[0]
-        latent_dim, nope = w_uk.data.shape[1:]
-        num_tokens, num_heads, _ = q.shape
         context = self._context or table.shape[0] * page_size
+
+        def latents(begin: int, size: int) -> jax.Array:
+            at = begin + jnp.arange(size)
+            page = jnp.maximum(table[jnp.minimum(at // page_size, table.shape[0] - 1)], 0)
+            return flat[page * page_size + at % page_size]
+
+        out, _ = self.attend_expanded(
+            q,
+            latents,
+            context,
+            _row_tiles(step),
+            step.positions,
+            context,
+            w_uk=w_uk,
+            w_uv=w_uv,
+            scale=scale,
+        )
+        return jnp.where(step.token_rows[:, None, None] < 0, 0.0, out), cache
+
+    def attend_expanded(
+        self,
+        q: jax.Array,
+        latents: Callable[[int, int], jax.Array],
+        num_rows: int,
+        tiles: Tiles,
+        positions: jax.Array,
+        count: jax.Array | int,
+        *,
+        w_uk: Weight,
+        w_uv: Weight,
+        scale: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention over the first `count` of `num_rows` latents, some thousand expanded at a time.
+
+        latents: `[size, C + rope]` from a row on. positions: of the queries, counted from the first
+        latent. Returns float32 `[T, N, v]` and the log of each softmax's denominator `[T, N]`.
+        """
+        latent_dim, nope = w_uk.data.shape[1:]
+        num_heads = q.shape[1]
         maps = _latent_to_keys(w_uk), _flat_heads(w_uv)
         out = lse = None
-        for begin in range(0, context, _EXPANDED_ROWS):
+        for begin in range(0, num_rows, _EXPANDED_ROWS):
+            size = min(_EXPANDED_ROWS, num_rows - begin)
+            rows = latents(begin, size)  # [S, C + rope]
             if out is not None:
                 # Else XLA expands all of the context at once.
-                table, out, lse = jax.lax.optimization_barrier((table, out, lse))
-            count = min(_EXPANDED_ROWS, context - begin)
-            at = begin + jnp.arange(count)
-            page = jnp.maximum(table[jnp.minimum(at // page_size, table.shape[0] - 1)], 0)
-            rows = flat[page * page_size + at % page_size]  # [S, C + rope]
+                rows, out, lse = jax.lax.optimization_barrier((rows, out, lse))
             latent, k_rope = rows[:, :latent_dim], rows[:, latent_dim:]
-            k_nope, value = (self._expand(latent, m, num_heads, cache[0].dtype) for m in maps)
+            k_nope, value = (self._expand(latent, m, num_heads, rows.dtype) for m in maps)
             part = attention.flash_attention(
                 q,
                 [
@@ -273,12 +309,12 @@ class DeviceOps:
                     *attention.sources(k_rope[:, None], num_heads),
                 ],
                 attention.sources(value, num_heads, w_uv.data.shape[1]),
-                _row_tiles(step),
-                step.positions,
+                tiles,
+                positions,
                 None,
-                span=jnp.array([begin, begin + count], jnp.int32),
+                span=jnp.stack([jnp.int32(begin), jnp.minimum(count, begin + size)]),
                 scale=scale,
-                interpret=self._interpret,
+                interpret=self.interpret,
             )
             if out is None or lse is None:
                 out, lse = part
@@ -288,8 +324,8 @@ class DeviceOps:
                 share = jnp.exp(both - total)[..., None]
                 out = out * share[0] + jnp.where(share[1] > 0, part[0], 0.0) * share[1]
                 lse = total
-        assert out is not None
-        return jnp.where(step.token_rows[:, None, None] < 0, 0.0, out), cache
+        assert out is not None and lse is not None
+        return out, lse
 
     def gated_delta(self, *args: Any, **options: Any) -> Any:
         raise NotImplementedError("recurrent states have no GPU kernel yet")

@@ -18,7 +18,7 @@ from jaxmoe.kernels.experts import ExpertGroup
 from jaxmoe.prefill.plan import SlpPlan
 from jaxmoe.weights.host_store import ExpertLayout, HostStore
 
-_DEVICE_FORMATS = ("bf16", "f32", "fp8_block")  # that the GPU's kernels read
+DEVICE_FORMATS = ("bf16", "f32", "fp8_block")  # that the GPU's kernels read
 
 
 def slot_arrays(layout: ExpertLayout, group: int, device: Device) -> tuple[jax.Array, ...]:
@@ -41,10 +41,10 @@ class ExpertRing:
             raise CheckpointError(
                 "experts of several sizes or formats cannot share a ring of slots"
             )
-        if device.platform != "cpu" and layout.format not in _DEVICE_FORMATS:
+        if device.platform != "cpu" and layout.format not in DEVICE_FORMATS:
             raise CheckpointError(
                 f"experts in {layout.format} cannot be streamed to the device; supported: "
-                + ", ".join(_DEVICE_FORMATS)
+                + ", ".join(DEVICE_FORMATS)
             )
         arrays = [slot_arrays(layout, plan.group_experts, device) for _ in range(plan.num_slots)]
         self._device = device

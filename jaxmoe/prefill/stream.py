@@ -5,19 +5,34 @@ work in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from jaxmoe.decode.batch import StepRow
-from jaxmoe.prefill.slp import SlpPrefill
+from jaxmoe.scheduler.prefill_route import Path
+
+Caches = Callable[[], list[tuple[jax.Array, ...]]]
+
+
+class LayerByLayer(Protocol):
+    """`SlpPrefill`, or `DslpPrefill`."""
+
+    on_compile: Callable[[bool], None]
+
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    def layers(self, row: StepRow, caches: Caches) -> Generator[int, None, jax.Array]: ...
+    def close(self) -> None: ...
 
 
 class PromptStream:
-    """caches: the page arrays of every layer as they are now."""
+    """caches: the page arrays of every layer as they are now. path: the name of what `slp` does."""
 
-    def __init__(self, slp: SlpPrefill, caches: Callable[[], list[tuple[jax.Array, ...]]]) -> None:
-        self.slp, self._caches = slp, caches
+    def __init__(self, slp: LayerByLayer, caches: Caches, path: Path = "slp") -> None:
+        self.slp, self._caches, self.path = slp, caches, path
         self._run: Generator[int, None, Any] | None = None
 
     @property

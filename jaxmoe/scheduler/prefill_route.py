@@ -1,8 +1,9 @@
-"""Which way a prompt is computed: in chunks with the experts on the CPU, or streamed.
+"""Which way a prompt is computed: in chunks with the experts on the CPU, or streamed, to one device
+(slp) or to several that share the prompt and the experts (dslp).
 
 Chunks cost CPU time by the token; a streamed pass costs at least the time all experts take over the
-bus, whatever the prompt's length (paper section 3.1). Both rates begin as estimates and are then
-what this machine was seen to do. Pure Python: seconds come in as numbers.
+bus, whatever the prompt's length (paper sections 3.1 and 3.2). All rates begin as estimates and are
+then what this machine was seen to do. Pure Python: seconds come in as numbers.
 """
 
 from __future__ import annotations
@@ -10,18 +11,32 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-Path = Literal["chunked", "slp"]
+Path = Literal["chunked", "slp", "dslp"]
 
 # Of a new observation: a few prompts correct a wrong estimate, one odd minute does not.
 _WEIGHT = 0.3
 
 
 @dataclasses.dataclass
+class DslpRates:
+    """As the route's own of one device: all experts over the buses of `num_devices` at once, a
+    token on all of them together.
+    """
+
+    pass_s: float
+    token_s: float
+    max_tokens: int
+    num_devices: int
+
+
+@dataclasses.dataclass
 class PrefillRoute:
     """Figures are seconds.
 
-    pass_s: all experts over the bus once. streamed_token_s, chunked_token_s: computing a token on
-    the device, and in chunks. max_tokens: of one streamed pass. forced: a path for all prompts.
+    pass_s: all experts over the bus once; infinite where no single device streams.
+    streamed_token_s, chunked_token_s: computing a token on the device, and in chunks. max_tokens:
+    of one streamed pass. forced: a path for all prompts. dslp: of several devices at once, None
+    without. free_devices: that a prompt may have now.
     """
 
     pass_s: float
@@ -29,27 +44,44 @@ class PrefillRoute:
     chunked_token_s: float
     max_tokens: int
     forced: Path | None = None
+    dslp: DslpRates | None = None
+    free_devices: int = 1
 
     def predict_s(self, path: Path, num_tokens: int) -> float:
         """What `num_tokens` take one way."""
         if path == "chunked":
             return num_tokens * self.chunked_token_s
-        whole, rest = divmod(num_tokens, self.max_tokens)
-        passes = [self.max_tokens] * whole + ([rest] if rest else [])
-        return sum(max(self.pass_s, n * self.streamed_token_s) for n in passes)
+        pass_s, token_s, most = self._streamed(path)
+        whole, rest = divmod(num_tokens, most)
+        passes = [most] * whole + ([rest] if rest else [])
+        return sum(max(pass_s, n * token_s) for n in passes)
+
+    def _streamed(self, path: Path) -> tuple[float, float, int]:
+        """pass_s, token_s and max_tokens."""
+        if path == "slp":
+            return self.pass_s, self.streamed_token_s, self.max_tokens
+        assert self.dslp is not None, "no devices for dslp"
+        return self.dslp.pass_s, self.dslp.token_s, self.dslp.max_tokens
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Those that may be taken now."""
+        if self.dslp is None or self.dslp.num_devices > self.free_devices:
+            return "chunked", "slp"
+        return "chunked", "slp", "dslp"
 
     def choose(self, num_tokens: int) -> Path:
-        """The way that is predicted to be faster; chunks where both are equal."""
+        """The way that is predicted to be fastest; of equals the first of `paths`."""
         if self.forced is not None:
             return self.forced
-        streamed = self.predict_s("slp", num_tokens)
-        return "slp" if streamed < self.predict_s("chunked", num_tokens) else "chunked"
+        return min(self.paths, key=lambda path: self.predict_s(path, num_tokens))
 
     def streams(self, num_tokens: int) -> int:
         """How many of so many tokens the next streamed pass is to take; 0: none, use chunks."""
-        if num_tokens < 1 or self.choose(num_tokens) == "chunked":
+        if num_tokens < 1:
             return 0
-        return min(num_tokens, self.max_tokens)
+        path = self.choose(num_tokens)
+        return 0 if path == "chunked" else min(num_tokens, self._streamed(path)[2])
 
     def observe(self, path: Path, num_tokens: int, seconds: float) -> None:
         """What a chunk or a streamed pass took. A pass no longer than the bus needs says something
@@ -59,21 +91,27 @@ class PrefillRoute:
             return
         if path == "chunked":
             self.chunked_token_s = _mix(self.chunked_token_s, seconds / num_tokens)
-        elif seconds <= 1.1 * self.pass_s or num_tokens * self.streamed_token_s < self.pass_s:
-            self.pass_s = _mix(self.pass_s, seconds)
+            return
+        pass_s, token_s, _ = self._streamed(path)
+        if seconds <= 1.1 * pass_s or num_tokens * token_s < pass_s:
+            pass_s = _mix(pass_s, seconds)
         else:
-            self.streamed_token_s = _mix(self.streamed_token_s, seconds / num_tokens)
+            token_s = _mix(token_s, seconds / num_tokens)
+        if path == "slp":
+            self.pass_s, self.streamed_token_s = pass_s, token_s
+        elif self.dslp is not None:
+            self.dslp.pass_s, self.dslp.token_s = pass_s, token_s
 
     def describe(self) -> str:
         """One line for the start-up report."""
         if self.forced is not None:
             return f"prompts: always {self.forced}"
-        crossing = next((n for n in _LENGTHS if self.choose(n) == "slp"), None)
+        crossing = next((n for n in _LENGTHS if self.choose(n) != "chunked"), None)
         if crossing is None:
             return "prompts: in chunks, experts on the CPU"
         return (
-            f"prompts: from about {crossing} tokens streamed, all experts in "
-            f"{self.pass_s:.2f} s; shorter ones in chunks, about "
+            f"prompts: from about {crossing} tokens streamed ({self.choose(crossing)}), all experts in "
+            f"{self._streamed(self.choose(crossing))[0]:.2f} s; shorter ones in chunks, about "
             f"{self.chunked_token_s * 1e3:.2f} ms a token"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxmoe.scheduler.prefill_route import PrefillRoute
+from jaxmoe.scheduler.prefill_route import DslpRates, PrefillRoute
 
 
 def route(**changes) -> PrefillRoute:
@@ -63,3 +63,45 @@ def test_observations_move_the_crossing():
     r.observe("slp", 0, 1.0)
     r.observe("chunked", 10, 0.0)
     assert "from about 4096 tokens" in r.describe()
+
+
+def both(**changes) -> PrefillRoute:
+    """Two devices: half the bus time, half the time a token."""
+    return route(dslp=DslpRates(6.5, 2.6e-4, 65536, 2), **{"free_devices": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, tokens, path, taken",
+    [
+        ({}, 1000, "chunked", 0),
+        ({}, 1084, "dslp", 1084),  # half as far as one device
+        ({}, 100_000, "dslp", 65536),
+        ({"free_devices": 1}, 1084, "chunked", 0),  # the other one is at work
+        ({"free_devices": 1}, 2001, "slp", 2001),
+        ({"forced": "slp"}, 1, "slp", 1),
+        ({"forced": "dslp"}, 1, "dslp", 1),
+        ({"forced": "dslp"}, 100_000, "dslp", 65536),
+        ({"forced": "chunked"}, 100_000, "chunked", 0),
+        ({"pass_s": float("inf")}, 1084, "dslp", 1084),  # no ring on one device
+        ({"pass_s": float("inf"), "free_devices": 1}, 100_000, "chunked", 0),
+    ],
+)
+def test_several_devices_are_one_more_way(changes, tokens, path, taken):
+    r = both()
+    for name, value in changes.items():
+        setattr(r, name, value)
+    assert r.choose(tokens) == path
+    assert r.streams(tokens) == taken
+
+
+def test_predictions_on_several_devices_are_corrected_by_themselves():
+    r = both()
+    assert r.predict_s("dslp", 65537) == pytest.approx(65536 * 2.6e-4 + 6.5)
+    for _ in range(30):
+        r.observe("dslp", 8000, 9.0)  # bound by the buses
+    assert r.dslp.pass_s == pytest.approx(9.0, rel=1e-3) and r.dslp.token_s == 2.6e-4
+    for _ in range(30):
+        r.observe("dslp", 60000, 30.0)  # by computing
+    assert r.dslp.token_s == pytest.approx(5e-4, rel=1e-3)
+    assert (r.pass_s, r.streamed_token_s) == (12.0, 5e-4)
+    assert "(dslp)" in both().describe() and "(slp)" in route().describe()

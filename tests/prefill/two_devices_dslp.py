@@ -1,0 +1,337 @@
+"""DSLP of tiny checkpoints on two CPU devices, against transformers' logits and plain prefill.
+
+Collected by test_dslp.py only, in a process with two devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from support import tiny_models
+from support.compare import mean_kl, relative_error
+from support.parity import load_fixture
+from support.plain_prefill import PlainPrefill, cached
+from support.tiny_runner import PAGE_SIZE
+
+from jaxmoe.common.collectives import count_collectives, exchanged_bytes
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.decode.batch import StepRow
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.device_driver import DeviceDriver
+from jaxmoe.ffi.native_ops import NativeOps
+from jaxmoe.ffi.registry import NATIVE_ERRORS
+from jaxmoe.models import registry
+from jaxmoe.prefill.dslp_devices import DslpDevices
+from jaxmoe.weights.loader import load_model
+from jaxmoe.weights.safetensors_reader import Checkpoint
+
+CASES = ("deepseek_v3_fp8", "qwen3_moe_fp8", "deepseek_v3", "qwen3_moe")
+CHUNK = 64
+# As tests/parity and tests/prefill/test_slp.py.
+FLOAT32_TOLERANCE, SAME_TOLERANCE = 1e-4, 2e-4
+
+
+@dataclasses.dataclass
+class Model:
+    """A tiny checkpoint, loaded in one compute dtype."""
+
+    case: str
+    folder: object
+    config: ModelConfig
+    runtime: CpuRuntime
+    loaded: object
+    dtype: str
+
+    def devices(self, max_tokens=1100, drivers=None, **options) -> DslpDevices:
+        both = jax.local_devices(backend="cpu")[:2]
+        return DslpDevices(
+            self.loaded,
+            self.config,
+            both,
+            drivers or {device: DeviceDriver.host() for device in both},
+            self.runtime,
+            max_prompt_tokens=max_tokens,
+            free_bytes=1 << 30,
+            page_size=PAGE_SIZE,
+            chunk_tokens=options.pop("chunk_tokens", CHUNK),
+            compute_dtype=self.dtype,
+            **options,
+        )
+
+    def logits(self, last) -> np.ndarray:
+        model = nnx.merge(self.loaded.graphdef, self.loaded.state)
+        return np.asarray(model.head(last, NativeOps(self.runtime, None, "matrix")))[0]
+
+
+@pytest.fixture(scope="module")
+def model(request, tmp_path_factory):
+    """(case, compute dtype) -> Model; all closed at the end."""
+    made = {}
+
+    def make(case: str, dtype: str = "float32") -> Model:
+        if (case, dtype) not in made:
+            folder = tmp_path_factory.mktemp(case)
+            tiny_models.write_checkpoint(folder, case)
+            config = ModelConfig.from_hf(tiny_models.hf_config(case))
+            runtime = CpuRuntime(num_threads=1)
+            loaded = load_model(
+                Checkpoint.open(folder), config, registry, runtime, compute_dtype=dtype
+            )
+            made[case, dtype] = Model(case, folder, config, runtime, loaded, dtype)
+        return made[case, dtype]
+
+    yield make
+    for one in made.values():
+        one.loaded.close()
+        one.runtime.close()
+
+
+def runs(*ordinary: tuple) -> list:
+    """All cases in both compute dtypes; those not named are slow."""
+    both = [(case, dtype) for case in CASES for dtype in ("float32", "bfloat16")]
+    slow = [pytest.mark.slow]
+    return [pytest.param(*run, marks=[] if run in ordinary else slow) for run in both]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), runs(("deepseek_v3_fp8", "float32"), ("qwen3_moe_fp8", "bfloat16"))
+)
+def test_logits_at_every_length_are_those_of_transformers(model, case, dtype):
+    """Every beginning of the fixture's prompts is a prompt of its own, cut its own way."""
+    fixture, it = load_fixture(case), model(case, dtype)
+    dslp = it.devices(64)
+    rng = np.random.default_rng(1)
+    rows = []
+    for prompt in fixture.prompts:
+        for count in range(1, len(prompt) + 1):
+            pages = rng.permutation(4).tolist()
+            rows.append(it.logits(dslp.prefill(StepRow(prompt[:count], 0, pages, 0, None))))
+    logits = np.stack(rows)
+    dslp.close()
+    if dtype == "float32":
+        assert relative_error(logits, fixture.logits) <= FLOAT32_TOLERANCE
+    else:
+        theirs = mean_kl(fixture.logits_bf16, fixture.logits)
+        assert mean_kl(logits, fixture.logits) <= theirs
+        assert relative_error(logits, fixture.logits) > 1e-4
+
+
+def prompt_of(count: int, seed: int = 5) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 500, count).tolist()
+
+
+def pages_for(dslp: DslpDevices, count: int) -> list[int]:
+    """In no order, so that a position read from the wrong page shows."""
+    pages = np.random.default_rng(2).permutation(dslp.caches[0][0].shape[0])
+    return pages[: -(-count // dslp.page_size)].tolist()
+
+
+def assert_same(model: Model, plain: PlainPrefill, dslp: DslpDevices, row: StepRow) -> None:
+    """The logits and all keys and values of all layers, float32, are those of plain prefill."""
+    want, got = plain.run(row), model.logits(dslp.prefill(row))
+    np.testing.assert_allclose(got, want, atol=SAME_TOLERANCE * float(np.abs(want).max()))
+    for layer in range(model.config.num_layers):
+        for w, g in zip(
+            cached(plain.caches, row, layer), cached(dslp.caches, row, layer), strict=True
+        ):
+            np.testing.assert_allclose(g, w, atol=SAME_TOLERANCE * float(np.abs(w).max()))
+
+
+def plain_for(model: Model, max_tokens=1100) -> PlainPrefill:
+    return PlainPrefill(
+        model.loaded, model.config, model.runtime, max_tokens, dtype=model.dtype
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "lengths"),
+    [
+        ("deepseek_v3_fp8", (1, 127, 128, 129, 1000)),
+        *(
+            pytest.param(case, (1, 127, 128, 129, 1000), marks=pytest.mark.slow)
+            for case in (*CASES[1:], "gpt_oss")
+        ),
+        *(pytest.param(case, (4097,), marks=pytest.mark.slow) for case in CASES),
+    ],
+)
+def test_prompts_of_all_lengths_are_those_of_plain_prefill(model, case, lengths):
+    it, room = model(case), max(lengths) + 16
+    plain, dslp = plain_for(it, room), it.devices(room)
+    for count in lengths:
+        assert_same(it, plain, dslp, StepRow(prompt_of(count), 0, pages_for(dslp, count), 0, None))
+    assert [s["bytes"] for s in dslp.rings.stats()] == dslp.rings.streamed_bytes
+    dslp.close()
+
+
+@pytest.mark.parametrize(
+    "case", ["qwen3_moe_fp8", *(pytest.param(c, marks=pytest.mark.slow) for c in (*CASES, "gpt_oss") if c != "qwen3_moe_fp8")]
+)
+def test_a_prompt_goes_on_from_what_is_cached(model, case):
+    """By plain prefill or by a pass before, whole pages or not, longer or shorter than the rest."""
+    it = model(case)
+    plain, dslp = plain_for(it), it.devices()
+    pages = pages_for(dslp, 300)
+    for first, second in ((16, 1), (48, 129), (250, 33), (255, 45)):
+        tokens = prompt_of(first + second, seed=first)
+        before = StepRow(tokens[:first], 0, pages, 0, None)
+        plain.run(before)
+        dslp.caches = [tuple(a.copy() for a in arrays) for arrays in plain.caches]
+        assert_same(it, plain, dslp, StepRow(tokens[first:], first, pages, 0, None))
+        dslp.prefill(before)
+        assert_same(it, plain, dslp, StepRow(tokens[first:], first, pages, 0, None))
+    dslp.close()
+
+
+@pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[3], marks=pytest.mark.slow)])
+def test_rings_of_any_length(model, case):
+    """(experts of a slot, slots), from two experts of the rank's twelve to all of them."""
+    it = model(case)
+    plain = plain_for(it, 200)
+    for ring in ((1, 2), (1, 3), (1, 12), (2, 2), (2, 3), (3, 4), (6, 2)):
+        dslp = it.devices(200, ring=ring)
+        row = StepRow(prompt_of(129), 0, pages_for(dslp, 129), 0, None)
+        assert_same(it, plain, dslp, row)
+        dslp.close()
+
+
+def test_each_device_streams_its_half(model):
+    it = model("qwen3_moe_fp8")
+    dslp = it.devices(64)
+    layout = it.loaded.host_store.layouts[0]
+    total = layout.total_bytes * len(it.loaded.host_store.layouts)
+    assert dslp.rings.streamed_bytes == [total // 2, total // 2]
+    dslp.close()
+
+
+def test_programs_have_the_collectives_they_need_and_no_others(model):
+    """None where a load may fail. Keys (and values) go round once, a piece of the prefix with them;
+    what is sent is counted from the programs, in their own formats.
+    """
+    it = model("deepseek_v3_fp8", "bfloat16")
+    dslp = it.devices(200)
+    pages = pages_for(dslp, 80)
+    dslp.prefill(StepRow(prompt_of(40), 0, pages, 0, None))
+    dslp.prefill(StepRow(prompt_of(40), 40, pages, 0, None))
+    found = {}
+    for key, program in dslp.dslp.programs.items():
+        name = "chunk after a prefix" if key[0] == "chunk" and key[-1] else key[0]
+        found.setdefault(name, set()).add(
+            (*count_collectives(program.as_text()).items(), *exchanged_bytes(program.as_text(), 2).items())
+        )
+    rows, config = dslp.plan.rank.buffer_tokens(20), it.config
+    position = (config.attention.kv_lora_rank + config.attention.rope_head_dim) * 2
+    token = config.hidden_size * 2 + config.moe.router.experts_per_token * 8
+    (prefix,) = {key[-1] for key in dslp.dslp.programs if key[0] == "fetch"}
+    ring = "collective-permute"
+    assert found == {
+        **dict.fromkeys(("embed", "empty", "insert", "fetch", "keys", "experts"), {()}),
+        "chunk": {((ring, 1), (ring, rows * position))},
+        "chunk after a prefix": {((ring, 2), (ring, (rows + prefix // 2) * position))},
+        "send": {(("all-gather", 3), ("all-gather", rows * token))},
+        "back": {(("reduce-scatter", 1), ("reduce-scatter", rows * config.hidden_size * 4))},
+    }
+    dslp.close()
+
+
+def test_all_to_all_computes_the_same(model):
+    it = model("qwen3_moe_fp8")
+    plain, dslp = plain_for(it, 200), it.devices(200, exchange="all_to_all")
+    for count in (1, 129):
+        assert_same(it, plain, dslp, StepRow(prompt_of(count), 0, pages_for(dslp, count), 0, None))
+    dslp.close()
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.mark.parametrize(("rank", "at_submission"), [(0, False), (1, True), (1, False)])
+def test_a_failed_copy_on_one_device_fails_that_prompt_alone(model, rank, at_submission):
+    """No device is left waiting for the one that failed, and nothing it had stays."""
+    it = model("qwen3_moe_fp8")
+    both = jax.local_devices(backend="cpu")[:2]
+    drivers = {device: DeviceDriver.host(max_delay_s=1e-4) for device in both}
+    plain, dslp = plain_for(it, 200), it.devices(200, drivers, ring=(3, 2))
+    row = StepRow(prompt_of(129), 0, pages_for(dslp, 129), 0, None)
+    assert_same(it, plain, dslp, row)
+    before = live_bytes()
+    for copy in (3, 40):  # in the first layer with experts, and in the next
+        drivers[both[rank]].native.fail_copy(copy, at_submission, "the bus caught fire")
+        with pytest.raises(NATIVE_ERRORS, match="experts .* into slot .*the bus caught fire"):
+            dslp.prefill(row)
+        assert live_bytes() == before
+        assert_same(it, plain, dslp, row)
+    dslp.close()
+
+
+def test_a_prompt_may_be_dropped_after_any_layer(model):
+    it = model("qwen3_moe_fp8")
+    both = jax.local_devices(backend="cpu")[:2]
+    drivers = {device: DeviceDriver.host(max_delay_s=1e-4) for device in both}
+    plain, dslp = plain_for(it, 200), it.devices(200, drivers, ring=(3, 2))
+    row = StepRow(prompt_of(129), 0, pages_for(dslp, 129), 0, None)
+    assert_same(it, plain, dslp, row)
+    before = live_bytes()
+    for layers in range(it.config.num_layers + 1):
+        run = dslp.dslp.layers(row, lambda: dslp.caches)
+        for _ in range(layers):
+            next(run)
+        run.close()
+        assert live_bytes() == before
+    assert_same(it, plain, dslp, row)
+    dslp.close()
+    assert live_bytes() < before
+
+
+@pytest.mark.parametrize("prompts", [6, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_delay_anywhere_changes_a_value(model, prompts):
+    """Loaders and compute threads are delayed at random, each device by itself; some prompts fail,
+    some are dropped. Every layer's experts differ, so weights of another one show.
+    """
+    it, random = model("qwen3_moe_fp8"), np.random.default_rng(11)
+    both = jax.local_devices(backend="cpu")[:2]
+    lengths = (1, 20, 60)
+    plain, want, layers = plain_for(it, 64), {}, 0
+    for length in lengths:
+        row = StepRow(prompt_of(length), 0, list(range(4)), 0, None)
+        want[length] = plain.run(row)
+    for ring in ((1, 2), (4, 3), (3, 2)):
+        drivers = {
+            device: DeviceDriver.host(max_delay_s=delay, seed=int(random.integers(1000)))
+            for device, delay in zip(both, random.choice([1e-4, 1e-3], 2), strict=True)
+        }
+        dslp = it.devices(64, drivers, ring=ring, chunk_tokens=32)
+        for _ in range(prompts):
+            length = int(random.choice(lengths))
+            row = StepRow(prompt_of(length), 0, random.permutation(4).tolist(), 0, None)
+            fate = random.random()
+            if fate < 0.1:
+                driver = drivers[both[int(random.integers(2))]]
+                driver.native.fail_copy(int(random.integers(20)), fate < 0.05, "on fire")
+                with pytest.raises(NATIVE_ERRORS, match="on fire"):
+                    dslp.prefill(row)
+                continue
+            run = dslp.dslp.layers(row, lambda: dslp.caches)
+            for _ in range(it.config.num_layers):
+                next(run)
+                layers += 1
+                if random.random() < 0.3:
+                    time.sleep(random.random() * 2e-3)
+                if fate < 0.2 and random.random() < 0.3:
+                    break
+            else:
+                with pytest.raises(StopIteration) as end:
+                    next(run)
+                got = it.logits(end.value.value)
+                tolerance = SAME_TOLERANCE * float(np.abs(want[length]).max())
+                np.testing.assert_allclose(got, want[length], atol=tolerance)
+            run.close()
+        dslp.close()
+    assert layers > prompts * it.config.num_layers
