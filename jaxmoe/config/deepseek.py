@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jaxmoe.config import shared_fields
 from jaxmoe.config.hf_fields import HfFields
 from jaxmoe.config.model_config import (
+    IndexerConfig,
     MlaConfig,
     ModelConfig,
     MoeConfig,
@@ -31,10 +32,12 @@ _MODEL_TYPES = {
 }
 # With sparse attention: an indexer chooses `index_topk` positions for every token.
 _SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
-_OF_INDEXER = (
-    *("index_head_dim", "index_n_heads", "index_topk_freq", "index_topk_pattern"),
-    *("index_skip_topk_offset", "indexer_types", "indexer_rope_interleave"),
+# How GLM-5.2 and later say which layers have an indexer and which use an earlier layer's choice.
+_OF_SHARING = (
+    *("index_topk_freq", "index_topk_pattern"),
+    *("index_skip_topk_offset", "indexer_types"),
 )
+_OF_INDEXER = ("index_head_dim", "index_n_heads", "index_topk", "indexer_rope_interleave")
 # Of later relatives that carry one of the architectures above in their configs: each changes the
 # results.
 _NOT_IMPLEMENTED = (
@@ -53,29 +56,77 @@ _NOT_IMPLEMENTED = (
 def parse(fields: HfFields, architecture: str) -> ModelConfig:
     model_type = fields.choice("model_type", of=_MODEL_TYPES[architecture])
     if architecture in _SPARSE:
-        return _within_index(fields, architecture, model_type)
+        return _parse_sparse(fields, architecture, model_type)
     return _parse_dense(fields, architecture, model_type)
 
 
-def _within_index(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
-    """A sparse model up to the context in which its indexer chooses every position there is.
+def _parse_sparse(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
+    """A model whose tokens attend the positions an indexer chooses.
 
-    There it is exactly the dense one. The indexer, for longer contexts, is not implemented.
+    Where layers use another's choice, which is not implemented, up to the context in which every
+    position is chosen: there it is exactly the dense model.
     """
     top = fields.integer("index_topk")
     kinds = fields.strings("layer_types", default=())
-    if other := set(kinds) - {"indexed_attention"}:
+    if other := set(kinds) - {"indexed_attention", "deepseek_sparse_attention"}:
         raise fields.fail("layer_types", sorted(other), "'indexed_attention' in every layer")
-    fields.ignore(*_OF_INDEXER)
-    dense = fields.without("index_topk", "layer_types", *_OF_INDEXER)
+    dense = fields.without("layer_types", *_OF_INDEXER, *_OF_SHARING)
     parsed = _parse_dense(dense, architecture, model_type)
+    attention = parsed.attention
+    assert isinstance(attention, MlaConfig)
+    if not _shares_choices(fields, parsed.num_layers):
+        attention = dataclasses.replace(
+            attention, indexer=_parse_indexer(fields, attention, parsed.rope, model_type)
+        )
+        return dataclasses.replace(parsed, attention=attention)
+    fields.ignore(*_OF_INDEXER)
     if parsed.max_position <= top:
         return parsed
     return dataclasses.replace(
         parsed,
         max_position=top,
-        max_position_reason=f"attention is exact up to index_topk = {top} positions; the indexer "
-        "that chooses among more is not implemented",
+        max_position_reason=f"attention is exact up to index_topk = {top} positions; layers that "
+        "use another layer's choice among more are not implemented",
+    )
+
+
+def _shares_choices(fields: HfFields, num_layers: int) -> bool:
+    """Whether some layers have no indexer of their own: by a list, a pattern or a schedule."""
+    kinds = fields.strings("indexer_types", default=())
+    pattern = fields.raw("index_topk_pattern", default=())
+    names = {"F": "full", "S": "shared"}
+    if not kinds and isinstance(pattern, str):
+        kinds = tuple(names.get(letter, letter) for letter in pattern)
+    elif not kinds and pattern:
+        kinds = fields.strings("index_topk_pattern")
+    frequency = fields.integer("index_topk_freq", default=1)
+    fields.ignore("index_skip_topk_offset")
+    if not kinds:
+        return frequency != 1
+    if len(kinds) != num_layers or set(kinds) - {"full", "shared"}:
+        name = "indexer_types" if fields.given("indexer_types") else "index_topk_pattern"
+        raise fields.fail(name, list(kinds), f"{num_layers} of 'full' and 'shared'")
+    return "shared" in kinds
+
+
+def _parse_indexer(
+    fields: HfFields, attention: MlaConfig, rope: RopeConfig, model_type: str
+) -> IndexerConfig:
+    head_dim = fields.integer("index_head_dim")
+    if head_dim < rope.dim:
+        raise fields.fail(
+            "index_head_dim", head_dim, f"at least {rope.dim} (the elements that turn)"
+        )
+    if attention.q_lora_rank is None:
+        raise fields.fail("q_lora_rank", None, "an integer: the indexer reads the query's latent")
+    # The two families differ in which elements are a pair. transformers does not read the key.
+    interleaved = model_type == "glm_moe_dsa"
+    fields.choice("indexer_rope_interleave", of=(interleaved,), default=interleaved)
+    return IndexerConfig(
+        num_heads=fields.integer("index_n_heads"),
+        head_dim=head_dim,
+        top_k=fields.integer("index_topk"),
+        rope=dataclasses.replace(rope, interleaved=interleaved),
     )
 
 

@@ -38,8 +38,26 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class IndexerConfig:
+    """What chooses the positions a token attends (DeepSeek-V3.2, arXiv 2512.02556 section 2.1).
+
+    Of all positions up to a token's own, the `top_k` with the highest scores. The first `rope.dim`
+    elements of an indexer's heads turn.
+    """
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+    rope: RopeConfig
+    norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
 class MlaConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1)."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1).
+
+    indexer: with one, a token attends only what it chooses.
+    """
 
     num_heads: int
     q_lora_rank: int | None
@@ -49,6 +67,7 @@ class MlaConfig:
     v_head_dim: int
     softmax_scale: float
     lora_norm_eps: float = 1e-6
+    indexer: IndexerConfig | None = None
 
     kind: Literal["mla"] = "mla"
 

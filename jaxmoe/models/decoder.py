@@ -47,6 +47,8 @@ def cache_spec(
     attention = config.attention
     if isinstance(attention, MlaConfig):
         layer = (PageArraySpec(1, attention.kv_lora_rank + attention.rope_head_dim, dtype),)
+        if attention.indexer is not None:
+            layer += (PageArraySpec(1, attention.indexer.head_dim, dtype),)
     else:
         layer = (PageArraySpec(attention.num_kv_heads, attention.head_dim, dtype),) * 2
     return [() if i in config.linear_layers else layer for i in range(config.num_layers)]

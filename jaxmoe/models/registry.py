@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 # Small maps that no quantization touches, whether or not config.json lists them.
 _NEVER_QUANTIZED = (
-    *(".router.logits", ".shared_gate"),
+    *(".router.logits", ".shared_gate", ".indexer.head_weights"),
     *(".attention.ba", ".attention.b", ".attention.a"),
 )
 

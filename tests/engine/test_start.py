@@ -42,7 +42,9 @@ def test_a_config_file_alone_is_for_random_weights(tmp_path):
 
 
 def test_a_context_shorter_than_the_models_is_explained(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_models.hf_config("deepseek_v32_fp8")))
+    shared = {"indexer_types": ["full", "full", "shared"]}
+    config = tiny_models.hf_config("glm_moe_dsa") | shared
+    (tmp_path / "config.json").write_text(json.dumps(config))
     directory = read_directory(tmp_path)
     assert directory.model_config.max_position == 80
     (note,) = [note for note in directory.notes if "index_topk" in note]

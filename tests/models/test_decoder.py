@@ -86,7 +86,11 @@ def run(model: tuple[Any, ...], rows: list[list[int]], padding: int = 0) -> np.n
 
 @pytest.mark.parametrize(
     ("case", "heads_and_dims"),
-    [("deepseek_v3", [(1, 576)]), ("qwen3_moe", [(2, 128), (2, 128)])],
+    [
+        ("deepseek_v3", [(1, 576)]),
+        ("deepseek_v32_fp8", [(1, 576), (1, 128)]),
+        ("qwen3_moe", [(2, 128), (2, 128)]),
+    ],
 )
 def test_cache_spec(case: str, heads_and_dims: list[tuple[int, int]]):
     config = ModelConfig.from_hf(tiny_models.hf_config(case))

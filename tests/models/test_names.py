@@ -76,15 +76,19 @@ def test_strangers_are_not_ignored():
     assert tied.ignored("lm_head.weight")
 
 
-def test_an_indexer_is_known_and_not_needed():
+def test_an_indexer_is_ignored_where_contexts_do_not_outgrow_its_choice():
     indexer = "model.layers.0.self_attn.indexer.wq_b.weight"
-    for case, ignored in (
-        ("deepseek_v32_fp8", True),
-        ("glm_moe_dsa", True),
-        ("deepseek_v3", False),
+    for case, changes, ignored in (
+        ("deepseek_v32_fp8", {}, False),
+        ("glm_moe_dsa", {}, False),
+        ("glm_moe_dsa", {"index_topk_pattern": "FSS"}, True),
+        ("deepseek_v3", {}, False),
     ):
-        names = models.name_map(ModelConfig.from_hf(tiny_models.hf_config(case)), {})
-        assert names.ignored(indexer) == ignored
+        config = ModelConfig.from_hf(tiny_models.hf_config(case) | changes)
+        assert models.name_map(config, {}).ignored(indexer) == ignored
+    config = ModelConfig.from_hf(tiny_models.hf_config("glm_moe_dsa"))
+    names = models.name_map(config, {})
+    assert names.weight_name("layers.0.attention.indexer.q") == indexer
 
 
 def test_parts_of_a_larger_model():

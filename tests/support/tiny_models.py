@@ -54,6 +54,8 @@ CASES = (
     "qwen3_moe_mxfp4",
     "qwen3_moe_int4",
     "minimax_m2_mxfp8",
+    "deepseek_v32_sparse",
+    "glm_moe_dsa_sparse",
 )
 # The format of the routed experts in the quantized ones.
 FORMATS = {
@@ -61,6 +63,7 @@ FORMATS = {
         (
             *("deepseek_v3_fp8", "kimi_k2_fp8", "qwen3_moe_fp8", "minimax_m2_fp8"),
             *("deepseek_v32_fp8", "deepseek_v31_fp8", "qwen3_next_fp8", "qwen3_5_moe_fp8"),
+            "deepseek_v32_sparse",
         ),
         "fp8_block",
     ),
