@@ -147,7 +147,7 @@ class Reference:
 
 
 class CopyingReference(Reference):
-    """For models with recurrent state: the cache before the last tokens is kept as a copy."""
+    """For models whose cache cannot step back: it is kept as it was before the last tokens."""
 
     def reset(self) -> None:
         self.cache = transformers.DynamicCache(config=self.model.config)
@@ -160,28 +160,7 @@ class CopyingReference(Reference):
         self.cache = self._before
 
 
-class UncachedReference(Reference):
-    """For models whose cache cannot step back: every call computes all tokens again."""
-
-    def reset(self) -> None:
-        self.tokens: list[int] = []
-
-    @torch.no_grad()
-    def extend(self, tokens: list[int]) -> tuple[np.ndarray, float]:
-        self.tokens += tokens
-        self._router_logits.clear()
-        out = self.model(torch.tensor([self.tokens]), use_cache=False)
-        margins = [
-            routing_margins(self.config, logits.numpy()[-len(tokens) :], bias)
-            for logits, bias in zip(self._router_logits, self._biases, strict=True)
-        ]
-        return out.logits[0, -len(tokens) :].float().numpy(), float(np.min(margins))
-
-    def step_back(self) -> None:
-        self.tokens.pop()
-
-
-class IndexedReference(UncachedReference):
+class IndexedReference(CopyingReference):
     """For models with an indexer: the margins are also those of the positions it chooses."""
 
     def __init__(self, case: str, dtype: torch.dtype):
@@ -207,16 +186,19 @@ class IndexedReference(UncachedReference):
         logits, margin = super().extend(tokens)
         top_k = self.config["index_topk"]
         margins = [index_margins(scores[0].numpy(), top_k) for scores in self._index_scores]
-        return logits, min(margin, *(float(m[-len(tokens) :].min()) for m in margins))
+        return logits, min(margin, *(float(m.min()) for m in margins))
 
 
 def index_margins(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """How far the last chosen position is from the first left out, by `scores [T, S]`: `[T]`, in
-    quarters of their standard deviation, of which bfloat16 moves them by a few hundredths.
+    """How far the last chosen position is from the first left out: `[T]`.
+
+    scores: of the last T tokens `[T, S]`. Margins are in quarters of a token's standard deviation,
+    of which bfloat16 moves scores by a few hundredths.
     """
-    margins = np.full(len(scores), np.inf)
-    for t in range(top_k, len(scores)):
-        ranked = -np.sort(-scores[t, : t + 1])
+    num_tokens, context = scores.shape
+    margins = np.full(num_tokens, np.inf)
+    for t in range(max(0, top_k - context + num_tokens), num_tokens):
+        ranked = -np.sort(-scores[t, : context - num_tokens + t + 1])
         margins[t] = (ranked[top_k - 1] - ranked[top_k]) / (ranked.std() / 4)
     return margins
 
