@@ -51,7 +51,7 @@ def test_checkpoints_are_the_ones_the_fixtures_were_made_of(case: str):
 # ordinary run, everything else is for the slow one.
 ALIKE = (
     *("mixtral", "olmoe", "glm4_moe_lite", "minimax_m2_fp8", "kimi_k25"),
-    *("deepseek_v32_fp8", "glm_moe_dsa", "glm_moe_dsa_sparse"),
+    *("deepseek_v32_fp8", "glm_moe_dsa", "glm_moe_dsa_sparse", "glm_moe_dsa_shared"),
 )
 # Other formats of the models above, one case a format or spelling of it.
 OTHER_FORMATS = (
@@ -61,8 +61,10 @@ OTHER_FORMATS = (
 
 
 def float32_runs() -> list[Any]:
+    on_kernels = (*ALIKE, *OTHER_FORMATS, "deepseek_v32_sparse")  # mutations run on the reference
+
     def is_slow(case: str, backend: str) -> bool:
-        return case == "minimax_m2" or (backend == "reference" and case in (*ALIKE, *OTHER_FORMATS))
+        return case == "minimax_m2" or (backend == "reference" and case in on_kernels)
 
     return runs(is_slow)
 

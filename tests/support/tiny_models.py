@@ -57,6 +57,7 @@ TITLES = {
     "minimax_m2_mxfp8": "MiniMax-M2-like, MXFP8",
     "deepseek_v32_sparse": "DeepSeek-V3.2-like, FP8, contexts beyond index_topk",
     "glm_moe_dsa_sparse": "GLM-5-like, BF16, contexts beyond index_topk",
+    "glm_moe_dsa_shared": "GLM-5.2-like, BF16, contexts beyond index_topk",
 }
 CASES = tuple(TITLES)
 # The format of the routed experts in the quantized ones.
@@ -180,7 +181,7 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
         if config["model_type"] in _GATED_DELTA and (i + 1) % config["full_attention_interval"]:
             _gated_delta(b, f"{prefix}.linear_attn")
         elif "kv_lora_rank" in config:
-            _mla(b, f"{prefix}.self_attn")
+            _mla(b, f"{prefix}.self_attn", has_indexer=_has_indexer(config, i))
         else:
             _gqa(b, f"{prefix}.self_attn")
         if i < config.get("first_k_dense_replace", 0):
@@ -223,7 +224,13 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     return b.tensors
 
 
-def _mla(b: _Builder, prefix: str) -> None:
+def _has_indexer(config: Mapping[str, Any], layer: int) -> bool:
+    """The draft head has one in any case."""
+    kinds = config.get("indexer_types", [])[layer : layer + 1]
+    return "index_topk" in config and kinds != ["shared"]
+
+
+def _mla(b: _Builder, prefix: str, *, has_indexer: bool) -> None:
     c = b.config
     hidden, heads, latent = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
     nope, rope, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
@@ -237,7 +244,7 @@ def _mla(b: _Builder, prefix: str) -> None:
     b.norm(f"{prefix}.kv_a_layernorm", latent)
     b.matrix(f"{prefix}.kv_b_proj", heads * (nope + v), latent)
     b.matrix(f"{prefix}.o_proj", hidden, heads * v, 1.5)
-    if "index_topk" in c:
+    if has_indexer:
         index_heads, index_dim = c["index_n_heads"], c["index_head_dim"]
         b.matrix(f"{prefix}.indexer.wq_b", index_heads * index_dim, c["q_lora_rank"])
         b.matrix(f"{prefix}.indexer.wk", index_dim, hidden)
