@@ -61,73 +61,53 @@ def parse(fields: HfFields, architecture: str) -> ModelConfig:
 
 
 def _parse_sparse(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
-    """A model whose tokens attend the positions an indexer chooses.
-
-    Where layers use another's choice, which is not implemented, up to the context in which every
-    position is chosen: there it is exactly the dense model.
-    """
-    top = fields.integer("index_topk")
+    """A model whose tokens attend the positions an indexer chooses."""
     kinds = fields.strings("layer_types", default=())
     if other := set(kinds) - {"indexed_attention", "deepseek_sparse_attention"}:
         raise fields.fail("layer_types", sorted(other), "'indexed_attention' in every layer")
     dense = fields.without("layer_types", *_OF_INDEXER, *_OF_SHARING)
     parsed = _parse_dense(dense, architecture, model_type)
-    attention = parsed.attention
+    attention, rope = parsed.attention, parsed.rope
     assert isinstance(attention, MlaConfig)
-    if not _shares_choices(fields, parsed.num_layers):
-        attention = dataclasses.replace(
-            attention, indexer=_parse_indexer(fields, attention, parsed.rope, model_type)
-        )
-        return dataclasses.replace(parsed, attention=attention)
-    fields.ignore(*_OF_INDEXER)
-    if parsed.max_position <= top:
-        return parsed
-    return dataclasses.replace(
-        parsed,
-        max_position=top,
-        max_position_reason=f"attention is exact up to index_topk = {top} positions; layers that "
-        "use another layer's choice among more are not implemented",
-    )
-
-
-def _shares_choices(fields: HfFields, num_layers: int) -> bool:
-    """Whether some layers have no indexer of their own: by a list, a pattern or a schedule."""
-    kinds = fields.strings("indexer_types", default=())
-    pattern = fields.raw("index_topk_pattern", default=())
-    names = {"F": "full", "S": "shared"}
-    if not kinds and isinstance(pattern, str):
-        kinds = tuple(names.get(letter, letter) for letter in pattern)
-    elif not kinds and pattern:
-        kinds = fields.strings("index_topk_pattern")
-    frequency = fields.integer("index_topk_freq", default=1)
-    fields.ignore("index_skip_topk_offset")
-    if not kinds:
-        return frequency != 1
-    if len(kinds) != num_layers or set(kinds) - {"full", "shared"}:
-        name = "indexer_types" if fields.given("indexer_types") else "index_topk_pattern"
-        raise fields.fail(name, list(kinds), f"{num_layers} of 'full' and 'shared'")
-    return "shared" in kinds
-
-
-def _parse_indexer(
-    fields: HfFields, attention: MlaConfig, rope: RopeConfig, model_type: str
-) -> IndexerConfig:
     head_dim = fields.integer("index_head_dim")
     if head_dim < rope.dim:
-        raise fields.fail(
-            "index_head_dim", head_dim, f"at least {rope.dim} (the elements that turn)"
-        )
+        raise fields.fail("index_head_dim", head_dim, f"at least {rope.dim}, which turn")
     if attention.q_lora_rank is None:
         raise fields.fail("q_lora_rank", None, "an integer: the indexer reads the query's latent")
     # The two families differ in which elements are a pair. transformers does not read the key.
     interleaved = model_type == "glm_moe_dsa"
     fields.choice("indexer_rope_interleave", of=(interleaved,), default=interleaved)
-    return IndexerConfig(
+    kinds = _indexer_types(fields, parsed.num_layers)
+    indexer = IndexerConfig(
         num_heads=fields.integer("index_n_heads"),
         head_dim=head_dim,
         top_k=fields.integer("index_topk"),
         rope=dataclasses.replace(rope, interleaved=interleaved),
+        sharing_layers=tuple(i for i, kind in enumerate(kinds) if kind == "shared"),
     )
+    return dataclasses.replace(parsed, attention=dataclasses.replace(attention, indexer=indexer))
+
+
+def _indexer_types(fields: HfFields, num_layers: int) -> tuple[str, ...]:
+    """ "full" or "shared" for each layer: by a list, else a pattern, else a schedule."""
+    frequency = fields.integer("index_topk_freq", default=1)
+    offset = fields.integer("index_skip_topk_offset", default=2, minimum=0)
+    name, kinds = "indexer_types", fields.strings("indexer_types", default=())
+    if not kinds:
+        name, kinds = "index_topk_pattern", fields.raw("index_topk_pattern", default=())
+        if isinstance(kinds, str):
+            words = {"F": "full", "S": "shared"}
+            kinds = tuple(words.get(letter, letter) for letter in kinds)
+        elif kinds:
+            kinds = fields.strings("index_topk_pattern")
+    if not kinds:
+        name = "index_topk_freq"
+        steps = (max(i - offset + 1, 0) for i in range(num_layers))
+        kinds = tuple("shared" if step % frequency else "full" for step in steps)
+    if len(kinds) != num_layers or set(kinds) - {"full", "shared"} or kinds[0] == "shared":
+        wanted = f"{num_layers} of 'full' and 'shared', 'full' first"
+        raise fields.fail(name, list(kinds), wanted)
+    return kinds
 
 
 def _parse_dense(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:

@@ -42,7 +42,8 @@ class IndexerConfig:
     """What chooses the positions a token attends (DeepSeek-V3.2, arXiv 2512.02556 section 2.1).
 
     Of all positions up to a token's own, the `top_k` with the highest scores. The first `rope.dim`
-    elements of an indexer's heads turn.
+    elements of an indexer's heads turn. sharing_layers: those that have none, and attend what the
+    last one before them chose; never the first.
     """
 
     num_heads: int
@@ -50,6 +51,7 @@ class IndexerConfig:
     top_k: int
     rope: RopeConfig
     norm_eps: float = 1e-6
+    sharing_layers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +219,6 @@ class ModelConfig:
     linear_layers: tuple[int, ...] = ()
     linear_attention: GatedDeltaConfig | None = None
     norm_offset: float = 0.0  # is added to the weights of all norms but linear attention's own
-    # Why max_position is less than config.json says; empty if it is not.
-    max_position_reason: str = ""
     num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run
 
     @property

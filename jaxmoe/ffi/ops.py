@@ -79,6 +79,8 @@ class StepInputs:
     read from and written to: its own, or at first that of a kept state; -1 where unused.
     state_saves: `[T]` slots that the state after a token is kept in too, -1 for nowhere. A token at
     position 0 starts from zeros, whatever its slot holds.
+
+    selected: within a step, what the last indexer chose (`Ops.select`), for layers without one.
     """
 
     token_ids: jax.Array
@@ -89,6 +91,7 @@ class StepInputs:
     state_from: jax.Array | None = None
     state_to: jax.Array | None = None
     state_saves: jax.Array | None = None
+    selected: jax.Array | None = None
 
 
 # Moments of a compiled step that figures of where its time goes are told by.

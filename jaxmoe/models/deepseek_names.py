@@ -90,11 +90,11 @@ class IndexedNames(DeepseekNames):
     }
 
     def ignored(self, name: str) -> bool:
-        """The indexer too, where a context never outgrows what it chooses."""
+        """Also the indexers of layers that use another's choice, should there be any."""
         attention = self._config.attention
-        assert isinstance(attention, MlaConfig)
-        is_unused = attention.indexer is None and ".self_attn.indexer." in name
-        return is_unused or super().ignored(name)
+        assert isinstance(attention, MlaConfig) and attention.indexer is not None
+        unused = (self._in_layer(i, "self_attn.indexer.") for i in attention.indexer.sharing_layers)
+        return name.startswith(tuple(unused)) or super().ignored(name)
 
 
 def head_map_format(attention: MlaConfig, stored: WeightFormat, which: str) -> WeightFormat:

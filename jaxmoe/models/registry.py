@@ -62,7 +62,7 @@ SUPPORTED: Mapping[str, Family] = {
     "Glm4MoeLiteForCausalLM": Family(DeepseekNames, "GLM-4.7-Flash"),
     "GlmMoeDsaForCausalLM": Family(
         IndexedNames,
-        "GLM-5, 5.1; 5.2 and later up to `index_topk` (2048) tokens: see [Limits](#limits)",
+        "GLM-5, 5.1, 5.2",
     ),
     "GptOssForCausalLM": Family(GptOssNames, "gpt-oss-20b, 120b"),
     "KimiK25ForConditionalGeneration": Family(

@@ -137,8 +137,8 @@ def test_parts_make_up_the_whole():
     step = step_of([[3, 1, 4]], 0)
     h = model.embed(step.token_ids)
     for i in range(config.num_layers):
-        attended, cache = model.attention(i, h, (), step, ops)
-        h, _ = model.layer(i, h, (), step, ops)
+        attended, cache, _ = model.attention(i, h, (), step, ops)
+        h, *_ = model.layer(i, h, (), step, ops)
         assert cache == ()
         np.testing.assert_allclose(model.mlp(i, attended, step, ops), h, rtol=1e-5, atol=1e-6)
     whole, _ = model(step, [()] * config.num_layers, ops, jnp.asarray([2, 0]))

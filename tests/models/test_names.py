@@ -76,19 +76,14 @@ def test_strangers_are_not_ignored():
     assert tied.ignored("lm_head.weight")
 
 
-def test_an_indexer_is_ignored_where_contexts_do_not_outgrow_its_choice():
-    indexer = "model.layers.0.self_attn.indexer.wq_b.weight"
-    for case, changes, ignored in (
-        ("deepseek_v32_fp8", {}, False),
-        ("glm_moe_dsa", {}, False),
-        ("glm_moe_dsa", {"index_topk_pattern": "FSS"}, True),
-        ("deepseek_v3", {}, False),
-    ):
-        config = ModelConfig.from_hf(tiny_models.hf_config(case) | changes)
-        assert models.name_map(config, {}).ignored(indexer) == ignored
-    config = ModelConfig.from_hf(tiny_models.hf_config("glm_moe_dsa"))
+def test_an_indexer_is_ignored_in_layers_that_use_anothers_choice():
+    indexer = "model.layers.{}.self_attn.indexer.wq_b.weight"
+    config = ModelConfig.from_hf(tiny_models.hf_config("glm_moe_dsa_shared"))
     names = models.name_map(config, {})
-    assert names.weight_name("layers.0.attention.indexer.q") == indexer
+    assert [names.ignored(indexer.format(i)) for i in range(4)] == [False, True, False, True]
+    assert names.weight_name("layers.0.attention.indexer.q") == indexer.format(0)
+    v3 = models.name_map(ModelConfig.from_hf(tiny_models.hf_config("deepseek_v3")), {})
+    assert not v3.ignored(indexer.format(1))
 
 
 def test_parts_of_a_larger_model():
