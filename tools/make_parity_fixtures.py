@@ -6,20 +6,22 @@ checkpoints.
 
 For every case: a float32 run on exactly dequantized weights (the reference), a bfloat16 run (the
 yardstick of what bfloat16 costs), and 16 greedy steps in float32. Prompts are grown token by token,
-keeping tokens whose routing decisions are clear of ties, so that rounding alone cannot change the
-experts.
+keeping tokens whose routing decisions, and choices of positions to attend, are clear of ties, so
+that rounding alone cannot change the experts or the context.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -145,7 +147,7 @@ class Reference:
 
 
 class CopyingReference(Reference):
-    """For models with recurrent state: the cache before the last tokens is kept as a copy."""
+    """For models whose cache cannot step back: it is kept as it was before the last tokens."""
 
     def reset(self) -> None:
         self.cache = transformers.DynamicCache(config=self.model.config)
@@ -158,31 +160,53 @@ class CopyingReference(Reference):
         self.cache = self._before
 
 
-class UncachedReference(Reference):
-    """For models whose cache cannot step back: every call computes all tokens again."""
+class IndexedReference(CopyingReference):
+    """For models with an indexer: the margins are also those of the positions it chooses."""
 
-    def reset(self) -> None:
-        self.tokens: list[int] = []
+    def __init__(self, case: str, dtype: torch.dtype):
+        super().__init__(case, dtype)
+        self._index_scores: list[torch.Tensor] = []
+        for layer in self.model.model.layers:
+            indexer = layer.self_attn.indexer
+            if indexer is not None:
+                indexer.forward = functools.partial(self._recorded, indexer.forward)
 
-    @torch.no_grad()
+    def _recorded(self, forward: Any, *args: Any, **options: Any) -> torch.Tensor:
+        topk = torch.Tensor.topk
+
+        def recording(scores: torch.Tensor, *args: Any, **options: Any) -> Any:
+            self._index_scores.append(scores.detach().float())
+            return topk(scores, *args, **options)
+
+        with mock.patch.object(torch.Tensor, "topk", recording):
+            return forward(*args, **options)
+
     def extend(self, tokens: list[int]) -> tuple[np.ndarray, float]:
-        self.tokens += tokens
-        self._router_logits.clear()
-        out = self.model(torch.tensor([self.tokens]), use_cache=False)
-        margins = [
-            routing_margins(self.config, logits.numpy()[-len(tokens) :], bias)
-            for logits, bias in zip(self._router_logits, self._biases, strict=True)
-        ]
-        return out.logits[0, -len(tokens) :].float().numpy(), float(np.min(margins))
+        self._index_scores.clear()
+        logits, margin = super().extend(tokens)
+        top_k = self.config["index_topk"]
+        margins = [index_margins(scores[0].numpy(), top_k) for scores in self._index_scores]
+        return logits, min(margin, *(float(m.min()) for m in margins))
 
-    def step_back(self) -> None:
-        self.tokens.pop()
+
+def index_margins(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """How far the last chosen position is from the first left out: `[T]`.
+
+    scores: of the last T tokens `[T, S]`. Margins are in quarters of a token's standard deviation,
+    of which bfloat16 moves scores by a few hundredths.
+    """
+    num_tokens, context = scores.shape
+    margins = np.full(num_tokens, np.inf)
+    for t in range(max(0, top_k - context + num_tokens), num_tokens):
+        ranked = -np.sort(-scores[t, : context - num_tokens + t + 1])
+        margins[t] = (ranked[top_k - 1] - ranked[top_k]) / (ranked.std() / 4)
+    return margins
 
 
 def make_reference(case: str, dtype: torch.dtype) -> Reference:
     config = text_config(case)
     kind = CopyingReference if is_linear(config) else Reference
-    kind = UncachedReference if "index_topk" in config else kind
+    kind = IndexedReference if "index_topk" in config else kind
     return kind(case, dtype)
 
 

@@ -4,6 +4,9 @@ jaxmoe/serving/FIELDS.md.
 .venv/bin/python tools/update_docs.py            rewrites them
 .venv/bin/python tools/update_docs.py --check    exit code 1 where they are out of date
 
+The README's tables of what runs come from the registry of architectures and what the parity tests
+wrote down (tests/support/parity_tables.py).
+
 The README's performance tables come from tools/measured/*.json, one file a run of jaxmoe_bench
 (kernel, layer, decode or prefill) with --json; the command that made it stands above each table.
 """
@@ -21,6 +24,7 @@ from jaxmoe.serving.fields import docs_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reliability.figures import markdown  # noqa: E402
+from support import parity_tables  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "tools" / "measured"
@@ -101,6 +105,9 @@ def readme() -> str:
     text = (ROOT / "README.md").read_text()
     text = between(text, "flags", flags.docs_table((flags.SERVER,)) + "\n")
     text = between(text, "reliability", markdown(json.loads(FIGURES.read_text())) + "\n")
+    results = parity_tables.load_results()
+    text = between(text, "what runs", parity_tables.supported(results))
+    text = between(text, "parity", parity_tables.held(results))
     runs = {file.stem: json.loads(file.read_text()) for file in MEASURED.glob("*.json")}
     return between(text, "measured", measured_tables(runs))
 

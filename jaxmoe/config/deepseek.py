@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jaxmoe.config import shared_fields
 from jaxmoe.config.hf_fields import HfFields
 from jaxmoe.config.model_config import (
+    IndexerConfig,
     MlaConfig,
     ModelConfig,
     MoeConfig,
@@ -31,10 +32,12 @@ _MODEL_TYPES = {
 }
 # With sparse attention: an indexer chooses `index_topk` positions for every token.
 _SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
-_OF_INDEXER = (
-    *("index_head_dim", "index_n_heads", "index_topk_freq", "index_topk_pattern"),
-    *("index_skip_topk_offset", "indexer_types", "indexer_rope_interleave"),
+# How GLM-5.2 and later say which layers have an indexer and which use an earlier layer's choice.
+_OF_SHARING = (
+    *("index_topk_freq", "index_topk_pattern"),
+    *("index_skip_topk_offset", "indexer_types"),
 )
+_OF_INDEXER = ("index_head_dim", "index_n_heads", "index_topk", "indexer_rope_interleave")
 # Of later relatives that carry one of the architectures above in their configs: each changes the
 # results.
 _NOT_IMPLEMENTED = (
@@ -53,30 +56,58 @@ _NOT_IMPLEMENTED = (
 def parse(fields: HfFields, architecture: str) -> ModelConfig:
     model_type = fields.choice("model_type", of=_MODEL_TYPES[architecture])
     if architecture in _SPARSE:
-        return _within_index(fields, architecture, model_type)
+        return _parse_sparse(fields, architecture, model_type)
     return _parse_dense(fields, architecture, model_type)
 
 
-def _within_index(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
-    """A sparse model up to the context in which its indexer chooses every position there is.
-
-    There it is exactly the dense one. The indexer, for longer contexts, is not implemented.
-    """
-    top = fields.integer("index_topk")
+def _parse_sparse(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:
+    """A model whose tokens attend the positions an indexer chooses."""
     kinds = fields.strings("layer_types", default=())
-    if other := set(kinds) - {"indexed_attention"}:
+    if other := set(kinds) - {"indexed_attention", "deepseek_sparse_attention"}:
         raise fields.fail("layer_types", sorted(other), "'indexed_attention' in every layer")
-    fields.ignore(*_OF_INDEXER)
-    dense = fields.without("index_topk", "layer_types", *_OF_INDEXER)
+    dense = fields.without("layer_types", *_OF_INDEXER, *_OF_SHARING)
     parsed = _parse_dense(dense, architecture, model_type)
-    if parsed.max_position <= top:
-        return parsed
-    return dataclasses.replace(
-        parsed,
-        max_position=top,
-        max_position_reason=f"attention is exact up to index_topk = {top} positions; the indexer "
-        "that chooses among more is not implemented",
+    attention, rope = parsed.attention, parsed.rope
+    assert isinstance(attention, MlaConfig)
+    head_dim = fields.integer("index_head_dim")
+    if head_dim < rope.dim:
+        raise fields.fail("index_head_dim", head_dim, f"at least {rope.dim}, which turn")
+    if attention.q_lora_rank is None:
+        raise fields.fail("q_lora_rank", None, "an integer: the indexer reads the query's latent")
+    # The two families differ in which elements are a pair. transformers does not read the key.
+    interleaved = model_type == "glm_moe_dsa"
+    fields.choice("indexer_rope_interleave", of=(interleaved,), default=interleaved)
+    kinds = _indexer_types(fields, parsed.num_layers)
+    indexer = IndexerConfig(
+        num_heads=fields.integer("index_n_heads"),
+        head_dim=head_dim,
+        top_k=fields.integer("index_topk"),
+        rope=dataclasses.replace(rope, interleaved=interleaved),
+        sharing_layers=tuple(i for i, kind in enumerate(kinds) if kind == "shared"),
     )
+    return dataclasses.replace(parsed, attention=dataclasses.replace(attention, indexer=indexer))
+
+
+def _indexer_types(fields: HfFields, num_layers: int) -> tuple[str, ...]:
+    """ "full" or "shared" for each layer: by a list, else a pattern, else a schedule."""
+    frequency = fields.integer("index_topk_freq", default=1)
+    offset = fields.integer("index_skip_topk_offset", default=2, minimum=0)
+    name, kinds = "indexer_types", fields.strings("indexer_types", default=())
+    if not kinds:
+        name, kinds = "index_topk_pattern", fields.raw("index_topk_pattern", default=())
+        if isinstance(kinds, str):
+            words = {"F": "full", "S": "shared"}
+            kinds = tuple(words.get(letter, letter) for letter in kinds)
+        elif kinds:
+            kinds = fields.strings("index_topk_pattern")
+    if not kinds:
+        name = "index_topk_freq"
+        steps = (max(i - offset + 1, 0) for i in range(num_layers))
+        kinds = tuple("shared" if step % frequency else "full" for step in steps)
+    if len(kinds) != num_layers or set(kinds) - {"full", "shared"} or kinds[0] == "shared":
+        wanted = f"{num_layers} of 'full' and 'shared', 'full' first"
+        raise fields.fail(name, list(kinds), wanted)
+    return kinds
 
 
 def _parse_dense(fields: HfFields, architecture: str, model_type: str) -> ModelConfig:

@@ -38,8 +38,28 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class IndexerConfig:
+    """What chooses the positions a token attends (DeepSeek-V3.2, arXiv 2512.02556 section 2.1).
+
+    Of all positions up to a token's own, the `top_k` with the highest scores. The first `rope.dim`
+    elements of an indexer's heads turn. sharing_layers: those that have none, and attend what the
+    last one before them chose; never the first.
+    """
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+    rope: RopeConfig
+    norm_eps: float = 1e-6
+    sharing_layers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class MlaConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1)."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1).
+
+    indexer: with one, a token attends only what it chooses.
+    """
 
     num_heads: int
     q_lora_rank: int | None
@@ -49,6 +69,7 @@ class MlaConfig:
     v_head_dim: int
     softmax_scale: float
     lora_norm_eps: float = 1e-6
+    indexer: IndexerConfig | None = None
 
     kind: Literal["mla"] = "mla"
 
@@ -198,8 +219,6 @@ class ModelConfig:
     linear_layers: tuple[int, ...] = ()
     linear_attention: GatedDeltaConfig | None = None
     norm_offset: float = 0.0  # is added to the weights of all norms but linear attention's own
-    # Why max_position is less than config.json says; empty if it is not.
-    max_position_reason: str = ""
     num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run
 
     @property

@@ -71,7 +71,7 @@ def forward(
     updated: list[Cache] = []
     # Dense layers before the first experts have nothing to overlap with.
     for i in range(first):
-        h, cache = model.layer(i, h, caches[i], step, ops)
+        h, cache, step = model.layer(i, h, caches[i], step, ops)
         updated.append(cache)
     steps = split_step(step, n)
     states = [_State(h[m::n], None) for m in range(n)]
@@ -79,7 +79,7 @@ def forward(
         cache = caches[i]
         for m in range(n):
             h = _finished(model, i - 1, states[m], ops, m)
-            h, cache = model.attention(i, h, cache, steps[m], ops)
+            h, cache, steps[m] = model.attention(i, h, cache, steps[m], ops)
             if model.is_moe(i):
                 following = (m + 1) % n
                 submitted, states[following] = model.mlp_submit(

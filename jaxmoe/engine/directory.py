@@ -110,11 +110,6 @@ def read_directory(path: Path, *, dummy: bool = False) -> Directory:
         notes.append("no tokenizer: texts are taken as bytes (random weights only)")
     else:
         notes.append("no known tokenizer: prompts and answers are token ids only")
-    if model_config.max_position_reason:
-        notes.append(
-            f"contexts of at most {model_config.max_position} tokens: "
-            + model_config.max_position_reason
-        )
     template = ChatTemplate.from_dir(path)
     if template is None:
         notes.append("no chat template: plain prompts only")

@@ -9,7 +9,7 @@ import jax
 
 from jaxmoe.common.errors import CapacityError, CheckpointError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
-from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.engine.placement import free_bytes
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
@@ -68,8 +68,12 @@ def start_streaming(
         return None, ()
     if loaded.host_store is None:
         return None, ()
+    problem = None
     if model.linear_attention is not None:
         problem = f"{model.architecture}'s recurrent layers cannot be computed apart from decode"
+    elif _shares_choices(model):
+        problem = f"{model.architecture}'s layers attend what another layer chose"
+    if problem is not None:
         if config.prefill == "slp":
             raise ConfigError(f"prefill: slp, but {problem}; use prefill=chunked")
         return None, (f"long prompts are computed in chunks: {problem}",)
@@ -111,6 +115,13 @@ def start_streaming(
         forced="slp" if config.prefill == "slp" else None,
     )
     return LongPrompts(PromptStream(slp, caches), route, ring, plan.describe()), ()
+
+
+def _shares_choices(model: ModelConfig) -> bool:
+    """Whether a layer needs more of the one before it than the residual stream."""
+    attention = model.attention
+    indexer = attention.indexer if isinstance(attention, MlaConfig) else None
+    return indexer is not None and bool(indexer.sharing_layers)
 
 
 def describe_placement(device: Device, long_prompts: LongPrompts | None) -> list[str]:

@@ -63,6 +63,12 @@ def _unsupported(model: ModelConfig, config: EngineConfig) -> str | None:
         return f"{model.architecture}'s attention has no GPU kernel yet"
     if model.linear_attention is not None:
         return f"{model.architecture}'s recurrent layers have no GPU kernel yet"
+    indexer = model.attention.indexer if isinstance(model.attention, MlaConfig) else None
+    if indexer is not None and (config.max_model_len or model.max_position) > indexer.top_k:
+        return (
+            f"{model.architecture}'s attention beyond index_topk = {indexer.top_k} positions has "
+            f"no GPU kernel yet (max_model_len={indexer.top_k} does without)"
+        )
     if config.compute_dtype == "float32":
         return "float32 activations (audits) run on the CPU"
     return None

@@ -9,6 +9,10 @@ import numpy as np
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.linear import FAMILY_CODES, Family
 
+# The context is cut at multiples of this many positions, rounded down to whole pages
+# (paged_attention.cc): a page size that divides it makes the same sums as pages of one position.
+CHUNK_POSITIONS = 512
+
 
 def kv_write(pages: jax.Array, new: jax.Array, kv_slots: jax.Array) -> jax.Array:
     """Pages `[P, Z, K, H]` with `new [T, K, H]` at the flat slots `kv_slots [T]`; -1: nowhere.

@@ -18,11 +18,13 @@ from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.ffi import attention
 from jaxmoe.ffi import experts as experts_op
 from jaxmoe.ffi import gated_delta as gated_delta_op
+from jaxmoe.ffi import index_select as index_select_op
 from jaxmoe.ffi import linear as linear_op
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.experts import StoreId
 from jaxmoe.ffi.linear import Family
 from jaxmoe.ffi.ops import GatedDeltaWeights, Point, StepInputs, Weight
+from jaxmoe.ffi.sparse import as_pages_of_one, capacity
 
 _POINTS: tuple[Point, ...] = ("begin", "logits", "end")
 
@@ -142,26 +144,59 @@ class NativeOps:
         v_dim: int,
         window: int | None = None,
         sinks: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         new = (k_new,) if v_new is None else (k_new, v_new)
         cache = tuple(
             attention.kv_write(pages, values, step.kv_slots)
             for pages, values in zip(cache, new, strict=True)
         )
-        out = attention.paged_attention(
-            self._runtime,
-            q,
-            cache,
-            step.token_rows,
-            step.positions,
-            step.block_tables,
-            family=self._family,
-            scale=scale,
-            v_dim=v_dim,
-            window=window,
-            sinks=sinks,
+
+        def attended(cache: tuple[jax.Array, ...], step: StepInputs) -> jax.Array:
+            return attention.paged_attention(
+                self._runtime,
+                q,
+                cache,
+                step.token_rows,
+                step.positions,
+                step.block_tables,
+                family=self._family,
+                scale=scale,
+                v_dim=v_dim,
+                window=window,
+                sinks=sinks,
+            )
+
+        if selected is None:
+            return attended(cache, step), cache
+
+        def sparse() -> jax.Array:
+            return attended(*as_pages_of_one(cache, step, selected))
+
+        if attention.CHUNK_POSITIONS % cache[0].shape[1]:
+            return sparse(), cache
+        # Where every position is selected both give the same bits, and tokens of a row share the
+        # reading of their keys in one of them only.
+        is_dense = jnp.max(step.positions) < selected.shape[1]
+        return jax.lax.cond(is_dense, lambda: attended(cache, step), sparse), cache
+
+    def select(
+        self,
+        q: jax.Array,
+        head_weights: jax.Array,
+        k_new: jax.Array,
+        pages: jax.Array,
+        step: StepInputs,
+        *,
+        top_k: int,
+    ) -> tuple[jax.Array | None, jax.Array]:
+        pages = attention.kv_write(pages, k_new, step.kv_slots)
+        if capacity(step, pages.shape[1]) <= top_k:
+            return None, pages
+        selected = index_select_op.index_select(
+            self._runtime, q, head_weights, pages, step, family=self._family, top_k=top_k
         )
-        return out, cache
+        return selected, pages
 
     def gated_delta(
         self,

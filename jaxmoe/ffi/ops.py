@@ -79,6 +79,8 @@ class StepInputs:
     read from and written to: its own, or at first that of a kept state; -1 where unused.
     state_saves: `[T]` slots that the state after a token is kept in too, -1 for nowhere. A token at
     position 0 starts from zeros, whatever its slot holds.
+
+    selected: within a step, what the last indexer chose (`Ops.select`), for layers without one.
     """
 
     token_ids: jax.Array
@@ -89,6 +91,7 @@ class StepInputs:
     state_from: jax.Array | None = None
     state_to: jax.Array | None = None
     state_saves: jax.Array | None = None
+    selected: jax.Array | None = None
 
 
 # Moments of a compiled step that figures of where its time goes are told by.
@@ -189,6 +192,7 @@ class Ops(Protocol):
         v_dim: int,
         window: int | None = None,
         sinks: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Causal attention of T packed tokens over their own sequences' paged cache.
 
@@ -198,8 +202,30 @@ class Ops(Protocol):
         v_new is None: values are then the first `v_dim` elements of the keys (MLA's latent cache).
         With a `window`, a token attends its last `window` positions only, its own among them.
         `sinks [N]` float32 are scores of one more position each head sees, which has no value.
+        With `selected`, what `select` returned, a token attends those positions only.
         Softmax in FP32. Returns f32 `[T, N, v_dim]` and the updated cache (same buffers where the
         platform can alias them).
+        """
+        ...
+
+    def select(
+        self,
+        q: jax.Array,
+        head_weights: jax.Array,
+        k_new: jax.Array,
+        pages: jax.Array,
+        step: StepInputs,
+        *,
+        top_k: int,
+    ) -> tuple[jax.Array | None, jax.Array]:
+        """The `top_k` positions each of T packed tokens is to attend, of those up to its own.
+
+        Writes `k_new [T, 1, H]` to the indexer's `pages [P, Z, 1, H]` at `step.kv_slots`. A
+        position's score is the sum over N heads of head_weights * max(0, q · key): `q [T, N, H]`,
+        `head_weights [T, N]` float32. Of equal scores the lower position is taken.
+
+        Returns int32 `[T, top_k]` flat cache slots in ascending order of their positions, -1 after
+        the last, or None where a row has no more than `top_k` positions, and the pages.
         """
         ...
 
@@ -218,7 +244,7 @@ class Ops(Protocol):
 
         `q [T, N, nope + rope]`; `k_new [T, 1, C + rope]`, latent and rotated key, is written to the
         cache. `w_uk [N, C, nope]`, `w_uv [N, v, C]`. Returns f32 `[T, N, v]` and the cache. Only
-        where `expands_latents`.
+        where `expands_latents`, and never with selected positions.
         """
         ...
 

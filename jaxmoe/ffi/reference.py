@@ -21,6 +21,7 @@ import numpy as np
 from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.ffi.ops import GatedDeltaWeights, Point, StepInputs, Weight
 from jaxmoe.ffi.reference_delta import gated_delta
+from jaxmoe.ffi.sparse import as_pages_of_one, capacity
 from jaxmoe.quant.formats import FORMATS, WeightFormat
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -179,14 +180,18 @@ class ReferenceOps:
         v_dim: int,
         window: int | None = None,
         sinks: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         new = (k_new,) if v_new is None else (k_new, v_new)
         cache = tuple(
             kv_write(pages, values, step.kv_slots) for pages, values in zip(cache, new, strict=True)
         )
+        seen = cache
+        if selected is not None:
+            seen, step = as_pages_of_one(cache, step, selected)
         out = paged_attention(
             q,
-            cache,
+            seen,
             step.token_rows,
             step.positions,
             step.block_tables,
@@ -196,6 +201,21 @@ class ReferenceOps:
             sinks=sinks,
         )
         return out, cache
+
+    def select(
+        self,
+        q: jax.Array,
+        head_weights: jax.Array,
+        k_new: jax.Array,
+        pages: jax.Array,
+        step: StepInputs,
+        *,
+        top_k: int,
+    ) -> tuple[jax.Array | None, jax.Array]:
+        pages = kv_write(pages, k_new, step.kv_slots)
+        if capacity(step, pages.shape[1]) <= top_k:
+            return None, pages
+        return index_select(q, head_weights, pages, step, top_k=top_k), pages
 
     def gated_delta(
         self,
@@ -260,6 +280,29 @@ def paged_attention(
         return jnp.where(row < 0, 0.0, out.reshape(num_heads, v_dim))
 
     return jax.lax.map(one_token, (grouped, token_rows, jnp.maximum(positions, 0)))
+
+
+def index_select(
+    q: jax.Array, head_weights: jax.Array, pages: jax.Array, step: StepInputs, *, top_k: int
+) -> jax.Array:
+    """int32 `[T, top_k]`, as `Ops.select` returns it; a row has more than `top_k` positions."""
+    page_size = pages.shape[1]
+
+    def one_token(args: tuple[jax.Array, ...]) -> jax.Array:
+        q_t, weights, row, position = args
+        table = step.block_tables[jnp.maximum(row, 0)]  # [MP]
+        keys = pages[jnp.maximum(table, 0)].astype(jnp.float32).reshape(-1, q_t.shape[-1])
+        products = jnp.einsum("nh,sh->ns", q_t.astype(jnp.float32), keys, precision=_HIGHEST)
+        scores = jnp.einsum("n,ns->s", weights, jax.nn.relu(products), precision=_HIGHEST)
+        at = jnp.arange(keys.shape[0], dtype=jnp.int32)
+        _, chosen = jax.lax.top_k(jnp.where(at <= position, scores, -jnp.inf), top_k)
+        chosen = jnp.sort(chosen.astype(jnp.int32))
+        is_seen = (row >= 0) & (jnp.arange(top_k) <= position)
+        chosen = jnp.where(position < top_k, jnp.arange(top_k, dtype=jnp.int32), chosen)
+        slots = table[chosen // page_size] * page_size + chosen % page_size
+        return jnp.where(is_seen, slots, -1)
+
+    return jax.lax.map(one_token, (q, head_weights, step.token_rows, step.positions))
 
 
 def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
@@ -337,7 +380,9 @@ class BatchedSequenceOps(ReferenceOps):
         v_dim: int,
         window: int | None = None,
         sinks: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        assert selected is None, "sparse attention is not trained"
         if cache:
             raise ValueError(
                 f"training attends whole sequences: cache must be (), got {len(cache)}"

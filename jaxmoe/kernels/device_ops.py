@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi.ops import Point, StepInputs, Weight
 from jaxmoe.ffi.reference import kv_write
+from jaxmoe.ffi.sparse import capacity
 from jaxmoe.kernels import attention
 from jaxmoe.kernels.grouped_matmul import (
     BLOCK,
@@ -191,7 +192,9 @@ class DeviceOps:
         v_dim: int,
         window: int | None = None,
         sinks: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        assert selected is None, "no kernel attends selected positions"
         new = (k_new,) if v_new is None else (k_new, v_new)
         cache = tuple(
             kv_write(pages, values, step.kv_slots) for pages, values in zip(cache, new, strict=True)
@@ -230,6 +233,22 @@ class DeviceOps:
             )
         merged = attention.merge(out, lse, sinks)
         return jnp.where(step.token_rows[:, None, None] < 0, 0.0, merged), cache
+
+    def select(
+        self,
+        q: jax.Array,
+        head_weights: jax.Array,
+        k_new: jax.Array,
+        pages: jax.Array,
+        step: StepInputs,
+        *,
+        top_k: int,
+    ) -> tuple[jax.Array | None, jax.Array]:
+        """Keeps the keys; None: every position, since a context never holds more than `top_k`."""
+        page_size = pages.shape[1]
+        if capacity(step, page_size) >= top_k + page_size:
+            raise NotImplementedError(f"contexts beyond {top_k} positions have no GPU kernel yet")
+        return None, kv_write(pages, k_new, step.kv_slots)
 
     def attend_latents(
         self,

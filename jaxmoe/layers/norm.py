@@ -1,4 +1,4 @@
-"""RMS norm."""
+"""RMS norm and layer norm."""
 
 from __future__ import annotations
 
@@ -31,3 +31,21 @@ class RMSNorm(nnx.Module):
 
         weight = self.weight[...] + self.offset if self.offset else self.weight[...]
         return ops.map_rows(normalized, x) * weight
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation * weight + bias over the last axis, all in FP32."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = new_param(ParamSpec((size,), "float32", "norm"))
+        self.bias = new_param(ParamSpec((size,), "float32", "bias"))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array, ops: Ops) -> jax.Array:
+        """`[T, ..., D] -> [T, ..., D]` float32."""
+
+        def normalized(row: jax.Array) -> jax.Array:
+            row = row - jnp.mean(row, axis=-1, keepdims=True)
+            return row * jax.lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + self.eps)
+
+        return ops.map_rows(normalized, x.astype(jnp.float32)) * self.weight[...] + self.bias[...]

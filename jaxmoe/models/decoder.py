@@ -47,6 +47,10 @@ def cache_spec(
     attention = config.attention
     if isinstance(attention, MlaConfig):
         layer = (PageArraySpec(1, attention.kv_lora_rank + attention.rope_head_dim, dtype),)
+        if (indexer := attention.indexer) is not None:
+            with_keys = (*layer, PageArraySpec(1, indexer.head_dim, dtype))
+            shares = indexer.sharing_layers
+            return [layer if i in shares else with_keys for i in range(config.num_layers)]
     else:
         layer = (PageArraySpec(attention.num_kv_heads, attention.head_dim, dtype),) * 2
     return [() if i in config.linear_layers else layer for i in range(config.num_layers)]
@@ -83,8 +87,14 @@ class DecoderLayer(nnx.Module):
                 config.linear_attention, hidden, config.norm_eps, formats, f"{path}.attention"
             )
         elif isinstance(config.attention, MlaConfig):
+            indexer = config.attention.indexer
             self.attention = MlaAttention(
-                config.attention, config.rope, hidden, formats, f"{path}.attention"
+                config.attention,
+                config.rope,
+                hidden,
+                formats,
+                f"{path}.attention",
+                shares_choice=indexer is not None and layer_idx in indexer.sharing_layers,
             )
         else:
             self.attention = GqaAttention(
@@ -106,13 +116,16 @@ class DecoderLayer(nnx.Module):
 
     def attend(
         self, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops, dtype: jnp.dtype
-    ) -> tuple[jax.Array, Cache]:
-        """The first half: float32 `h [T, D]` and the layer's cache, both updated. dtype: of what
-        the linear maps read.
+    ) -> tuple[jax.Array, Cache, StepInputs]:
+        """The first half: float32 `h [T, D]` and the layer's cache, both updated, and the step as
+        the next layer needs it. dtype: of what the linear maps read.
         """
         x = self.attention_norm(h, ops).astype(dtype)
-        y, cache = self.attention(x, cache, step, ops)
-        return h + y, cache
+        if isinstance(self.attention, MlaAttention):
+            y, cache, step = self.attention(x, cache, step, ops)
+        else:
+            y, cache = self.attention(x, cache, step, ops)
+        return h + y, cache, step
 
     def feed_forward(self, h: jax.Array, valid: jax.Array, ops: Ops, dtype: jnp.dtype) -> jax.Array:
         """The second half: float32 `[T, D] -> [T, D]`; `valid [T]`: which rows are no padding."""
@@ -143,8 +156,10 @@ class Decoder(nnx.Module):
 
     def attention(
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
-    ) -> tuple[jax.Array, Cache]:
-        """The first half of layer i: float32 `h [T, D]` and the layer's cache, both updated."""
+    ) -> tuple[jax.Array, Cache, StepInputs]:
+        """The first half of layer i: float32 `h [T, D]` and the layer's cache, both updated, and
+        the step as the next layer needs it.
+        """
         return self.layers[i].attend(h, cache, step, ops, self.compute_dtype)
 
     def mlp(self, i: int, h: jax.Array, step: StepInputs, ops: Ops) -> jax.Array:
@@ -174,9 +189,10 @@ class Decoder(nnx.Module):
 
     def layer(
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
-    ) -> tuple[jax.Array, Cache]:
-        h, cache = self.attention(i, h, cache, step, ops)
-        return self.mlp(i, h, step, ops), cache
+    ) -> tuple[jax.Array, Cache, StepInputs]:
+        """All of layer i, as `attention`."""
+        h, cache, step = self.attention(i, h, cache, step, ops)
+        return self.mlp(i, h, step, ops), cache, step
 
     def head(self, h: jax.Array, ops: Ops) -> jax.Array:
         """`[*, D]` of the residual stream to float32 logits `[*, V]`."""
@@ -203,6 +219,6 @@ class Decoder(nnx.Module):
         h = self.embed(step.token_ids)
         updated = []
         for i, cache in enumerate(caches):
-            h, cache = self.layer(i, h, cache, step, ops)
+            h, cache, step = self.layer(i, h, cache, step, ops)
             updated.append(cache)
         return self.head(jnp.take(h, logit_indices, axis=0, mode="clip"), ops), updated

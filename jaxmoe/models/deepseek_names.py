@@ -79,10 +79,22 @@ class DeepseekNames(HfNames):
 
 
 class IndexedNames(DeepseekNames):
-    """Of DeepSeek-V3.2 and GLM-5, whose indexer is not run."""
+    """Of DeepSeek-V3.2 and GLM-5, whose attention has an indexer."""
+
+    modules = {
+        **DeepseekNames.modules,
+        "attention.indexer.q": "self_attn.indexer.wq_b",
+        "attention.indexer.k": "self_attn.indexer.wk",
+        "attention.indexer.k_norm": "self_attn.indexer.k_norm",
+        "attention.indexer.head_weights": "self_attn.indexer.weights_proj",
+    }
 
     def ignored(self, name: str) -> bool:
-        return ".self_attn.indexer." in name or super().ignored(name)
+        """Also the indexers of layers that use another's choice, should there be any."""
+        attention = self._config.attention
+        assert isinstance(attention, MlaConfig) and attention.indexer is not None
+        unused = (self._in_layer(i, "self_attn.indexer.") for i in attention.indexer.sharing_layers)
+        return name.startswith(tuple(unused)) or super().ignored(name)
 
 
 def head_map_format(attention: MlaConfig, stored: WeightFormat, which: str) -> WeightFormat:

@@ -36,33 +36,47 @@ _log = logging.getLogger(__name__)
 
 # Small maps that no quantization touches, whether or not config.json lists them.
 _NEVER_QUANTIZED = (
-    *(".router.logits", ".shared_gate"),
+    *(".router.logits", ".shared_gate", ".indexer.head_weights"),
     *(".attention.ba", ".attention.b", ".attention.a"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets an architecture apart beyond its `ModelConfig`."""
+    """What sets an architecture apart beyond its `ModelConfig`.
+
+    models: which ones have it, in the words of the README.
+    """
 
     names: type[HfNames]
+    models: str
 
 
 SUPPORTED: Mapping[str, Family] = {
-    "DeepseekV2ForCausalLM": Family(DeepseekNames),
-    "DeepseekV3ForCausalLM": Family(DeepseekNames),
-    "DeepseekV32ForCausalLM": Family(IndexedNames),
-    "Glm4MoeForCausalLM": Family(Glm4MoeNames),
-    "Glm4MoeLiteForCausalLM": Family(DeepseekNames),
-    "GlmMoeDsaForCausalLM": Family(IndexedNames),
-    "GptOssForCausalLM": Family(GptOssNames),
-    "KimiK25ForConditionalGeneration": Family(KimiK25Names),
-    "MiniMaxM2ForCausalLM": Family(MiniMaxM2Names),
-    "MixtralForCausalLM": Family(MixtralNames),
-    "OlmoeForCausalLM": Family(Qwen3MoeNames),
-    "Qwen3MoeForCausalLM": Family(Qwen3MoeNames),
-    "Qwen3NextForCausalLM": Family(Qwen3NextNames),
-    "Qwen3_5MoeForConditionalGeneration": Family(Qwen35MoeNames),
+    "DeepseekV2ForCausalLM": Family(DeepseekNames, "DeepSeek-V2, V2-Lite, Coder-V2"),
+    "DeepseekV3ForCausalLM": Family(
+        DeepseekNames, "DeepSeek-V3, R1, V3.1; Kimi-K2-Instruct, K2-Thinking (`kimi_k2`)"
+    ),
+    "DeepseekV32ForCausalLM": Family(IndexedNames, "DeepSeek-V3.2"),
+    "Glm4MoeForCausalLM": Family(Glm4MoeNames, "GLM-4.5, 4.5-Air, 4.6, 4.7"),
+    "Glm4MoeLiteForCausalLM": Family(DeepseekNames, "GLM-4.7-Flash"),
+    "GlmMoeDsaForCausalLM": Family(
+        IndexedNames,
+        "GLM-5, 5.1, 5.2",
+    ),
+    "GptOssForCausalLM": Family(GptOssNames, "gpt-oss-20b, 120b"),
+    "KimiK25ForConditionalGeneration": Family(
+        KimiK25Names, "Kimi-K2.5, K2.6 (INT4, as K2-Thinking): the text model"
+    ),
+    "MiniMaxM2ForCausalLM": Family(MiniMaxM2Names, "MiniMax-M2, M2.1, M2.5, M2.7"),
+    "MixtralForCausalLM": Family(MixtralNames, "Mixtral-8x7B, 8x22B"),
+    "OlmoeForCausalLM": Family(Qwen3MoeNames, "OLMoE-1B-7B"),
+    "Qwen3MoeForCausalLM": Family(Qwen3MoeNames, "Qwen3-30B-A3B, 235B-A22B, Coder-480B-A35B"),
+    "Qwen3NextForCausalLM": Family(Qwen3NextNames, "Qwen3-Next-80B-A3B"),
+    "Qwen3_5MoeForConditionalGeneration": Family(
+        Qwen35MoeNames,
+        "Qwen3.5 and Qwen3.6 MoE (35B-A3B, 122B-A10B, 397B-A17B): the text model",
+    ),
 }
 
 

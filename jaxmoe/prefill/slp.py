@@ -117,7 +117,7 @@ class SlpPrefill:
         def chunk(kind, context, leaves, part, cache, step):
             layer = nnx.merge(kind.graphdef, jax.tree.unflatten(kind.treedef, leaves))
             base = ops(context)
-            part, cache = layer.attend(part, cache, step, base, self._dtype)
+            part, cache, _ = layer.attend(part, cache, step, base, self._dtype)
             deferred = DeferredOps(base)
             part = layer.feed_forward(part, step.token_rows >= 0, deferred, self._dtype)
             return part, deferred.taken, cache

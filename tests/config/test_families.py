@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxmoe.config.model_config import (
     ClampedSwiglu,
     GatedDeltaConfig,
     GqaConfig,
+    IndexerConfig,
     MlaConfig,
     ModelConfig,
 )
@@ -268,18 +270,40 @@ def test_gpt_oss_as_published():
     assert (quant.format, quant.only_experts) == ("mxfp4", True)
 
 
-def test_sparse_models_are_dense_ones_up_to_what_the_indexer_takes():
+def test_sparse_models_are_dense_ones_with_an_indexer():
     config = ModelConfig.from_hf(DEEPSEEK_V32)
-    assert config.max_position == 2048 and "index_topk = 2048" in config.max_position_reason
+    assert config.max_position == 163840
     dense = {k: v for k, v in DEEPSEEK_V32.items() if not k.startswith("index_")}
     dense |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
     v3 = ModelConfig.from_hf(dense)
-    assert (config.attention, config.rope, config.moe) == (v3.attention, v3.rope, v3.moe)
-    assert ModelConfig.from_hf(DEEPSEEK_V32 | {"index_topk": 10**6}).max_position_reason == ""
-    shared = {"indexer_types": ["full", "shared", "shared"], "layer_types": ["indexed_attention"]}
-    config = ModelConfig.from_hf(GLM_5 | shared)
-    assert config.attention == MlaConfig(4, 192, 512, 192, 64, 256, 256**-0.5)
-    assert config.max_position == 2048 and config.rope.theta == 1e6
+    assert isinstance(config.attention, MlaConfig) and config.rope.interleaved
+    indexer = config.attention.indexer
+    assert indexer == IndexerConfig(
+        4, 128, 2048, dataclasses.replace(config.rope, interleaved=False)
+    )
+    alike = dataclasses.replace(config.attention, indexer=None)
+    assert (alike, config.rope, config.moe) == (v3.attention, v3.rope, v3.moe)
+    glm = ModelConfig.from_hf(GLM_5 | {"layer_types": ["deepseek_sparse_attention"] * 3})
+    assert isinstance(glm.attention, MlaConfig) and glm.max_position == 202752
+    assert glm.attention.indexer == IndexerConfig(4, 128, 2048, glm.rope)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "layers"),
+    [
+        ({"indexer_types": ["full", "shared", "shared"]}, (1, 2)),
+        ({"index_topk_pattern": "FSF"}, (1,)),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 2}, (2,)),
+        ({"index_topk_freq": 2, "index_skip_topk_offset": 1}, (1,)),
+        ({"indexer_types": ["full"] * 3, "index_topk_freq": 4}, ()),
+        ({"index_topk_pattern": ["full", "full", "shared"]}, (2,)),
+        ({"index_topk_freq": 1, "index_skip_topk_offset": 3}, ()),
+    ],
+)
+def test_layers_that_use_anothers_choice(sharing, layers):
+    config = ModelConfig.from_hf(GLM_5 | sharing)
+    assert isinstance(config.attention, MlaConfig) and config.attention.indexer is not None
+    assert config.attention.indexer.sharing_layers == layers
 
 
 def test_qwen3_next():
@@ -359,6 +383,13 @@ REFUSED = [
     ("gpt_oss", {"swiglu_limit": 0}, ["swiglu_limit", "above 0"]),
     ("v32", {"index_topk": None}, ["lacks 'index_topk'"]),
     ("v32", {"layer_types": ["linear_attention"]}, ["layer_types", "linear_attention"]),
+    ("v32", {"index_head_dim": 32}, ["index_head_dim", "at least 64"]),
+    ("v32", {"index_n_heads": None}, ["lacks 'index_n_heads'"]),
+    ("v32", {"q_lora_rank": None}, ["q_lora_rank", "latent"]),
+    ("v32", {"indexer_rope_interleave": True}, ["indexer_rope_interleave", "False"]),
+    ("glm5", {"indexer_types": ["full"]}, ["indexer_types", "3 of"]),
+    ("glm5", {"index_topk_pattern": "FSX"}, ["index_topk_pattern", "'full' and 'shared'"]),
+    ("glm5", {"index_topk_pattern": "SFF"}, ["index_topk_pattern", "'full' first"]),
     ("v32", {"model_type": "deepseek_v3"}, ["model_type", "deepseek_v32"]),
     ("glm5", {"hc_mult": 4}, ["hc_mult"]),
     ("next", {"linear_num_value_heads": 24}, ["linear_num_value_heads", "16 key heads"]),

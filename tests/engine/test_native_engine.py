@@ -111,6 +111,28 @@ def test_same_bits_in_any_mix_with_windows_sinks_and_biases(tmp_path, case):
         assert results(llm.generate(prompts[::-1], params)) == alone[::-1]
 
 
+def test_same_bits_where_an_indexer_chooses_the_context(tmp_path):
+    """Its keys are in the same pages: found by the prefix cache, computed again after preemption.
+    Contexts are on both sides of what it chooses, so that dense and sparse steps mix.
+    """
+    write(tmp_path, "deepseek_v32_fp8")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"index_topk": 24}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0)
+    with load(tmp_path) as llm:
+        ids = 3 * llm.prompt_ids(TEXT)
+        prompts = [ids[:length] for length in (5, 20, 21, 41, 78)]
+        alone = [results(llm.generate(p, params))[0] for p in prompts]
+        assert results(llm.generate(prompts[::-1], params)) == alone[::-1]
+        assert llm.engine.prefix.hit_tokens > 78
+        llm.engine.scheduler.prefix = None
+        pages = llm.engine.pages
+        held = pages.allocate(pages.num_free - 13)
+        assert results(llm.generate(prompts, params)) == alone
+        assert llm.engine.stats()["preemptions_total"] > 0
+        pages.free(held)
+
+
 def test_recurrent_states_are_reported_and_without_room_prompts_are_computed_whole(tmp_path):
     prompt, params = TEXT[:60], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     write(tmp_path, "qwen3_next")

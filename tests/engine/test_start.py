@@ -39,11 +39,3 @@ def test_a_config_file_alone_is_for_random_weights(tmp_path):
     assert read_directory(file, dummy=True).eos_token_ids == (3,)
     with pytest.raises(CheckpointError, match="is not a directory; .*load_format=dummy"):
         read_directory(file)
-
-
-def test_a_context_shorter_than_the_models_is_explained(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_models.hf_config("deepseek_v32_fp8")))
-    directory = read_directory(tmp_path)
-    assert directory.model_config.max_position == 80
-    (note,) = [note for note in directory.notes if "index_topk" in note]
-    assert "at most 80 tokens" in note and "not implemented" in note

@@ -86,7 +86,11 @@ def run(model: tuple[Any, ...], rows: list[list[int]], padding: int = 0) -> np.n
 
 @pytest.mark.parametrize(
     ("case", "heads_and_dims"),
-    [("deepseek_v3", [(1, 576)]), ("qwen3_moe", [(2, 128), (2, 128)])],
+    [
+        ("deepseek_v3", [(1, 576)]),
+        ("deepseek_v32_fp8", [(1, 576), (1, 128)]),
+        ("qwen3_moe", [(2, 128), (2, 128)]),
+    ],
 )
 def test_cache_spec(case: str, heads_and_dims: list[tuple[int, int]]):
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
@@ -133,8 +137,8 @@ def test_parts_make_up_the_whole():
     step = step_of([[3, 1, 4]], 0)
     h = model.embed(step.token_ids)
     for i in range(config.num_layers):
-        attended, cache = model.attention(i, h, (), step, ops)
-        h, _ = model.layer(i, h, (), step, ops)
+        attended, cache, _ = model.attention(i, h, (), step, ops)
+        h, *_ = model.layer(i, h, (), step, ops)
         assert cache == ()
         np.testing.assert_allclose(model.mlp(i, attended, step, ops), h, rtol=1e-5, atol=1e-6)
     whole, _ = model(step, [()] * config.num_layers, ops, jnp.asarray([2, 0]))

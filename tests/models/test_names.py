@@ -76,15 +76,14 @@ def test_strangers_are_not_ignored():
     assert tied.ignored("lm_head.weight")
 
 
-def test_an_indexer_is_known_and_not_needed():
-    indexer = "model.layers.0.self_attn.indexer.wq_b.weight"
-    for case, ignored in (
-        ("deepseek_v32_fp8", True),
-        ("glm_moe_dsa", True),
-        ("deepseek_v3", False),
-    ):
-        names = models.name_map(ModelConfig.from_hf(tiny_models.hf_config(case)), {})
-        assert names.ignored(indexer) == ignored
+def test_an_indexer_is_ignored_in_layers_that_use_anothers_choice():
+    indexer = "model.layers.{}.self_attn.indexer.wq_b.weight"
+    config = ModelConfig.from_hf(tiny_models.hf_config("glm_moe_dsa_shared"))
+    names = models.name_map(config, {})
+    assert [names.ignored(indexer.format(i)) for i in range(4)] == [False, True, False, True]
+    assert names.weight_name("layers.0.attention.indexer.q") == indexer.format(0)
+    v3 = models.name_map(ModelConfig.from_hf(tiny_models.hf_config("deepseek_v3")), {})
+    assert not v3.ignored(indexer.format(1))
 
 
 def test_parts_of_a_larger_model():

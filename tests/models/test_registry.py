@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from support import tiny_models
+from support import parity_tables, tiny_models
+from support.parity import load_fixture
 from support.tiny_runner import stored_formats
 
 from jaxmoe import models
@@ -25,49 +26,19 @@ def test_what_parses_has_names():
     assert models.SUPPORTED.keys() == families.PARSERS.keys()
 
 
-def test_the_readme_names_every_architecture_and_no_other():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+For\w+)` \|", readme, flags=re.MULTILINE)
-    assert sorted(rows) == sorted(models.SUPPORTED)
-    held = re.findall(
-        r"^\| [\w.-]+-like, (?:BF16|FP8[^|]*|INT4[^|]*|MXFP[48][^|]*) \|",
-        readme,
-        flags=re.MULTILINE,
-    )
-    assert len(held) == len(tiny_models.CASES)
-
-
-# As the README's table of architectures calls them.
-FORMAT_WORDS = {
-    "bf16": "BF16",
-    "fp8_block": "FP8 block",
-    "fp8_channel": "FP8 channel",
-    "int4_g32": "INT4 experts in groups of 32",
-    "int4_g128": "INT4 in groups of 128",
-    "mxfp4": "MXFP4",
-    "mxfp8": "MXFP8",
-}
-# BF16 and FP8 in blocks are claimed for relatives of what is tested; of the others, this one is,
-# by tests/weights/test_stored_forms.py.
-ALSO_TESTED = {("KimiK25ForConditionalGeneration", "int4_g32")}
-
-
-def test_the_readme_says_which_formats_are_tested_with_which_architecture():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+For\w+)` \|.*\|([^|]+)\|$", readme, flags=re.MULTILINE)
-    claimed = {
-        (architecture, word)
-        for architecture, cell in rows
-        for word, text in FORMAT_WORDS.items()
-        if text in cell
-    }
-    tested = {
-        (config_of(case).architecture, tiny_models.FORMATS.get(case, "bf16"))
-        for case in tiny_models.CASES
-    }
-    assert tested <= claimed
-    others = {pair for pair in claimed if pair[1] not in ("bf16", "fp8_block")}
-    assert others <= tested | ALSO_TESTED
+def test_every_case_is_held_to_its_fixture_and_every_architecture_to_a_case():
+    """The README's tables (tools/update_docs.py) claim what passed, and nothing else."""
+    results = parity_tables.load_results()
+    assert list(results) == list(tiny_models.CASES)
+    for case, entry in results.items():
+        assert entry["fixture"] == load_fixture(case).digest[:16], case
+        assert entry["float32_error"] <= 1e-4
+        assert entry["bfloat16_kl"] <= entry["transformers_kl"]
+    table = parity_tables.supported(results)
+    rows = re.findall(r"^\| `(\w+For\w+)` \| .+ \| .+ \|$", table, flags=re.MULTILINE)
+    assert rows == list(models.SUPPORTED)
+    without = {case: entry for case, entry in results.items() if case != "minimax_m2_mxfp8"}
+    assert "MXFP8" in table and "MXFP8" not in parity_tables.supported(without)
 
 
 def test_the_readme_describes_every_format():

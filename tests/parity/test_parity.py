@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import tiny_models
+from support import parity_tables, tiny_models
 from support.compare import mean_kl, relative_error
 from support.parity import load_fixture
 from support.tiny_runner import TinyRunner, native_runner, reference_runner
@@ -51,7 +51,7 @@ def test_checkpoints_are_the_ones_the_fixtures_were_made_of(case: str):
 # ordinary run, everything else is for the slow one.
 ALIKE = (
     *("mixtral", "olmoe", "glm4_moe_lite", "minimax_m2_fp8", "kimi_k25"),
-    *("deepseek_v32_fp8", "glm_moe_dsa"),
+    *("deepseek_v32_fp8", "glm_moe_dsa", "glm_moe_dsa_sparse", "glm_moe_dsa_shared"),
 )
 # Other formats of the models above, one case a format or spelling of it.
 OTHER_FORMATS = (
@@ -61,8 +61,10 @@ OTHER_FORMATS = (
 
 
 def float32_runs() -> list[Any]:
+    on_kernels = (*ALIKE, *OTHER_FORMATS, "deepseek_v32_sparse")  # mutations run on the reference
+
     def is_slow(case: str, backend: str) -> bool:
-        return case == "minimax_m2" or (backend == "reference" and case in (*ALIKE, *OTHER_FORMATS))
+        return case == "minimax_m2" or (backend == "reference" and case in on_kernels)
 
     return runs(is_slow)
 
@@ -96,6 +98,8 @@ def test_float32(case: str, backend: str, folder: Path):
     decoded = np.stack(rows, axis=1)  # [P, 16, V]
     assert relative_error(decoded, fixture.greedy_logits) <= FLOAT32_TOLERANCE
     np.testing.assert_array_equal(decoded.argmax(axis=-1), fixture.greedy_tokens)
+    if backend == "native":
+        parity_tables.note(case, float32_error=relative_error(whole, fixture.logits))
 
 
 def bfloat16_runs() -> list[Any]:
@@ -117,10 +121,12 @@ def test_bfloat16(case: str, backend: str, folder: Path):
     fixture = load_fixture(case)
     runner = make_runner(backend, case, "bfloat16", folder, "matrix")
     logits = np.concatenate(runner.step(fixture.prompts, PREFILL_TOKENS))
-    theirs = mean_kl(fixture.logits_bf16, fixture.logits)
-    assert mean_kl(logits, fixture.logits) <= theirs
+    ours, theirs = (mean_kl(a, fixture.logits) for a in (logits, fixture.logits_bf16))
+    assert ours <= theirs
     # A bfloat16 run that agreed to float32 precision would not have been one.
     assert relative_error(logits, fixture.logits) > 1e-4
+    if backend == "native":
+        parity_tables.note(case, bfloat16_kl=ours, transformers_kl=theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

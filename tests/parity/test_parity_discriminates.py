@@ -68,6 +68,16 @@ MUTATIONS = {
     "whole heads of 256 turned": ("qwen3_next", edit(rope__dim=256)),
     "ungated shared expert": ("qwen3_next", edit(moe__shared_gate=False)),
     "no renormalisation of Qwen3.5": ("qwen3_5_moe", edit(moe__router__renormalize=False)),
+    "no indexer": ("deepseek_v32_sparse", edit(attention__indexer=None)),
+    "one position fewer": ("deepseek_v32_sparse", edit(attention__indexer__top_k=23)),
+    "neighbours of the indexer turned": (
+        "deepseek_v32_sparse",
+        edit(attention__indexer__rope__interleaved=True),
+    ),
+    "halves of the indexer turned": (
+        "glm_moe_dsa_sparse",
+        edit(attention__indexer__rope__interleaved=False),
+    ),
     "no YaRN mscale at K2.5's factor": ("kimi_k25", edit(attention__softmax_scale=192**-0.5)),
 }
 
@@ -76,6 +86,7 @@ MUTATIONS = {
 SLOW = (
     *("no renormalisation of two", "no clipping", "scale of the part without rope"),
     *("no YaRN mscale at K2.5's factor", "no expert biases", "no router bias"),
+    *("neighbours of the indexer turned", "one position fewer"),
     *("no YaRN concentration", "no renormalisation of Qwen3.5", "whole heads of 256 turned"),
 )
 
@@ -136,6 +147,14 @@ WEIGHT_MUTATIONS = {
     "no decay": ("qwen3_next", change(".A_log", lambda a: np.full_like(a, -100.0))),
     "no bias of the decay": ("qwen3_5_moe", change(".dt_bias", np.zeros_like)),
     "no convolution": ("qwen3_5_moe", change(".conv1d.weight", last_token_only)),
+    "no head weights of the indexer": (
+        "deepseek_v32_sparse",
+        change("indexer.weights_proj.weight", np.ones_like),
+    ),
+    "no bias of the indexer's norm": (
+        "deepseek_v32_sparse",
+        change("indexer.k_norm.bias", np.zeros_like),
+    ),
     "an offset in linear attention's norm": (
         "qwen3_5_moe",
         change("linear_attn.norm.weight", lambda w: w + w.dtype.type(1)),
@@ -143,7 +162,7 @@ WEIGHT_MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5_moe"])
+@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5_moe", "deepseek_v32_sparse"])
 def test_changed_weights_are_noticed(case: str):
     fixture = load_fixture(case)
     prompt = fixture.prompts[0][:NUM_TOKENS]

@@ -24,43 +24,49 @@ from support import tiny_quant
 from support.tiny_quant import BF16, E8M0, F32, FP8
 
 CONFIG_DIR = Path(__file__).parents[2] / "configs" / "tiny"
-CASES = (
-    "deepseek_v2_lite",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v3_fp8",
-    "kimi_k2",
-    "kimi_k2_fp8",
-    "qwen3_moe",
-    "qwen3_moe_fp8",
-    "mixtral",
-    "olmoe",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "minimax_m2",
-    "minimax_m2_fp8",
-    "kimi_k25",
-    "gpt_oss",
-    "deepseek_v32_fp8",
-    "glm_moe_dsa",
-    "qwen3_next",
-    "qwen3_next_fp8",
-    "qwen3_5_moe",
-    "qwen3_5_moe_fp8",
-    "glm4_moe_fp8",
-    "kimi_k2_int4",
-    "gpt_oss_mxfp4",
-    "deepseek_v31_fp8",
-    "qwen3_moe_mxfp4",
-    "qwen3_moe_int4",
-    "minimax_m2_mxfp8",
-)
+# Every case, and what the README calls it.
+TITLES = {
+    "deepseek_v2_lite": "DeepSeek-V2-Lite-like, BF16",
+    "deepseek_v2": "DeepSeek-V2-like, BF16",
+    "deepseek_v3": "DeepSeek-V3-like, BF16",
+    "deepseek_v3_fp8": "DeepSeek-V3-like, FP8",
+    "kimi_k2": "Kimi-K2-like, BF16",
+    "kimi_k2_fp8": "Kimi-K2-like, FP8",
+    "qwen3_moe": "Qwen3-MoE-like, BF16",
+    "qwen3_moe_fp8": "Qwen3-MoE-like, FP8",
+    "mixtral": "Mixtral-like, BF16",
+    "olmoe": "OLMoE-like, BF16",
+    "glm4_moe": "GLM-4.5-like, BF16",
+    "glm4_moe_lite": "GLM-4.7-Flash-like, BF16",
+    "minimax_m2": "MiniMax-M2-like, BF16",
+    "minimax_m2_fp8": "MiniMax-M2-like, FP8",
+    "kimi_k25": "Kimi-K2.5-like, BF16",
+    "gpt_oss": "gpt-oss-like, BF16",
+    "deepseek_v32_fp8": "DeepSeek-V3.2-like, FP8",
+    "glm_moe_dsa": "GLM-5-like, BF16",
+    "qwen3_next": "Qwen3-Next-like, BF16",
+    "qwen3_next_fp8": "Qwen3-Next-like, FP8",
+    "qwen3_5_moe": "Qwen3.5-like, BF16",
+    "qwen3_5_moe_fp8": "Qwen3.5-like, FP8",
+    "glm4_moe_fp8": "GLM-4.5-like, FP8 channel",
+    "kimi_k2_int4": "Kimi-K2-Thinking-like, INT4",
+    "gpt_oss_mxfp4": "gpt-oss-like, MXFP4",
+    "deepseek_v31_fp8": "DeepSeek-V3.1-like, FP8 (e8m0 scales)",
+    "qwen3_moe_mxfp4": "Qwen3-MoE-like, MXFP4",
+    "qwen3_moe_int4": "Qwen3-MoE-like, INT4 in groups of 128",
+    "minimax_m2_mxfp8": "MiniMax-M2-like, MXFP8",
+    "deepseek_v32_sparse": "DeepSeek-V3.2-like, FP8, contexts beyond index_topk",
+    "glm_moe_dsa_sparse": "GLM-5-like, BF16, contexts beyond index_topk",
+    "glm_moe_dsa_shared": "GLM-5.2-like, BF16, contexts beyond index_topk",
+}
+CASES = tuple(TITLES)
 # The format of the routed experts in the quantized ones.
 FORMATS = {
     **dict.fromkeys(
         (
             *("deepseek_v3_fp8", "kimi_k2_fp8", "qwen3_moe_fp8", "minimax_m2_fp8"),
             *("deepseek_v32_fp8", "deepseek_v31_fp8", "qwen3_next_fp8", "qwen3_5_moe_fp8"),
+            "deepseek_v32_sparse",
         ),
         "fp8_block",
     ),
@@ -175,7 +181,7 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
         if config["model_type"] in _GATED_DELTA and (i + 1) % config["full_attention_interval"]:
             _gated_delta(b, f"{prefix}.linear_attn")
         elif "kv_lora_rank" in config:
-            _mla(b, f"{prefix}.self_attn")
+            _mla(b, f"{prefix}.self_attn", has_indexer=_has_indexer(config, i))
         else:
             _gqa(b, f"{prefix}.self_attn")
         if i < config.get("first_k_dense_replace", 0):
@@ -218,7 +224,13 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     return b.tensors
 
 
-def _mla(b: _Builder, prefix: str) -> None:
+def _has_indexer(config: Mapping[str, Any], layer: int) -> bool:
+    """The draft head has one in any case."""
+    kinds = config.get("indexer_types", [])[layer : layer + 1]
+    return "index_topk" in config and kinds != ["shared"]
+
+
+def _mla(b: _Builder, prefix: str, *, has_indexer: bool) -> None:
     c = b.config
     hidden, heads, latent = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
     nope, rope, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
@@ -232,7 +244,7 @@ def _mla(b: _Builder, prefix: str) -> None:
     b.norm(f"{prefix}.kv_a_layernorm", latent)
     b.matrix(f"{prefix}.kv_b_proj", heads * (nope + v), latent)
     b.matrix(f"{prefix}.o_proj", hidden, heads * v, 1.5)
-    if "index_topk" in c:
+    if has_indexer:
         index_heads, index_dim = c["index_n_heads"], c["index_head_dim"]
         b.matrix(f"{prefix}.indexer.wq_b", index_heads * index_dim, c["q_lora_rank"])
         b.matrix(f"{prefix}.indexer.wk", index_dim, hidden)

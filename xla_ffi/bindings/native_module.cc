@@ -179,6 +179,7 @@ py::dict handlers() {
   add("jaxmoe_paged_attention", JaxmoePagedAttention);
   add("jaxmoe_mark", JaxmoeMark);
   add("jaxmoe_gated_delta", JaxmoeGatedDelta);
+  add("jaxmoe_index_select", JaxmoeIndexSelect);
   add("jaxmoe_slot_acquire", JaxmoeSlotAcquire);
   add("jaxmoe_slot_release", JaxmoeSlotRelease);
   return result;

@@ -19,6 +19,7 @@ XLA_FFI_Error* JaxmoeKvWrite(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoePagedAttention(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeMark(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeGatedDelta(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxmoeIndexSelect(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeSlotAcquire(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeSlotRelease(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxmoeSlotAcquireCuda(XLA_FFI_CallFrame* frame);
