@@ -68,6 +68,8 @@ class Sequence:
     cache when it was first admitted; -1 before. page_keys: of the prompt's whole pages, once they
     were asked for. state_from: the slot of a kept state that its first step starts from, or -1.
     num_known_pages: of its prompt when it was admitted, whether or not their state was kept.
+    prefill_path, predicted_ttft_s: which way its prompt was begun (scheduler/prefill_route.py) and
+    what was expected of it, time in the queue included; empty where there is one way only.
     """
 
     request: Request
@@ -85,6 +87,8 @@ class Sequence:
     num_preemptions: int = 0
     started_s: float = 0.0
     first_token_s: float = 0.0
+    prefill_path: str = ""
+    predicted_ttft_s: float = 0.0
     grammar: Grammar | None = None
 
     @property

@@ -1,12 +1,14 @@
 """jaxmoe_bench: measures this machine's kernels and steps, or a server that speaks OpenAI's API.
 
+    jaxmoe_bench machine                                          memory, bus and kernel rates, kept
     jaxmoe_bench kernel --json=kernel.json --plot=kernel.png      bare kernels, cold weights
     jaxmoe_bench layer                                            the routed-experts operation
     jaxmoe_bench decode --model=DIR_OR_CONFIG.json                whole steps, one token each
     jaxmoe_bench prefill --model=... --against=llama-bench:PATH --against_model=FILE.gguf
 
-These state every figure beside the read ceiling and the peak of arithmetic, measured in the same
-minute. A server, this one or any other:
+machine takes seconds; what it finds is kept for the engine, which chooses prompts' paths by it.
+The others state every figure beside the read ceiling and the peak of arithmetic, measured in the
+same minute. A server, this one or any other:
 
     jaxmoe_bench serve --request_rate=0.5,1,2 --slo_ttft_ms=2000 --plot=sweep.png
     jaxmoe_bench serve --url=http://HOST:8000 --concurrency=1,4,16 --json=sweep.json
@@ -56,6 +58,13 @@ def define_flags() -> flags.FlagValues:
         words = said(words, default)
         flags.DEFINE_float(name, default, words, lower_bound=0.0, flag_values=values)
 
+    flags.DEFINE_enum(
+        "suite",
+        None,
+        [*bench_local.KINDS, *KINDS],
+        "what to measure, instead of its name as an argument",
+        flag_values=values,
+    )
     text("url", "http://127.0.0.1:8000", "of the server, with or without /v1")
     text("model", None, "decode, prefill: a checkpoint, or a config.json for random weights; of a "
          "server: default the first that it names")  # fmt: skip
@@ -107,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(values: flags.FlagValues, rest: list[str]) -> int:
     given: dict[str, Any] = {name: values[name].value for name in values}
+    if given["suite"]:
+        rest = [given["suite"], *rest]
     if len(rest) != 1 or rest[0] not in (*bench_local.KINDS, *KINDS):
         raise ConfigError(
             f"got {' '.join(rest) or 'nothing'}, wanted one of "
@@ -116,7 +127,7 @@ def _run(values: flags.FlagValues, rest: list[str]) -> int:
         folder = Path(given[name] or ".").parent
         if not folder.is_dir():
             raise ConfigError(f"--{name}: there is no directory {folder}")
-    named = {name for name in values if values[name].present}
+    named = {name for name in values if values[name].present} - {"suite"}
     if rest[0] in bench_local.KINDS:
         return bench_local.run(rest[0], given, named)
     for name in sorted(named & bench_local.OWN):

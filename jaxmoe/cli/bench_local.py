@@ -1,4 +1,4 @@
-"""jaxmoe_bench kernel, layer, decode and prefill: what this machine does of what it could.
+"""jaxmoe_bench machine, kernel, layer, decode and prefill: what this machine does of what it could.
 
 Figures are medians of --repeats, each stated against the read ceiling and the peak of arithmetic
 that the same threads reached in the seconds before and after it.
@@ -16,22 +16,24 @@ from absl import flags
 
 from jaxmoe.cli import bench_against, bench_plot
 from jaxmoe.common.errors import ConfigError
-from jaxmoe.config.engine_config import ISAS
+from jaxmoe.config.engine_config import ISAS, EngineConfig
 
-KINDS = ("kernel", "layer", "decode", "prefill")
+KINDS = ("machine", "kernel", "layer", "decode", "prefill")
 # What each kind takes beside the common flags.
 _COMMON = {"threads", "isa", "repeats", "ceiling_mb", "json", "plot", "quiet", "help"}
 _MODEL = {"model", "batch", "context", "against", "against_model", "against_args"}
 _TAKES = {
+    "machine": {"threads", "isa", "formats", "cache_dir", "anew", "json", "quiet", "help"},
     "kernel": _COMMON | {"dims", "formats", "rows", "cold_mb"},
     "layer": _COMMON | {"dims", "formats", "rows", "cold_mb"},
     "decode": _COMMON | _MODEL | {"tokens", "profile"},
     "prefill": _COMMON | _MODEL - {"batch"} | {"prompt_tokens", "chunk_tokens", "profile"},
 }
 # Flags that only these kinds know.
-OWN = {*_TAKES["decode"], *_TAKES["prefill"], *_TAKES["layer"]} - {
+OWN = {name for takes in _TAKES.values() for name in takes} - {
     "model", "json", "plot", "quiet", "help",
 }  # fmt: skip
+CACHE_DIR = EngineConfig().cache_dir
 _ROWS = {"kernel": "1,2,4,8,256", "layer": "1,2,4,8,256,1024"}
 
 
@@ -50,7 +52,11 @@ def define_flags(values: flags.FlagValues) -> None:
     whole("ceiling_mb", 1024, "memory read for the ceiling, far beyond the last-level cache")
     text("dims", "kernel, layer: names of models or HIDDENxINTERMEDIATE:EXPERTS_A_TOKEN, with "
          "commas (default deepseek_v3,qwen3_30b)")  # fmt: skip
-    text("formats", "kernel, layer: weight formats, with commas (default fp8_block,bf16)")
+    text("formats", "machine, kernel, layer: weight formats, with commas (default fp8_block,bf16; "
+         "machine: all)")  # fmt: skip
+    text("cache_dir", f"machine: where rates are kept for the engine (default {CACHE_DIR})")
+    flags.DEFINE_boolean("anew", False, "machine: measure although rates are kept (default false)",
+                         flag_values=values)  # fmt: skip
     text("rows", f"kernel: activation rows (default {_ROWS['kernel']}); layer: tokens "
          f"({_ROWS['layer']})")  # fmt: skip
     whole("cold_mb", 1024, "kernel, layer: weights that a repeat walks through, in MiB")
@@ -76,6 +82,10 @@ def run(kind: str, given: Mapping[str, Any], given_names: set[str]) -> int:
     ]
     for name in sorted(given_names - _TAKES[kind]):
         raise ConfigError(f"--{name}: {kind} does not take it")
+    if kind == "machine":
+        from jaxmoe.cli import bench_rates
+
+        return bench_rates.run(given)
     if given["plot"]:
         bench_plot.require()
     numbers = _Numbers(given)

@@ -28,3 +28,20 @@ def cpu_id(root: Path = Path("/")) -> str:
         facts.setdefault(name.strip(), value.strip())
     wanted = ("vendor_id", "cpu family", "model", "stepping")
     return " ".join(facts[name] for name in wanted if name in facts)
+
+
+def memory_topology(root: Path = Path("/")) -> str:
+    """Every NUMA node's CPUs and memory, rounded to GiB: what memory bandwidth depends on."""
+    found = []
+    for folder in sorted(root.glob("sys/devices/system/node/node[0-9]*"), key=_node_number):
+        try:
+            cpus = (folder / "cpulist").read_text().strip()
+            total = (folder / "meminfo").read_text().partition("MemTotal:")[2].split()
+            found.append(f"{folder.name}: CPUs {cpus}, {round(int(total[0]) / 2**20)} GiB")
+        except (OSError, ValueError, IndexError):
+            continue
+    return "; ".join(found)
+
+
+def _node_number(folder: Path) -> int:
+    return int(folder.name.removeprefix("node"))

@@ -9,10 +9,6 @@ differently) is made by the kind of program, never by a measurement or a row cou
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmoe.common.machine import cpu_id, cpu_name
+from jaxmoe.engine import kept
 from jaxmoe.ffi import measure
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.weights.host_store import ExpertLayout
 from jaxmoe.weights.random_init import random_experts
-
-_log = logging.getLogger(__name__)
 
 LEAST_EXPERT_BYTES = 1 << 30  # smaller models start sooner than this takes
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24)
@@ -65,9 +60,9 @@ def calibrate(
     """
     file = None if folder is None else folder / "calibration.json"
     key = identity(runtime)
-    kept = _read(file)
-    if key in kept:
-        few = kept[key]
+    known = _read(file)
+    if key in known:
+        few = known[key]
         runtime.set_few_tokens(few)
         return Calibration(few, f"measured earlier, {file}")
     default = runtime.few_tokens
@@ -84,7 +79,7 @@ def calibrate(
         )
     runtime.set_few_tokens(few)
     if file is not None:
-        _write(file, kept | {key: few})
+        kept.write(file, known | {key: few})
     return Calibration(few, f"measured in {seconds:.1f} s")
 
 
@@ -143,30 +138,9 @@ class Experts:
 
 
 def _read(file: Path | None) -> dict[str, int]:
-    """What is kept; nothing where the file is missing or not ours."""
-    if file is None:
-        return {}
-    try:
-        kept = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(kept, dict):
-        return {}
+    """What is kept and can be an answer."""
     return {
         key: few
-        for key, few in kept.items()
+        for key, few in kept.read(file).items()
         if isinstance(few, int) and not isinstance(few, bool) and 0 <= few <= max(ROWS)
     }
-
-
-def _write(file: Path, kept: dict[str, int]) -> None:
-    """Whole or not at all; a folder that cannot be written only costs the next start its time."""
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(kept, indent=1) + "\n")
-        part.replace(file)
-    except OSError as e:
-        _log.warning("%s is not kept: %s", file, e.strerror)
-        with contextlib.suppress(OSError):
-            part.unlink()

@@ -38,7 +38,7 @@ from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.scheduler.prefill_route import PrefillRoute
+from jaxmoe.scheduler.prefill_route import Path, PrefillRoute
 from jaxmoe.scheduler.scheduler import Row, Scheduler, StepPlan
 from jaxmoe.text.tokenizer import Tokenizer
 
@@ -233,7 +233,7 @@ class Engine:
                 counted = row.start if row.seq.request.params.adjusts_logits else 0
                 self._runner.assign(row.seq.slot, row.seq.request.prompt_token_ids[:counted])
             if not row.seq.started_s:
-                row.seq.started_s = now
+                self._note_start(row.seq, "chunked", now)
         try:
             results = self._runner.run(plan.kind, _step_rows(plan))
         except BaseException as e:
@@ -265,7 +265,8 @@ class Engine:
             if row.seq.is_new:
                 self._runner.assign(row.seq.slot)
                 row.seq.is_new = False
-            row.seq.started_s = row.seq.started_s or now
+            if not row.seq.started_s:
+                self._note_start(row.seq, "slp", now)
             self._streamed.begin(row.seq, _step_rows(plan)[0])
         try:
             done = self._streamed.advance()
@@ -297,6 +298,15 @@ class Engine:
         self._note_progress(plan)
         self._stats.note_step(plan, seconds, self._counters(), compiled=False)
         return []
+
+    def _note_start(self, seq: RequestSequence, path: Path, now: float) -> None:
+        """A prompt's first step: which way it goes and when its first token is expected."""
+        seq.started_s = now
+        if self._route is not None:
+            seq.prefill_path = path
+            queued_s = now - seq.request.arrival_s
+            left = seq.num_prompt - seq.num_computed
+            seq.predicted_ttft_s = queued_s + self._route.predict_s(path, left)
 
     def _note_stream(self, row: Row, seconds: float) -> None:
         assert self._route is not None
@@ -450,12 +460,13 @@ class Engine:
         for output in outputs:
             t = output.timings
             _log.info(
-                "request %s[%d]: %d + %d tokens, ttft %.3f s, tpot %.4f s, %s",
+                "request %s[%d]: %d + %d tokens, ttft %.3f s%s, tpot %.4f s, %s",
                 request.request_id,
                 output.index,
                 t.prompt_tokens,
                 t.output_tokens,
                 t.ttft_s,
+                _describe_path(completions[output.index].seq),
                 t.tpot_s,
                 output.finish_reason,
             )
@@ -468,6 +479,12 @@ class Engine:
             None if known is None else tuple(known),
         )
         return dataclasses.replace(delta, output=done)
+
+
+def _describe_path(seq: RequestSequence) -> str:
+    if not seq.prefill_path:
+        return ""
+    return f" ({seq.prefill_path}, predicted {seq.predicted_ttft_s:.3f} s)"
 
 
 def _step_rows(plan: StepPlan) -> list[StepRow]:

@@ -11,6 +11,7 @@ from jaxmoe.common.errors import CapacityError, CheckpointError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.engine.placement import free_bytes
+from jaxmoe.engine.prompt_rates import make_route
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.kv_cache.layout import CacheLayout
@@ -24,11 +25,6 @@ from jaxmoe.weights.loaded_model import LoadedModel
 
 # Of what XLA may take: the rest is for programs' temporaries outside the plan.
 _SHARE = 0.9
-# FLOP/s of a thread in the experts' many-row kernels, as measured by earlier forms of
-# jaxmoe_bench; only a first guess, corrected by the first prompts.
-_FLOPS = {"scalar": 2e9, "avx2": 6e10, "avx512": 8e10, "avx512_bf16": 1.2e11, "amx": 8e11}
-# Of the GPU at large prompts, likewise.
-_DEVICE_FLOPS = 2e14
 
 
 @dataclasses.dataclass
@@ -103,16 +99,8 @@ def start_streaming(
                 raise CapacityError(f"prefill: slp, but {error}") from None
             raise
         return None, (f"long prompts are computed in chunks: {error}",)
-    on_stage("measuring the bus", 0.0)
-    expert = model.moe.expert_intermediate * model.hidden_size * 6
-    flops = expert * model.moe.router.experts_per_token * len(model.moe_layers)
-    route = PrefillRoute(
-        pass_s=ring.measure_pass_s(),
-        # Everything else of a token is about as much again.
-        streamed_token_s=2 * flops / _DEVICE_FLOPS,
-        chunked_token_s=flops / (_FLOPS[runtime.isa] * runtime.num_threads),
-        max_tokens=plan.max_tokens,
-        forced="slp" if config.prefill == "slp" else None,
+    route = make_route(
+        config, model, device, runtime, loaded.host_store, ring, plan.max_tokens, on_stage
     )
     return LongPrompts(PromptStream(slp, caches), route, ring, plan.describe()), ()
 
@@ -133,5 +121,8 @@ def describe_placement(device: Device, long_prompts: LongPrompts | None) -> list
             "computes in place"
         )
     if long_prompts is not None:
-        lines += [f"long prompts: {long_prompts.report}", long_prompts.route.describe()]
+        route = long_prompts.route
+        lines += [f"long prompts: {long_prompts.report}", route.describe()]
+        if route.source:
+            lines.append(route.source)
     return lines

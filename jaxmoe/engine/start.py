@@ -93,7 +93,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     _require_cache_memory(layout, states)
     programs = compile_cache.enable(config.cache_path)
     device, notes = choose_device(config, model_config)
-    runtime = CpuRuntime(num_threads=_num_threads(config, device), isa=config.isa)
+    runtime = CpuRuntime(num_threads=num_threads(config.num_threads, device), isa=config.isa)
     loaded = long_prompts = profile = None
     try:
         if config.profile is not None and device.platform != "cpu":
@@ -188,10 +188,10 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     )
 
 
-def _num_threads(config: EngineConfig, device: Device) -> int | None:
+def num_threads(wanted: int | None, device: Device) -> int | None:
     """One core is left for the thread that launches and the one that listens to the GPU."""
-    if config.num_threads is not None or device.platform == "cpu":
-        return config.num_threads
+    if wanted is not None or device.platform == "cpu":
+        return wanted
     with CpuRuntime() as every_core:
         return max(every_core.num_threads - 1, 1)
 

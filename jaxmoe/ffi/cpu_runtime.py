@@ -107,13 +107,18 @@ class CpuRuntime:
         except ValueError as error:
             raise RuntimeError(str(error)) from None
 
-    def read_bandwidth(self, total_bytes: int = 1 << 30, repeats: int = 5) -> list[float]:
+    def read_bandwidth(
+        self, total_bytes: int = 1 << 30, repeats: int = 5, *, node: int | None = None
+    ) -> list[float]:
         """Bytes per second that as many threads, on the same CPUs, read from DRAM; one a repeat.
 
         The ceiling that bandwidth figures are stated against: measure it in the same minute.
-        `total_bytes` must be far larger than the last-level cache.
+        `total_bytes` must be far larger than the last-level cache. node: only its threads and its
+        memory, instead of all. Raises: ValueError where none of the threads is on it.
         """
-        return _native.read_bandwidth(self._native, total_bytes, repeats)
+        return _native.read_bandwidth(
+            self._native, total_bytes, repeats, -1 if node is None else node
+        )
 
     @property
     def few_tokens(self) -> int:

@@ -77,6 +77,12 @@ class DeviceDriver:
     def is_host(self) -> bool:
         return self._native.is_host
 
+    def limit_rate(self, bytes_per_s: float | None) -> None:
+        """Another limit of a CPU device's copies from now on, as in `host`. Raises: ValueError for
+        a GPU, whose bus is what it is.
+        """
+        self._native.limit_rate(bytes_per_s or 0.0)
+
     def describe(self) -> str:
         """One line for the start-up report."""
         return self._native.describe()

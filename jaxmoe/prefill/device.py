@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.decode.batch import StepRow
@@ -16,10 +18,11 @@ from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Ops
 from jaxmoe.kernels.device_ops import DeviceOps
 from jaxmoe.kernels.experts import DeviceGroups
-from jaxmoe.kv_cache import store
-from jaxmoe.models.decoder import cache_spec
+from jaxmoe.kv_cache import store as cache_store
+from jaxmoe.models.decoder import Decoder, cache_spec
 from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups, NoRing
-from jaxmoe.prefill.plan import PromptShape, SlpPlan, plan_slp
+from jaxmoe.prefill.layer_weights import LayerParts, other_weights, split_layers
+from jaxmoe.prefill.plan import PromptShape, SlpPlan, Weights, plan_slp
 from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.slp import LoadingRing, SlpPrefill
 from jaxmoe.weights.loaded_model import LoadedModel
@@ -71,20 +74,33 @@ def make_slp(
     chunk_tokens: int | None = None,
     compute_bytes: int = 2,
     groups: GroupExperts | None = None,
+    weights: Weights | None = None,
 ) -> tuple[SlpPrefill, ExpertRing, SlpPlan, Callable[[LoadingRing], SlpPrefill]]:
-    """The ring and the programs for a model whose other weights are on `device` already.
+    """The ring and the programs for a model.
 
-    free_bytes: of the device, to be used at most. The last result makes the same programs on
-    another ring.
+    free_bytes: of the device, to be used at most. weights: None: the other weights are on `device`
+    already; else they are in host memory, and the plan makes room for them or for the slots that
+    they are streamed through (`plan_slp`). The last result makes the same programs on another ring.
 
     Raises: CapacityError, CheckpointError.
     """
-    assert loaded.host_store is not None
-    layout = loaded.host_store.layouts[0]
+    store = loaded.host_store
+    assert store is not None
+    layout = store.layouts[0]
     shape = prompt_shape(config, layout.total_bytes // layout.num_experts, compute_bytes)
-    options = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
+    options: dict[str, Any] = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
+    layers: list[LayerParts] = []
+    if weights is not None:
+        model = nnx.merge(loaded.graphdef, loaded.state)
+        assert isinstance(model, Decoder)
+        layers = split_layers(model)
+        all_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
+        options["others"] = other_weights([layer.leaves for layer in layers], all_bytes)
+        options["weights"] = weights
     plan = plan_slp(shape, free_bytes, max_prompt_tokens, **options)
-    ring = ExpertRing(driver, device, loaded.host_store, plan)
+    if weights is not None and not plan.weight_slots:
+        loaded = dataclasses.replace(loaded, state=jax.device_put(loaded.state, device))
+    ring = ExpertRing(driver, device, store, plan, layers)
     on_cpu = device.platform == "cpu"
     how = groups or (NativeGroups(runtime) if on_cpu else DeviceGroups(plan.window_rows))
 
@@ -126,13 +142,13 @@ class SlpDevice:
         chunk_tokens: int | None = None,
         compute_dtype: str = "bfloat16",
         groups: GroupExperts | None = None,
+        weights: Weights = "resident",
     ) -> None:
-        loaded = dataclasses.replace(loaded, state=jax.device_put(loaded.state, device))
         pages = -(-max_prompt_tokens // page_size)
-        self._caches = store.allocate(
+        self._caches = cache_store.allocate(
             cache_spec(config, compute_dtype), pages, page_size, device=device
         )
-        jax.block_until_ready((loaded.state, self._caches))
+        jax.block_until_ready(self._caches)
         if free_bytes is None:
             free_bytes = driver.memory_info()[0] * 9 // 10
         self._slp, self._ring, self.plan, make = make_slp(
@@ -148,6 +164,7 @@ class SlpDevice:
             chunk_tokens=chunk_tokens,
             compute_bytes=jax.numpy.dtype(compute_dtype).itemsize,
             groups=groups,
+            weights=weights,
         )
         self._resident = make(Resident(self._ring))
         self.page_size, self._device = page_size, device
@@ -157,6 +174,10 @@ class SlpDevice:
         the ring, to measure computing alone."""
         slp = self._slp if streamed else self._resident
         return slp.prefill(row, lambda: self._caches)
+
+    def layers(self, row: StepRow) -> Generator[int, None, jax.Array]:
+        """`SlpPrefill.layers` of the row, streamed."""
+        return self._slp.layers(row, lambda: self._caches)
 
     def copy_alone(self) -> float:
         """Bytes per second of one run's copies with nothing computed."""
@@ -183,7 +204,7 @@ class Resident(NoRing):
     """The slots of a ring as if their weights were always there."""
 
     def __init__(self, ring: ExpertRing):
-        self.groups = ring.groups
+        self.groups, self.weights = ring.groups, ring.weights
 
     def start(self) -> None: ...
     def finish(self) -> None: ...

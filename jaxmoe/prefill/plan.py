@@ -3,17 +3,23 @@
 The ring holds groups of experts, from all of a layer down to two slots (paper section 3.1). More
 ring lets the loader run further ahead while attention computes; groups are as large as leaves
 at least `_MIN_SLOTS` of them, since every group is a round of kernels over the prompt's tokens.
+
+The other weights are resident, or pass through slots of their own beside the experts: a few percent
+more to copy, for gigabytes of device memory less.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from jaxmoe.common.errors import CapacityError
 
 # Fewer slots and the loader waits for the model's attention; more gain nothing once a layer's worth
 # of weights fits.
 _MIN_SLOTS, _BEST_SLOTS = 2, 8
+# As many let resident weights go before fewer slots do.
+_ENOUGH_SLOTS = 4
 _CHUNK_TOKENS = 4096  # of attention: large enough to fill a GPU, its temporaries stay below 2 GiB
 _WINDOW_ROWS = 16384  # of experts, see kernels/experts.py
 # Sizes in chunks that programs are compiled for.
@@ -37,9 +43,23 @@ class PromptShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class OtherWeights:
+    """Bytes of what is no routed expert: all of it, and of one layer of every shape there is."""
+
+    all_bytes: int
+    layer_bytes: tuple[int, ...]
+
+
+Weights = Literal["auto", "resident", "streamed"]
+
+
+@dataclasses.dataclass(frozen=True)
 class SlpPlan:
     """num_slots groups of `group_experts` each; prompts of up to `max_tokens` in one pass over the
     weights, attention in chunks of `chunk_tokens`, experts in windows of `window_rows`.
+
+    weight_slots: that layers of one shape share for their other weights; 0: those are resident.
+    weight_bytes: of these slots, or of the resident weights that the plan has to make room for.
     """
 
     group_experts: int
@@ -49,10 +69,12 @@ class SlpPlan:
     max_tokens: int
     ring_bytes: int
     activation_bytes: int
+    weight_slots: int = 0
+    weight_bytes: int = 0
 
     @property
     def device_bytes(self) -> int:
-        return self.ring_bytes + self.activation_bytes
+        return self.ring_bytes + self.activation_bytes + self.weight_bytes
 
     def buffer_tokens(self, num_tokens: int) -> int:
         """Size of the buffers that hold a prompt of `num_tokens`."""
@@ -60,10 +82,17 @@ class SlpPlan:
         return next(c for c in LADDER if c >= chunks) * self.chunk_tokens
 
     def describe(self) -> str:
+        others = ""
+        if self.weight_slots:
+            others = f"; other weights streamed through {self.weight_slots} slots a shape of layer"
+        elif self.weight_bytes:
+            others = "; other weights resident"
+        if others:
+            others += f", {self.weight_bytes / 2**30:.2f} GiB"
         return (
             f"ring of {self.num_slots} slots of {self.group_experts} experts, "
             f"{self.ring_bytes / 2**30:.2f} GiB; activations of {self.max_tokens} tokens "
-            f"{self.activation_bytes / 2**30:.2f} GiB"
+            f"{self.activation_bytes / 2**30:.2f} GiB{others}"
         )
 
 
@@ -86,14 +115,59 @@ def plan_slp(
     *,
     chunk_tokens: int = _CHUNK_TOKENS,
     window_rows: int = _WINDOW_ROWS,
+    others: OtherWeights | None = None,
+    weights: Weights = "auto",
 ) -> SlpPlan:
     """The ring and the chunking for `free_bytes` of device memory.
 
     Activations of the longest prompt first, then as much ring as is left, at most one layer; where
     not even two slots fit beside them, prompts are taken in shorter passes.
 
+    others: weights that need room too; None: they lie in other memory already. They are resident
+    unless that costs longer passes or a ring of less than four slots, or `weights` says how it is
+    to be.
+
     Raises CapacityError where two slots and one chunk do not fit.
     """
+    if others is None:
+        return _plan_beside(shape, free_bytes, max_prompt_tokens, chunk_tokens, window_rows, 0, 0)
+    # Two slots let a layer's weights arrive while the one before it is computed.
+    choices = [
+        (0, others.all_bytes),
+        (2, 2 * sum(others.layer_bytes)),
+        (1, sum(others.layer_bytes)),
+    ]
+    if weights != "auto":
+        choices = [c for c in choices if (c[0] == 0) == (weights == "resident")]
+    plans: list[SlpPlan] = []
+    failure: CapacityError | None = None
+    for slots, nbytes in choices:
+        try:
+            plans.append(
+                _plan_beside(
+                    shape, free_bytes, max_prompt_tokens, chunk_tokens, window_rows, slots, nbytes
+                )
+            )
+        except CapacityError as error:
+            failure = error
+    if not plans:
+        assert failure is not None
+        raise failure
+    # The first of equals.
+    return max(plans, key=lambda plan: (plan.max_tokens, min(plan.num_slots, _ENOUGH_SLOTS)))
+
+
+def _plan_beside(
+    shape: PromptShape,
+    total_bytes: int,
+    max_prompt_tokens: int,
+    chunk_tokens: int,
+    window_rows: int,
+    weight_slots: int,
+    weight_bytes: int,
+) -> SlpPlan:
+    """The plan beside `weight_bytes` of other weights."""
+    free_bytes = total_bytes - weight_bytes
     smallest = _MIN_SLOTS * shape.expert_bytes
     enough = next((c for c in LADDER if c * chunk_tokens >= max_prompt_tokens), LADDER[-1])
     for chunks in reversed(LADDER[: LADDER.index(enough) + 1]):
@@ -103,9 +177,10 @@ def plan_slp(
             break
     else:
         need = activation_bytes(shape, chunk_tokens, chunk_tokens, window_rows) + smallest
+        need += weight_bytes
         raise CapacityError(
             f"streaming experts to the device needs {need / 2**30:.2f} GiB of its memory, "
-            f"{free_bytes / 2**30:.2f} GiB are free; lower kv_cache_gb, or use --prefill=chunked"
+            f"{total_bytes / 2**30:.2f} GiB are free; lower kv_cache_gb, or use --prefill=chunked"
         )
     fit = (free_bytes - used) // shape.expert_bytes  # experts that the ring can hold
     choices = []
@@ -121,4 +196,14 @@ def plan_slp(
         if slots >= _MIN_SLOTS:
             choices.append((min(slots, _BEST_SLOTS), slots * group, group, slots))
     _, held, group, slots = max(choices)
-    return SlpPlan(group, slots, chunk_tokens, window_rows, tokens, held * shape.expert_bytes, used)
+    return SlpPlan(
+        group,
+        slots,
+        chunk_tokens,
+        window_rows,
+        tokens,
+        held * shape.expert_bytes,
+        used,
+        weight_slots,
+        weight_bytes,
+    )

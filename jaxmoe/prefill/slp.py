@@ -7,6 +7,9 @@ arrive in the ring, so that weights are streamed once for the whole prompt. The 
 the model thread: it launches, and waits between layers only. The loader is the ring's own thread;
 it runs ahead into the next layers as far as slots are free. The KV cache is written where decode
 reads it, so nothing is unloaded.
+
+What a layer has beside its experts is on the device, or comes through slots of the same ring: then
+two small programs around the layer's chunks wait for it and give it back.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from jaxmoe.models.decoder import Decoder
 from jaxmoe.moe.deferred import DeferredOps
 from jaxmoe.moe.experts_streamed import GroupExperts, Ring, StreamedExperts
 from jaxmoe.moe.moe_block import MoeBlock
+from jaxmoe.prefill.layer_weights import WeightSlots, split_layers
 from jaxmoe.prefill.plan import LADDER, SlpPlan
 
 # Contexts are compiled for in multiples of this many positions, those of the ladder.
@@ -44,6 +48,8 @@ class LoadingRing(Ring, Protocol):
 
     @property
     def groups(self) -> Sequence[ExpertGroup]: ...
+    @property
+    def weights(self) -> WeightSlots | None: ...
     def start(self) -> None: ...
     def finish(self) -> None: ...
     def abort(self, cause: str) -> None: ...
@@ -57,13 +63,15 @@ class _Kind:
     graphdef: Any
     treedef: Any
     is_moe: bool
+    has_biases: bool  # that the experts program reads
 
 
 class SlpPrefill:
     """Owns the programs; the weights stay the caller's.
 
     Args:
-        graphdef, state: the split model, its arrays on the device.
+        graphdef, state: the split model, its arrays on the device; where the ring streams them too,
+            on the CPU.
         ops: the device's operations for a chunk of one sequence that attends at most so many
             positions.
         ring: of the experts.
@@ -97,14 +105,22 @@ class SlpPrefill:
         self._hidden = model.config.hidden_size
         self._router = model.config.moe.router
         self._layers: list[tuple[_Kind, list[jax.Array]]] = []
+        weights = ring.weights
+        # Of each layer the slot its other weights come through, None where they are there.
+        self._weight_slots: list[int | None] = []
         kinds: dict[Any, _Kind] = {}
-        for layer in model.layers:
-            if is_moe := isinstance(layer.mlp, MoeBlock):
-                layer.mlp.moe_layer_idx = 0  # the only difference between MoE layers
-            layer_graphdef, layer_state = nnx.split(layer)
-            leaves, treedef = jax.tree.flatten(layer_state)
-            kind = _Kind(layer_graphdef, treedef, is_moe)
-            self._layers.append((kinds.setdefault((layer_graphdef, treedef), kind), leaves))
+        for i, (layer, parts) in enumerate(zip(model.layers, split_layers(model), strict=True)):
+            mlp = layer.mlp
+            has_biases = isinstance(mlp, MoeBlock) and mlp.expert_bias is not None
+            kind = _Kind(parts.graphdef, parts.treedef, parts.is_moe, has_biases)
+            kind = kinds.setdefault((parts.graphdef, parts.treedef), kind)
+            leaves = parts.leaves if weights is None else list(weights.of(i))
+            self._layers.append((kind, leaves))
+            self._weight_slots.append(None if weights is None else weights.slots[i])
+        # The embedding of a prompt's tokens is little to copy, all of it is not.
+        self._embed_device = device
+        if weights is not None:
+            self._embed_device = jax.local_devices(backend="cpu")[0]
         embed_graphdef, embed_state = nnx.split(model.embedding)
         self._embed_leaves, embed_treedef = jax.tree.flatten(embed_state)
 
@@ -130,23 +146,35 @@ class SlpPrefill:
                 rest = [update(old, new.astype(old.dtype)) for old, new in pairs]
             return (update(h, part), *rest)
 
+        activation = model.config.moe.activation
+
         def experts(kind, leaves, buffers, slots):
-            layer = nnx.merge(kind.graphdef, jax.tree.unflatten(kind.treedef, leaves))
+            """leaves: of the layer, where its experts have biases."""
+            bias = None
+            if kind.has_biases:
+                layer = nnx.merge(kind.graphdef, jax.tree.unflatten(kind.treedef, leaves))
+                bias = layer.mlp.expert_bias
             h, x, ids, weights = buffers
-            block = layer.mlp
-            bias = block.expert_bias
             streamed = StreamedExperts(slots, self._router.num_experts, groups, ring)
             h, x = streamed.add_to(
                 h,
                 x,
                 ids,
                 weights,
-                activation=block.config.activation,
+                activation=activation,
                 biases=None if bias is None else (bias.gate[...], bias.up[...]),
             )
             return h, x, ids, weights
 
+        def hold(slot, buffers):
+            return ring.acquire(slot, *buffers)
+
+        def let_go(slot, buffers):
+            return ring.release(slot, *buffers)
+
         self._embed = jax.jit(embed)
+        self._hold = jax.jit(hold, static_argnums=0, donate_argnums=1)
+        self._let_go = jax.jit(let_go, static_argnums=0, donate_argnums=1)
         # Apart from the buffers, whose size varies, so that the large programs are compiled once.
         self._take = jax.jit(take)
         self._put = jax.jit(put, donate_argnums=0)
@@ -201,14 +229,22 @@ class SlpPrefill:
         try:
             buffers = self._buffers(tokens)
             for i, (kind, leaves) in enumerate(self._layers):
+                slot = self._weight_slots[i]
+                if slot is not None:
+                    buffers = self._compiled["hold", slot, size](buffers)
                 for begin, context, step in steps:
                     part = self._take(buffers[0], begin)
                     program = self._compiled[kind, context]
                     part, taken, cache = program(leaves, part, caches()[i], step)
                     caches()[i] = cache
                     buffers = self._put(buffers, begin, part, taken)
+                if slot is not None and not kind.has_biases:
+                    buffers = self._compiled["let go", slot, size](buffers)
                 if kind.is_moe:
-                    buffers = self._compiled[kind, "experts", size](leaves, buffers, slots)
+                    biases = leaves if kind.has_biases else []
+                    buffers = self._compiled[kind, "experts", size](biases, buffers, slots)
+                if slot is not None and kind.has_biases:
+                    buffers = self._compiled["let go", slot, size](buffers)
                 # Here a failed load shows, before the next layer's cache depends on it.
                 jax.block_until_ready(buffers)
                 yield i + 1
@@ -256,9 +292,13 @@ class SlpPrefill:
                     self._chunk.lower, kind, context, leaves, part, cache, step
                 )
             if kind.is_moe:
+                biases = leaves if kind.has_biases else []
                 missing[kind, "experts", size] = partial(
-                    self._experts.lower, kind, leaves, buffers, slots
+                    self._experts.lower, kind, biases, buffers, slots
                 )
+        for slot in {slot for slot in self._weight_slots if slot is not None}:
+            missing["hold", slot, size] = partial(self._hold.lower, slot, buffers)
+            missing["let go", slot, size] = partial(self._let_go.lower, slot, buffers)
         missing = {key: lower for key, lower in missing.items() if key not in self._compiled}
         if not missing:
             return
@@ -270,7 +310,8 @@ class SlpPrefill:
     def _buffers(self, tokens: np.ndarray) -> Buffers:
         """The embedded tokens, and room for what the experts need of them."""
         size, per_token = len(tokens), self._router.experts_per_token
-        h = self._embed(self._embed_leaves, jax.device_put(tokens, self._device))
+        h = self._embed(self._embed_leaves, jax.device_put(tokens, self._embed_device))
+        h = jax.device_put(h, self._device)
         with jax.default_device(self._device):
             return (
                 h,

@@ -35,8 +35,9 @@ class PrefillRoute:
 
     pass_s: all experts over the bus once; infinite where no single device streams.
     streamed_token_s, chunked_token_s: computing a token on the device, and in chunks. max_tokens:
-    of one streamed pass. forced: a path for all prompts. dslp: of several devices at once, None
-    without. free_devices: that a prompt may have now.
+    of one streamed pass. forced: a path for all prompts. source: of the rates it began with, for
+    the start-up report. dslp: of several devices at once, None without. free_devices: that a prompt
+    may have now.
     """
 
     pass_s: float
@@ -44,8 +45,43 @@ class PrefillRoute:
     chunked_token_s: float
     max_tokens: int
     forced: Path | None = None
+    source: str = ""
     dslp: DslpRates | None = None
     free_devices: int = 1
+
+    @classmethod
+    def estimated(
+        cls,
+        *,
+        pass_bytes: float,
+        copy_bytes_per_s: float,
+        token_flops: float,
+        device_flops_per_s: float,
+        chunk_tokens: int,
+        chunk_bytes: float,
+        host_flops_per_s: float,
+        host_bytes_per_s: float,
+        max_tokens: int,
+        forced: Path | None = None,
+        source: str = "",
+    ) -> PrefillRoute:
+        """From what a machine moves and computes a second (engine/machine_rates.py).
+
+        pass_bytes: that one streamed pass copies. token_flops: of a token's routed experts in all
+        layers. chunk_tokens, chunk_bytes: of a step in chunks, and what it reads of the experts'
+        weights. host_bytes_per_s: of the kernels that read them.
+        """
+        compute_s = token_flops / host_flops_per_s
+        read_s = chunk_bytes / host_bytes_per_s / chunk_tokens
+        return cls(
+            pass_s=pass_bytes / copy_bytes_per_s,
+            # Everything else of a token is about as much again.
+            streamed_token_s=2 * token_flops / device_flops_per_s,
+            chunked_token_s=max(compute_s, read_s),
+            max_tokens=max_tokens,
+            forced=forced,
+            source=source,
+        )
 
     def predict_s(self, path: Path, num_tokens: int) -> float:
         """What `num_tokens` take one way."""

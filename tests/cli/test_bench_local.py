@@ -4,6 +4,7 @@ script. Speeds are not looked at, only how figures are made of what was measured
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import stat
@@ -13,6 +14,7 @@ from support.tiny_models import CONFIG_DIR
 
 from jaxmoe.cli import bench, bench_against, bench_kernel, bench_machine, bench_roofline
 from jaxmoe.common.errors import ConfigError, JaxMoeError
+from jaxmoe.engine import machine_bench, machine_rates
 
 SMALL = ["--threads=2", "--repeats=2", "--ceiling_mb=8", "--cold_mb=1"]
 
@@ -201,3 +203,28 @@ def test_a_figure_is_stated_against_the_medians_of_its_roofs():
 def test_a_roofline_without_figures_is_a_picture_all_the_same(tmp_path):
     bench_roofline.plot(tmp_path / "x.png", "nothing", [])
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_machine(run, tmp_path, monkeypatch):
+    """Kept and told again; the suite may be named by a flag too."""
+    sizes = {"copy_bytes": 1 << 16, "least_bytes": 1 << 20}
+    monkeypatch.setattr(
+        machine_bench, "MachineBench", functools.partial(machine_bench.MachineBench, **sizes)
+    )
+    monkeypatch.setattr(machine_bench, "last_level_bytes", lambda: 0)
+    monkeypatch.setattr(machine_rates, "LEAST_SHARE", 0.0)
+    arguments = ["--threads=1", "--formats=fp8_block,mxfp4", f"--cache_dir={tmp_path}"]
+    text, errors, told = run("machine", *arguments)
+    assert "measuring: products in mxfp4" in errors and "kept in" in told["source"]
+    assert "1 threads" in told["key"] and told["key"] in text
+    assert sorted(told["rates"]["gemv_bytes"]) == ["fp8_block", "mxfp4"]
+    text, errors, again = run("--suite=machine", *arguments)
+    assert again["rates"] == told["rates"] and " ago, " in again["source"] and not errors
+    _, _, anew = run("machine", "--anew", *arguments)
+    assert anew["rates"] != told["rates"]
+    _, errors, _ = run("machine", "--threads=1,2", want=1)
+    assert "--threads: got '1,2', wanted one whole number" in errors
+    _, errors, _ = run("machine", "--dims=256x128:2", want=1)
+    assert "--dims: machine does not take it" in errors
+    _, errors, _ = run("--suite=machine", "layer", want=1)
+    assert "got machine layer" in errors

@@ -92,6 +92,18 @@ def test_a_long_prompt_takes_a_step_a_layer_and_its_last_token_is_drawn():
     assert stats['step_tokens_total{kind="stream"}'] == len(LONG) - 1
 
 
+def test_the_requests_line_has_its_path_and_the_time_foreseen(caplog):
+    caplog.set_level(logging.INFO)
+    engine, *_ = make()
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    engine.add_request(list(b"abc"), GREEDY, request_id="short")
+    drain(engine)
+    lines = {line.split("[")[0]: line for line in caplog.messages if "ttft" in line}
+    # The clock ticks a second a look: what was waited for counts, 1 s for the pass, 0.18 s a token.
+    assert "ttft 17.000 s (slp, predicted 3.000 s)" in lines["request long"]
+    assert "(chunked, predicted 3.540 s)" in lines["request short"]
+
+
 def test_short_prompts_and_decodes_go_on_between_layers():
     engine, step, stream = make()
     engine.add_request(list(b"x"), SamplingParams(temperature=0, min_tokens=3), request_id="first")

@@ -26,6 +26,26 @@ def test_predictions(path, tokens, seconds):
     assert route().predict_s(path, tokens) == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(
+    "host_bytes_per_s, chunked",
+    [(1e12, 1e-2), (2.5e11, 2e-2)],  # arithmetic binds; reading all experts for every chunk does
+)
+def test_estimates_from_rates(host_bytes_per_s, chunked):
+    r = PrefillRoute.estimated(
+        pass_bytes=600e9,
+        copy_bytes_per_s=50e9,
+        token_flops=40e9,
+        device_flops_per_s=200e12,
+        chunk_tokens=100,
+        chunk_bytes=500e9,
+        host_flops_per_s=4e12,
+        host_bytes_per_s=host_bytes_per_s,
+        max_tokens=1000,
+    )
+    assert (r.pass_s, r.streamed_token_s) == (12.0, 4e-4)
+    assert r.chunked_token_s == pytest.approx(chunked)
+
+
 def test_the_faster_way_is_chosen():
     r = route()
     assert [r.choose(n) for n in (1, 1999, 2000, 2001, 20000)] == [

@@ -13,17 +13,21 @@ namespace py = pybind11;
 namespace jaxmoe {
 namespace {
 
-// The CPUs that the runtime's participants use, so that a ceiling is that of the same threads.
-std::vector<int> cpus_of(const CpuRuntime& runtime) {
+// The CPUs that the runtime's participants use, so that a ceiling is that of the same threads; of
+// one node, or -1: of all.
+std::vector<int> cpus_of(const CpuRuntime& runtime, int node = -1) {
   std::vector<int> cpus;
   for (const Placement& place : place_threads(runtime.topology(), runtime.num_threads())) {
-    cpus.push_back(place.cpu);
+    if (node < 0 || place.node == node) cpus.push_back(place.cpu);
   }
   return cpus;
 }
 
-std::vector<double> bandwidth(py::handle runtime, int64_t total_bytes, int repeats) {
-  const std::vector<int> cpus = cpus_of(*cpu_of(runtime));
+std::vector<double> bandwidth(py::handle runtime, int64_t total_bytes, int repeats, int node) {
+  const std::vector<int> cpus = cpus_of(*cpu_of(runtime), node);
+  if (cpus.empty()) {
+    throw py::value_error("the runtime has no thread on node " + std::to_string(node));
+  }
   py::gil_scoped_release release;
   return read_bandwidth(cpus, total_bytes, repeats);
 }
@@ -105,7 +109,7 @@ py::tuple bench_empty_job(py::handle runtime, int64_t calls, int repeats) {
 
 void bind_bench(py::module_& module) {
   module.def("read_bandwidth", &bandwidth, py::arg("runtime"), py::arg("total_bytes"),
-             py::arg("repeats"));
+             py::arg("repeats"), py::arg("node") = -1);
   module.def("peak_flops", &peaks, py::arg("runtime"), py::arg("repeats"));
   module.def("measure_kernel", &bench_kernel, py::arg("runtime"), py::arg("store"),
              py::arg("layer"), py::arg("family"), py::arg("bf16_activations"),

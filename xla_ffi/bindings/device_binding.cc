@@ -301,6 +301,10 @@ void bind_device(py::module_& module) {
       .def_static("host", &DriverBinding::host, py::arg("bytes_per_s") = 0.0,
                   py::arg("max_delay_s") = 0.0, py::arg("seed") = 1,
                   py::arg("max_registered_bytes") = -1, py::arg("copies_need_registered") = false)
+      .def(
+          "limit_rate",
+          [](const DriverBinding& d, double rate) { d.host_driver().limit_rate(rate); },
+          py::arg("bytes_per_s"))
       .def_property_readonly("is_host", [](const DriverBinding& d) { return d.get()->is_host(); })
       .def_property_readonly("supports_values",
                              [](const DriverBinding& d) { return d.get()->supports_values(); })

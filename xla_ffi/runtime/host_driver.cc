@@ -145,14 +145,15 @@ class HostDriver::Stream {
   std::thread thread_;  // last: it uses the rest
 };
 
-HostDriver::HostDriver(const HostDriverOptions& options) : options_(options) {}
+HostDriver::HostDriver(const HostDriverOptions& options)
+    : options_(options), bytes_per_s_(options.bytes_per_s) {}
 HostDriver::~HostDriver() { streams_.clear(); }
 
 std::string HostDriver::describe() const {
-  if (options_.bytes_per_s <= 0) return "host memory in place of a device";
+  const double rate = bytes_per_s_.load();
+  if (rate <= 0) return "host memory in place of a device";
   std::ostringstream text;
-  text << "host memory in place of a device, copies limited to " << options_.bytes_per_s / 1e9
-       << " GB/s";
+  text << "host memory in place of a device, copies limited to " << rate / 1e9 << " GB/s";
   return text.str();
 }
 
@@ -340,9 +341,8 @@ Status HostDriver::enqueue_copy(const Copy2d& copy, bool to_device, DeviceStream
       return;
     }
     Clock::time_point end = {};
-    if (options_.bytes_per_s > 0) {
-      const std::chrono::duration<double> takes(static_cast<double>(copy.width * copy.rows) /
-                                                options_.bytes_per_s);
+    if (const double rate = bytes_per_s_.load(); rate > 0) {
+      const std::chrono::duration<double> takes(static_cast<double>(copy.width * copy.rows) / rate);
       std::lock_guard<std::mutex> lock(link->mutex);
       end = std::max(turn->now, link->free_at) + std::chrono::duration_cast<Clock::duration>(takes);
       link->free_at = end;

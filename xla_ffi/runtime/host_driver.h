@@ -61,6 +61,8 @@ class HostDriver final : public DeviceDriver {
   Status write_value32(DeviceStream stream, uint32_t* address, uint32_t value) override;
   Status wait_value32(DeviceStream stream, uint32_t* address, uint32_t value) override;
 
+  // Of all streams together from now on, each direction for itself; 0: no limit.
+  void limit_rate(double bytes_per_s) { bytes_per_s_.store(bytes_per_s); }
   // The nth copy to the device from now on (1: the next) fails: when it is enqueued, or when its
   // turn comes, and then with it everything later on its stream.
   void fail_copy(int64_t nth, bool at_submission, std::string cause);
@@ -96,6 +98,7 @@ class HostDriver final : public DeviceDriver {
   void end_write(const Range& range);
 
   const HostDriverOptions options_;
+  std::atomic<double> bytes_per_s_;
   Link to_device_, to_host_;
   mutable std::mutex mutex_;  // guards everything below
   std::unordered_map<DeviceStream, std::shared_ptr<Stream>> streams_;

@@ -1,0 +1,92 @@
+"""The cost model of prompts as it begins: from the machine's rates, or from first guesses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.engine.calibration import LEAST_EXPERT_BYTES
+from jaxmoe.engine.machine_bench import MachineBench
+from jaxmoe.engine.machine_rates import KnownRates, known_rates
+from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.ffi.device_driver import Device
+from jaxmoe.prefill.ring import ExpertRing
+from jaxmoe.scheduler.prefill_route import PrefillRoute
+from jaxmoe.weights.host_store import HostStore
+
+OnStage = Callable[[str, float], None]
+
+# Where nothing was measured. FLOP/s of a thread in the experts' many-row kernels, as earlier forms
+# of jaxmoe_bench found them; the first prompts correct the guess.
+_FLOPS = {"scalar": 2e9, "avx2": 6e10, "avx512": 8e10, "avx512_bf16": 1.2e11, "amx": 8e11}
+# Of the GPU at large prompts, likewise.
+_DEVICE_FLOPS = 2e14
+
+
+def make_route(
+    config: EngineConfig,
+    model: ModelConfig,
+    device: Device,
+    runtime: CpuRuntime,
+    store: HostStore,
+    ring: ExpertRing,
+    max_tokens: int,
+    on_stage: OnStage = lambda stage, percent: None,
+) -> PrefillRoute:
+    """For prompts of up to `max_tokens` a pass over `ring`, or in chunks by `runtime`."""
+    forced = "slp" if config.prefill == "slp" else None
+    expert = model.moe.expert_intermediate * model.hidden_size * 6
+    flops = expert * model.moe.router.experts_per_token * len(model.moe_layers)
+    known = rates_for(config, device, runtime, store, on_stage)
+    if known is None:
+        on_stage("measuring the bus", 0.0)
+        return PrefillRoute(
+            pass_s=ring.measure_pass_s(),
+            # Everything else of a token is about as much again.
+            streamed_token_s=2 * flops / _DEVICE_FLOPS,
+            chunked_token_s=flops / (_FLOPS[runtime.isa] * runtime.num_threads),
+            max_tokens=max_tokens,
+            forced=forced,
+        )
+    rates, weight_format = known.rates, store.layouts[0].format
+    host_flops = rates.gemm_flops[weight_format]
+    return PrefillRoute.estimated(
+        pass_bytes=ring.total_bytes,
+        copy_bytes_per_s=rates.copy_rate(),
+        token_flops=flops,
+        device_flops_per_s=rates.device_flops.get(weight_format, host_flops),
+        chunk_tokens=config.prefill_chunk_tokens,
+        chunk_bytes=store.total_bytes * _met_share(model, config.prefill_chunk_tokens),
+        host_flops_per_s=host_flops,
+        host_bytes_per_s=rates.gemv_bytes[weight_format],
+        max_tokens=max_tokens,
+        forced=forced,
+        source=known.describe(),
+    )
+
+
+def rates_for(
+    config: EngineConfig,
+    device: Device,
+    runtime: CpuRuntime,
+    store: HostStore,
+    on_stage: OnStage = lambda stage, percent: None,
+) -> KnownRates | None:
+    """What the machine does a second: kept on disk, or measured once where a model is large enough
+    for that to be a small part of its start. None: neither.
+    """
+    devices = jax.local_devices(backend=device.platform)
+    measure = None
+    if config.calibrate and store.total_bytes >= LEAST_EXPERT_BYTES:
+        measure = MachineBench(runtime, devices, on_stage=lambda stage: on_stage(stage, 0.0))
+    weight_format = store.layouts[0].format
+    return known_rates(runtime, devices, config.cache_path, [weight_format], measure)
+
+
+def _met_share(model: ModelConfig, tokens: int) -> float:
+    """Of all experts, those that so many tokens are expected to choose."""
+    router = model.moe.router
+    return 1.0 - (1.0 - router.experts_per_token / router.num_experts) ** tokens
