@@ -113,6 +113,14 @@ class EngineConfig:
         "the device, layer by layer), or whichever is predicted to be faster",
         choices=("auto", "chunked", "slp"),
     )
+    disaggregate: str = checked(
+        "auto",
+        "str",
+        "on: long prompts are computed on a second device while the first one decodes, both on one "
+        "copy of the experts; off: they take turns on one device; auto: off, until it was measured "
+        "on two GPUs",
+        choices=("auto", "off", "on"),
+    )
     num_threads: int | None = checked(
         None,
         "int",

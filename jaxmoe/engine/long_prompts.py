@@ -11,15 +11,19 @@ from jaxmoe.common.errors import CapacityError, CheckpointError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.engine.placement import free_bytes
+from jaxmoe.engine.prefill_worker import PrefillWorker
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
+from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.models.decoder import cache_spec
 from jaxmoe.prefill.device import make_slp
 from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.stream import PromptStream
 from jaxmoe.scheduler.prefill_route import PrefillRoute
 from jaxmoe.weights import memory
 from jaxmoe.weights.loaded_model import LoadedModel
+from jaxmoe.weights.memory import gib
 
 # Of what XLA may take: the rest is for programs' temporaries outside the plan.
 _SHARE = 0.9
@@ -32,19 +36,25 @@ _DEVICE_FLOPS = 2e14
 
 @dataclasses.dataclass
 class LongPrompts:
-    """The stream, its ring and the route; `close` gives the device's memory back."""
+    """What computes them, a stream between the steps or a worker beside them, with its ring and
+    the route; `close` gives the device's memory back.
+    """
 
-    stream: PromptStream
+    stream: PromptStream | None
+    worker: PrefillWorker | None
     route: PrefillRoute
     ring: ExpertRing
     report: str
 
     def on_compile(self, call: Callable[[bool], None]) -> None:
-        """Whom to tell when programs are compiled, and when they are."""
-        self.stream.slp.on_compile = call
+        """Whom to tell when programs are compiled that the steps wait for, and when they are."""
+        if self.stream is not None:
+            self.stream.slp.on_compile = call
 
     def close(self) -> None:
-        self.stream.close()
+        for part in (self.stream, self.worker):
+            if part is not None:
+                part.close()
 
 
 def start_streaming(
@@ -56,29 +66,38 @@ def start_streaming(
     loaded: LoadedModel,
     caches: Callable[[], list[tuple[jax.Array, ...]]],
     on_stage: Callable[[str, float], None] = lambda stage, percent: None,
+    *,
+    decode_device: Device | None = None,
 ) -> tuple[LongPrompts | None, tuple[str, ...]]:
     """None where prompts are computed in chunks only: without a GPU, unless asked for. And notes
     for the start-up report.
 
-    Raises: CapacityError, CheckpointError where `prefill="slp"` cannot be.
+    device, runtime: that prompts are streamed to. decode_device: that `loaded` and `caches` are on,
+    where that is another one: a worker computes them beside decode then.
+
+    Raises: CapacityError, CheckpointError where `prefill="slp"` or `disaggregate="on"` cannot be.
     """
-    on_cpu = device.platform == "cpu"
-    if config.prefill == "chunked" or (config.prefill == "auto" and on_cpu):
+    on_cpu, aside = device.platform == "cpu", decode_device is not None
+    wanted = "disaggregate: on" if aside else "prefill: slp" if config.prefill == "slp" else None
+    if config.prefill == "chunked" or (wanted is None and on_cpu):
         return None, ()
     if loaded.host_store is None:
         return None, ()
     if model.linear_attention is not None:
         problem = f"{model.architecture}'s recurrent layers cannot be computed apart from decode"
-        if config.prefill == "slp":
-            raise ConfigError(f"prefill: slp, but {problem}; use prefill=chunked")
+        if wanted is not None:
+            raise ConfigError(f"{wanted}, but {problem}; use prefill=chunked, disaggregate=off")
         return None, (f"long prompts are computed in chunks: {problem}",)
     driver = DeviceDriver.for_device(device)
+    own: list[tuple[jax.Array, ...]] = []
     on_stage("page-locking the experts", 0.0)
     try:
         driver.lock_store(
             loaded.host_store.native,
             lambda done, total: on_stage("page-locking the experts", 100 * done / max(total, 1)),
         )
+        if aside:
+            loaded, own = _second_copy(config, model, layout, device, loaded)
         available = memory.available_bytes() // 2 if on_cpu else int(free_bytes(device) * _SHARE)
         slp, ring, plan, _ = make_slp(
             loaded,
@@ -93,9 +112,9 @@ def start_streaming(
             compute_bytes=2 if config.compute_dtype == "bfloat16" else 4,
         )
     except (CapacityError, CheckpointError, OSError) as error:
-        if config.prefill == "slp":
+        if wanted is not None:
             if isinstance(error, OSError):
-                raise CapacityError(f"prefill: slp, but {error}") from None
+                raise CapacityError(f"{wanted}, but {error}") from None
             raise
         return None, (f"long prompts are computed in chunks: {error}",)
     on_stage("measuring the bus", 0.0)
@@ -109,10 +128,50 @@ def start_streaming(
         max_tokens=plan.max_tokens,
         forced="slp" if config.prefill == "slp" else None,
     )
-    return LongPrompts(PromptStream(slp, caches), route, ring, plan.describe()), ()
+    stream = worker = None
+    if decode_device is None:
+        stream = PromptStream(slp, caches)
+    else:
+        worker = PrefillWorker(
+            slp, own, caches, device, decode_device, page_size=layout.page_size
+        )
+    return LongPrompts(stream, worker, route, ring, plan.describe()), ()
 
 
-def describe_placement(device: Device, long_prompts: LongPrompts | None) -> list[str]:
+def _second_copy(
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: CacheLayout,
+    device: Device,
+    loaded: LoadedModel,
+) -> tuple[LoadedModel, list[tuple[jax.Array, ...]]]:
+    """What a device that computes prompts beside decode has of its own: the weights but for the
+    routed experts, and pages for one sequence.
+
+    Raises: CapacityError.
+    """
+    weights = sum(leaf.nbytes for leaf in loaded.leaves)
+    pages = layout.pages_per_sequence * layout.page_size * layout.token_bytes
+    if device.platform == "cpu":
+        memory.require(weights + pages, "the prefill worker's weights and pages", "disaggregate=off")
+    elif weights + pages > free_bytes(device):
+        raise CapacityError(
+            f"the prefill worker's weights and pages take {gib(weights + pages)}, and "
+            f"{device.device_kind} has {gib(free_bytes(device))} free; lower max_model_len or use "
+            "disaggregate=off"
+        )
+    own = store.allocate(
+        cache_spec(model, config.compute_dtype),
+        layout.pages_per_sequence,
+        layout.page_size,
+        device=device,
+    )
+    return dataclasses.replace(loaded, state=jax.device_put(loaded.state, device)), own
+
+
+def describe_placement(
+    device: Device, long_prompts: LongPrompts | None, prefill_device: Device | None = None
+) -> list[str]:
     """Lines of the start-up report."""
     lines = []
     if device.platform != "cpu":
@@ -122,4 +181,11 @@ def describe_placement(device: Device, long_prompts: LongPrompts | None) -> list
         )
     if long_prompts is not None:
         lines += [f"long prompts: {long_prompts.report}", long_prompts.route.describe()]
+        if prefill_device is not None:
+            lines.append(
+                f"long prompts are computed on {prefill_device} while {device} decodes; their pages "
+                "are handed over layer by layer"
+            )
+        else:
+            lines.append("long prompts and decode take turns on one device, a layer at a time")
     return lines

@@ -19,7 +19,13 @@ from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
-from jaxmoe.engine.placement import choose_device, device_ops, settle_device, to_device
+from jaxmoe.engine.placement import (
+    choose_device,
+    choose_prefill_device,
+    device_ops,
+    settle_device,
+    to_device,
+)
 from jaxmoe.engine.profile import StepProfile
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device
@@ -54,6 +60,7 @@ class Started:
     loaded: LoadedModel
     runtime: CpuRuntime
     long_prompts: LongPrompts | None = None
+    prefill_runtime: CpuRuntime | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -75,6 +82,8 @@ class Started:
         self.step.close()
         self.loaded.close()
         self.runtime.close()
+        if self.prefill_runtime is not None:
+            self.prefill_runtime.close()
 
 
 def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None) -> Started:
@@ -92,7 +101,9 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     _require_cache_memory(layout, states)
     programs = compile_cache.enable(config.cache_path)
     device, notes = choose_device(config, model_config)
-    runtime = CpuRuntime(num_threads=_num_threads(config, device), isa=config.isa)
+    prefill_device, more = choose_prefill_device(config, device)
+    notes += more
+    runtime, prefill_runtime = _runtimes(config, device, prefill_device)
     loaded = long_prompts = profile = None
     try:
         if config.profile is not None and device.platform != "cpu":
@@ -106,6 +117,8 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             calibrated = calibration.calibrate(runtime, config.cache_path)
         device, more = settle_device(config, device, loaded.specs)
         notes += more
+        if prefill_device is not None and prefill_device.platform != device.platform:
+            prefill_device, more = choose_prefill_device(config, device)
         if device.platform == "cpu":
             _require_cache_memory(layout, states)  # again: now the weights have taken theirs
         else:
@@ -132,7 +145,15 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             has_states=states is not None,
         )
         long_prompts, more = start_streaming(
-            config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
+            config,
+            model_config,
+            layout,
+            device if prefill_device is None else prefill_device,
+            runtime if prefill_runtime is None else prefill_runtime,
+            loaded,
+            lambda: step.caches,
+            on_stage,
+            decode_device=None if prefill_device is None else device,
         )
         notes += more
         if long_prompts is not None:
@@ -143,6 +164,8 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         if loaded is not None:
             loaded.close()
         runtime.close()
+        if prefill_runtime is not None:
+            prefill_runtime.close()
         raise
     engine = Engine(
         step,
@@ -160,8 +183,9 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         profile=profile,
         streamer=long_prompts.stream if long_prompts else None,
         route=long_prompts.route if long_prompts else None,
+        worker=long_prompts.worker if long_prompts else None,
     )
-    placed = list(describe_placement(device, long_prompts))
+    placed = list(describe_placement(device, long_prompts, prefill_device))
     if calibrated is not None:
         placed.insert(0, calibrated.describe())
     report = describe(
@@ -179,6 +203,26 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         loaded,
         runtime,
         long_prompts,
+        prefill_runtime,
+    )
+
+
+def _runtimes(
+    config: EngineConfig, device: Device, prefill_device: Device | None
+) -> tuple[CpuRuntime, CpuRuntime | None]:
+    """The threads, and those of a CPU device that stands in for the GPU which computes prompts: half
+    of them, for a GPU would take none.
+    """
+    threads = _num_threads(config, device)
+    if prefill_device is None or prefill_device.platform != "cpu":
+        return CpuRuntime(num_threads=threads, isa=config.isa), None
+    if threads is None:
+        with CpuRuntime() as every_core:
+            threads = every_core.num_threads
+    prefill = max(threads // 2, 1)
+    return (
+        CpuRuntime(num_threads=max(threads - prefill, 1), isa=config.isa),
+        CpuRuntime(num_threads=prefill, isa=config.isa),
     )
 
 
