@@ -34,7 +34,7 @@ from jaxmoe.kv_cache.layout import CacheLayout, StateLayout
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
 from jaxmoe.kv_cache.states import StateCache
-from jaxmoe.request import NOT_FINITE, Delta, Request, RequestOutput
+from jaxmoe.request import NOT_FINITE, Delta, Request, RequestOutput, Status
 from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
@@ -75,6 +75,7 @@ class Engine:
             it is to compute.
         worker: computes them on a device of its own meanwhile (prefill_worker.py), in the
             streamer's place.
+        throttle: told whether others decode, whenever that changes while a prompt is streamed.
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
         states: slots of recurrent state, for models that have it; their prompts share pages only
             where some slots are for kept states (kv_cache/states.py).
@@ -96,6 +97,7 @@ class Engine:
         streamer: Streamer | None = None,
         route: PrefillRoute | None = None,
         worker: Worker | None = None,
+        throttle: Callable[[bool], None] | None = None,
         states: StateLayout | None = None,
         counters: Callable[[], Mapping[str, int]] = dict,
         profile: StepProfile | None = None,
@@ -126,6 +128,9 @@ class Engine:
         )
         self._route = route
         self._aside = None if worker is None else AsidePrompt(worker)
+        self._throttle = throttle
+        self._throttled = False
+        self._pass_throttled = False  # whether it was at any time of the present streamed pass
         self._streamed = None if streamer is None else StreamedPrompt(streamer)
         self.grammars = None
         if tokenizer is not None:
@@ -234,6 +239,7 @@ class Engine:
         if self._streamed is not None:
             self._streamed.drop_stale()
         ended = self._take_in()
+        self._set_throttle()
         plan = self.scheduler.plan()
         if plan is None:
             if self._aside is not None and self._aside.plan is not None:
@@ -243,6 +249,16 @@ class Engine:
         if plan.kind == "stream":
             return plan, ended + self._stream(plan)
         return plan, ended + self._compute(plan)
+
+    def _set_throttle(self) -> None:
+        """Streaming leaves bandwidth to those who decode, if it was asked to."""
+        if self._throttle is None:
+            return
+        decoding = any(s.status is Status.DECODE for s in self.scheduler.running)
+        if decoding != self._throttled:
+            self._throttle(decoding)
+            self._throttled = decoding
+        self._pass_throttled |= decoding
 
     def _compute(self, plan: StepPlan) -> list[Delta]:
         """A step of the compiled program, with a token for every row that draws."""
@@ -286,6 +302,7 @@ class Engine:
                 self._runner.assign(row.seq.slot)
                 row.seq.is_new = False
             row.seq.started_s = row.seq.started_s or now
+            self._pass_throttled = self._throttled
             if self._aside is not None:
                 self._aside.begin(plan, _step_rows(plan)[0], now)
                 return []
@@ -362,7 +379,8 @@ class Engine:
     def _note_stream(self, row: Row, seconds: float) -> None:
         assert self._route is not None
         predicted = self._route.predict_s("slp", row.count)
-        self._route.observe("slp", row.count, seconds)
+        if not self._pass_throttled:  # what it takes then says nothing about the bus
+            self._route.observe("slp", row.count, seconds)
         _log.info(
             "request %s: %d prompt tokens by slp, predicted %.2f s, took %.2f s",
             row.seq.request.request_id,

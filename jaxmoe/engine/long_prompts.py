@@ -38,6 +38,8 @@ _DEVICE_FLOPS = 2e14
 class LongPrompts:
     """What computes them, a stream between the steps or a worker beside them, with its ring and
     the route; `close` gives the device's memory back.
+
+    pace: bytes per second of streaming while others decode; 0: as fast as it goes.
     """
 
     stream: PromptStream | None
@@ -45,6 +47,14 @@ class LongPrompts:
     route: PrefillRoute
     ring: ExpertRing
     report: str
+    pace: float = 0.0
+
+    def throttle(self, decoding: bool) -> None:
+        """Whether others decode now, which streaming is to leave bandwidth to."""
+        if self.pace:
+            self.ring.set_pace(self.pace if decoding else 0.0)
+            alone = self.ring.total_bytes / self.pace
+            self.route.least_pass_s = alone if decoding else 0.0
 
     def on_compile(self, call: Callable[[bool], None]) -> None:
         """Whom to tell when programs are compiled that the steps wait for, and when they are."""
@@ -88,7 +98,10 @@ def start_streaming(
         if wanted is not None:
             raise ConfigError(f"{wanted}, but {problem}; use prefill=chunked, disaggregate=off")
         return None, (f"long prompts are computed in chunks: {problem}",)
-    driver = DeviceDriver.for_device(device)
+    if on_cpu and config.stand_in_copy_gb_s is not None:
+        driver = DeviceDriver.host(config.stand_in_copy_gb_s * 1e9)
+    else:
+        driver = DeviceDriver.for_device(device)
     own: list[tuple[jax.Array, ...]] = []
     on_stage("page-locking the experts", 0.0)
     try:
@@ -120,8 +133,9 @@ def start_streaming(
     on_stage("measuring the bus", 0.0)
     expert = model.moe.expert_intermediate * model.hidden_size * 6
     flops = expert * model.moe.router.experts_per_token * len(model.moe_layers)
+    pass_s = ring.measure_pass_s()
     route = PrefillRoute(
-        pass_s=ring.measure_pass_s(),
+        pass_s=pass_s,
         # Everything else of a token is about as much again.
         streamed_token_s=2 * flops / _DEVICE_FLOPS,
         chunked_token_s=flops / (_FLOPS[runtime.isa] * runtime.num_threads),
@@ -135,7 +149,9 @@ def start_streaming(
         worker = PrefillWorker(
             slp, own, caches, device, decode_device, page_size=layout.page_size
         )
-    return LongPrompts(stream, worker, route, ring, plan.describe()), ()
+    share = config.prefill_bandwidth_share
+    pace = 0.0 if share >= 1 else share * ring.total_bytes / pass_s
+    return LongPrompts(stream, worker, route, ring, plan.describe(), pace), ()
 
 
 def _second_copy(
@@ -169,6 +185,10 @@ def _second_copy(
     return dataclasses.replace(loaded, state=jax.device_put(loaded.state, device)), own
 
 
+def _name(device: Device) -> str:
+    return f"{device.platform}:{device.id}"
+
+
 def describe_placement(
     device: Device, long_prompts: LongPrompts | None, prefill_device: Device | None = None
 ) -> list[str]:
@@ -183,9 +203,14 @@ def describe_placement(
         lines += [f"long prompts: {long_prompts.report}", long_prompts.route.describe()]
         if prefill_device is not None:
             lines.append(
-                f"long prompts are computed on {prefill_device} while {device} decodes; their pages "
-                "are handed over layer by layer"
+                f"long prompts are computed on {_name(prefill_device)} while {_name(device)} "
+                "decodes; their pages are handed over layer by layer"
             )
         else:
             lines.append("long prompts and decode take turns on one device, a layer at a time")
+        if long_prompts.pace:
+            lines.append(
+                f"while others decode, experts stream at {long_prompts.pace / 1e9:.1f} GB/s at most "
+                "(prefill_bandwidth_share)"
+            )
     return lines

@@ -184,6 +184,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         streamer=long_prompts.stream if long_prompts else None,
         route=long_prompts.route if long_prompts else None,
         worker=long_prompts.worker if long_prompts else None,
+        throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
     )
     placed = list(describe_placement(device, long_prompts, prefill_device))
     if calibrated is not None:

@@ -22,6 +22,7 @@ class PrefillRoute:
 
     pass_s: all experts over the bus once. streamed_token_s, chunked_token_s: computing a token on
     the device, and in chunks. max_tokens: of one streamed pass. forced: a path for all prompts.
+    least_pass_s: of a pass while streaming is throttled, else 0.
     """
 
     pass_s: float
@@ -29,6 +30,7 @@ class PrefillRoute:
     chunked_token_s: float
     max_tokens: int
     forced: Path | None = None
+    least_pass_s: float = 0.0
 
     def predict_s(self, path: Path, num_tokens: int) -> float:
         """What `num_tokens` take one way."""
@@ -36,7 +38,8 @@ class PrefillRoute:
             return num_tokens * self.chunked_token_s
         whole, rest = divmod(num_tokens, self.max_tokens)
         passes = [self.max_tokens] * whole + ([rest] if rest else [])
-        return sum(max(self.pass_s, n * self.streamed_token_s) for n in passes)
+        least = max(self.pass_s, self.least_pass_s)
+        return sum(max(least, n * self.streamed_token_s) for n in passes)
 
     def choose(self, num_tokens: int) -> Path:
         """The way that is predicted to be faster; chunks where both are equal."""

@@ -30,7 +30,7 @@ def compare(case, folder, schedules):
     assert found["streamed"] >= 4 * schedules
     # Some were dropped on the way, but none came without its layers.
     assert found["handed_over"] >= found["streamed"] * found["num_layers"]
-    assert "are computed on TFRT_CPU_1 while TFRT_CPU_0 decodes" in found["report_on"]
+    assert "are computed on cpu:1 while cpu:0 decodes" in found["report_on"]
     assert "decodes; their pages" not in found["report_off"]
     return found
 

@@ -256,6 +256,29 @@ def test_a_workers_failure_is_that_requests_alone(caplog):
     assert outputs["short"].text == "okx"
 
 
+@pytest.mark.parametrize("aside", [False, True])
+def test_streaming_is_throttled_while_others_decode(aside):
+    calls = []
+    engine, _, made = (make_aside if aside else make)(throttle=calls.append)
+    route, before = engine._route, engine._route.pass_s
+    observed = []
+    route.observe = lambda *what: observed.append(what[0])
+    engine.add_request(list(LONG), GREEDY, request_id="alone")
+    engine.step()
+    assert calls == []
+    drain(engine)
+    assert calls in ([], [True]) and observed.count("slp") == 1 and route.pass_s == before
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    engine.add_request(list(b"x"), params, request_id="short")
+    engine.step()
+    engine.step()
+    engine.add_request(list(LONG), GREEDY, request_id="beside")
+    assert drain(engine)["beside"].text == "oka"
+    assert calls[-2:] == [False, True] or calls[-1:] == [True]
+    assert calls[1:] == [not c for c in calls[:-1]]
+    assert observed.count("slp") == 1  # that one was held back
+
+
 @pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])
 def test_texts_of_streamed_prompts_are_those_of_chunks(case, tmp_path, caplog):
     caplog.set_level(logging.INFO)

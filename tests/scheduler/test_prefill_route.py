@@ -63,3 +63,11 @@ def test_observations_move_the_crossing():
     r.observe("slp", 0, 1.0)
     r.observe("chunked", 10, 0.0)
     assert "from about 4096 tokens" in r.describe()
+
+
+def test_a_throttled_pass_is_expected_to_take_longer():
+    route = PrefillRoute(1.0, 1e-4, 1e-3, 10_000)
+    assert route.choose(2000) == "slp" and route.predict_s("slp", 2000) == 1.0
+    route.least_pass_s = 5.0
+    assert route.choose(2000) == "chunked" and route.predict_s("slp", 2000) == 5.0
+    assert route.choose(6000) == "slp"

@@ -74,9 +74,11 @@ def run(directory: str, schedules: int) -> dict:
                 ]
             )
         found["report_off"] = llm.report
+        layout = llm.engine.layout
     options |= dict(disaggregate="on", prefill="auto")
     # Pages for one prompt and a half, so that some have to give theirs back.
-    with LLM(directory, **options, kv_cache_gb=found_gb(llm, 36)) as llm:
+    pages_gb = (36 * layout.page_size * layout.token_bytes + 1) / 2**30
+    with LLM(directory, **options, kv_cache_gb=pages_gb) as llm:
         route = llm._started.long_prompts.route
         assert isinstance(route, PrefillRoute)
         route.pass_s, route.streamed_token_s, route.chunked_token_s = LONG_TOKENS * 1e-3, 0.0, 1e-3
@@ -91,11 +93,6 @@ def run(directory: str, schedules: int) -> dict:
         found["preemptions"] = stats["preemptions_total"]
         found["report_on"] = llm.report
     return found
-
-
-def found_gb(llm: LLM, pages: int) -> float:
-    layout = llm._started.engine.layout
-    return (pages * layout.page_size * layout.token_bytes + 1) / 2**30
 
 
 if __name__ == "__main__":
