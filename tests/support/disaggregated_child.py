@@ -30,22 +30,23 @@ def prompts(seed: int) -> list[list[int]]:
     ]
 
 
-def params(i: int) -> SamplingParams:
-    penalty = 1.2 if i % 3 == 0 else 1.0
+def params(i: int, schedules: int) -> SamplingParams:
+    # Penalties make every program anew, which takes longer than the rest.
+    penalty = 1.2 if i % 3 == 0 and schedules > 1 else 1.0
     return SamplingParams(
         temperature=0.0, max_tokens=4 + i, ignore_eos=True, repetition_penalty=penalty
     )
 
 
-def schedule(llm: LLM, asked: list[list[int]], rng: random.Random) -> list[list[int]]:
-    """Tokens of every prompt; each comes at a step of its own, some are aborted and come again."""
+def schedule(llm: LLM, asked: list[tuple[list[int], SamplingParams]], rng: random.Random):
+    """Tokens of every request; each comes at a step of its own, some are aborted and come again."""
     engine, outputs = llm.engine, {}
     waiting = rng.sample(range(len(asked)), len(asked))
     aborts = 2
     while waiting or engine.has_work:
         if waiting and rng.random() < 0.4:
             i = waiting.pop()
-            engine.add_request(asked[i], params(i), request_id=str(i))
+            engine.add_request(*asked[i], request_id=str(i))
         if aborts and rng.random() < 0.05:
             going = [i for i in range(len(asked)) if i not in waiting and str(i) not in outputs]
             if going:
@@ -65,14 +66,14 @@ def run(directory: str, schedules: int) -> dict:
     options = dict(compute_dtype="float32", max_model_len=96, max_num_seqs=4, page_size=4)
     options |= dict(num_threads=2, show_progress=False, prefill_chunk_tokens=16, device="cpu")
     found: dict = {"alone": [], "mixed": [], "preemptions": 0}
+    asked = [
+        [(prompt, params(i, schedules)) for i, prompt in enumerate(prompts(seed))]
+        for seed in range(schedules)
+    ]
     with LLM(directory, **options) as llm:
-        for seed in range(schedules):
-            found["alone"].append(
-                [
-                    list(llm.generate([p], params(i))[0].outputs[0].token_ids)
-                    for i, p in enumerate(prompts(seed))
-                ]
-            )
+        for requests in asked:
+            answers = [llm.generate([p], given)[0] for p, given in requests]
+            found["alone"].append([list(a.outputs[0].token_ids) for a in answers])
         found["report_off"] = llm.report
         layout = llm.engine.layout
     options |= dict(disaggregate="on", prefill="auto")
@@ -83,8 +84,8 @@ def run(directory: str, schedules: int) -> dict:
         assert isinstance(route, PrefillRoute)
         route.pass_s, route.streamed_token_s, route.chunked_token_s = LONG_TOKENS * 1e-3, 0.0, 1e-3
         route.observe = lambda *args: None  # what this machine is like is no matter here
-        for seed in range(schedules):
-            found["mixed"].append(schedule(llm, prompts(seed), random.Random(seed)))
+        for seed, requests in enumerate(asked):
+            found["mixed"].append(schedule(llm, requests, random.Random(seed)))
         worker = llm._started.long_prompts.worker
         assert worker is not None
         found["handed_over"], found["num_layers"] = worker.handed_over, llm.model_config.num_layers
