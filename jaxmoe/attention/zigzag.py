@@ -148,9 +148,7 @@ class ArrayParts:
         least = jnp.maximum(total, 1e-30)
         lse = jnp.where(total > 0, top + jnp.log(least), _MASKED)
         out = out / least[..., None]
-        return Part(
-            out.reshape(num_tokens, num_heads, v_dim), lse.reshape(num_tokens, num_heads)
-        )
+        return Part(out.reshape(num_tokens, num_heads, v_dim), lse.reshape(num_tokens, num_heads))
 
     def latents(self, *args: Any, **options: Any) -> Part:
         raise NotImplementedError("the CPU attends latents as they are")

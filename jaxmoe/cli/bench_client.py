@@ -100,13 +100,20 @@ async def first_model(client: httpx.AsyncClient) -> str:
 
 
 async def send(
-    client: httpx.AsyncClient, endpoint: str, body: Mapping[str, Any], due_s: float
+    client: httpx.AsyncClient,
+    endpoint: str,
+    body: Mapping[str, Any],
+    due_s: float,
+    timed: Timed | None = None,
 ) -> Timed:
-    """Sends one request and times its answer; whatever goes wrong is in `error`."""
+    """Sends one request and times its answer; whatever goes wrong is in `error`.
+
+    timed: filled meanwhile, for who wants to look while the answer comes; returned.
+    """
     import httpx
     import orjson
 
-    timed = Timed(due_s)
+    timed = timed or Timed(due_s)
     content = orjson.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
     headers = {"content-type": "application/json", "accept": "text/event-stream"}
     path = PATHS[endpoint].lstrip("/")

@@ -3,6 +3,8 @@
     jaxmoe_doctor              what was found, what it means, what to do about it
     jaxmoe_doctor --json       the same for programs
     jaxmoe_doctor --bandwidth  also measures what the CPUs read from memory, the bound of decoding
+    jaxmoe_doctor --remove_unused_weights
+                               removes experts in shared memory that no process uses, and no more
 
 The exit code is 1 if something must be changed before jaxmoe can run, else 0.
 """
@@ -29,6 +31,12 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_boolean("json", False, "one JSON object on stdout", flag_values=values)
     flags.DEFINE_boolean("bandwidth", False, "measure memory bandwidth too", flag_values=values)
+    flags.DEFINE_boolean(
+        "remove_unused_weights",
+        False,
+        "remove this user's experts in shared memory (/dev/shm) that no process uses; no checks",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "cache_dir",
         EngineConfig().cache_dir,
@@ -52,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(values: flags.FlagValues, rest: list[str]) -> int:
-    command.no_arguments(rest, "--json, --bandwidth or --cache_dir=DIR")
+    command.no_arguments(rest, "--json, --bandwidth, --remove_unused_weights or --cache_dir=DIR")
+    if values["remove_unused_weights"].value:
+        print("\n".join(doctor_machine.remove_unused_weights()))
+        return 0
     cache_dir: Any = values["cache_dir"].value
     checks = all_checks(cache_dir or "", bandwidth=bool(values["bandwidth"].value))
     failed = any(check.status == FAIL for check in checks)
@@ -78,6 +89,7 @@ def all_checks(cache_dir: str, *, bandwidth: bool) -> list[Check]:
         ("memory", doctor_machine.memory),
         ("overcommit", doctor_machine.overcommit),
         ("shared memory", doctor_machine.shared_memory),
+        ("shared weights", doctor_machine.shared_weights),
         ("limits", doctor_machine.limits),
         ("disk", lambda: doctor_machine.disk(cache_dir)),
         ("GPU", doctor_software.gpu),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxmoe.cli.doctor_check import FAIL, OK, WARN, Check
 from jaxmoe.weights import memory as memory_facts
+from jaxmoe.weights import shared_store
 from jaxmoe.weights.memory import gib
 
 _ROOT = Path("/")
@@ -163,6 +164,34 @@ def shared_memory(root: Path = _ROOT) -> Check:
         f"{path}: {gib(usage.free)} of {gib(usage.total)} free",
         "The most that weights which outlive an engine process may take.",
     )
+
+
+def shared_weights() -> Check:
+    name, stores = "shared weights", shared_store.stores()
+    unused = [s for s in stores if not s.in_use]
+    if not stores:
+        return Check(name, OK, f"none of yours in {shared_store.DIRECTORY}")
+    found = ", ".join(
+        f"{s.name} ({gib(s.num_bytes)}, {'in use' if s.in_use else 'unused'})" for s in stores
+    )
+    if not unused:
+        return Check(name, OK, found, "Engines of the same checkpoint attach to them in seconds.")
+    return Check(
+        name,
+        WARN,
+        found,
+        f"{gib(sum(s.num_bytes for s in unused))} are kept for the next start of their checkpoints.",
+        "Start it again, or give the memory back: jaxmoe_doctor --remove_unused_weights",
+    )
+
+
+def remove_unused_weights() -> list[str]:
+    """What was removed, and what is in use, for people."""
+    sizes = {s.name: s.num_bytes for s in shared_store.stores()}
+    removed = shared_store.remove_unused()
+    lines = [f"removed {name} ({gib(sizes.get(name, 0))})" for name in removed]
+    lines += [f"left {s.name} ({gib(s.num_bytes)}): in use" for s in shared_store.stores()]
+    return lines or [f"no weights of yours in {shared_store.DIRECTORY}"]
 
 
 def limits() -> Check:

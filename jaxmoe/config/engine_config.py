@@ -115,6 +115,33 @@ class EngineConfig:
         "to be faster",
         choices=("auto", "chunked", "slp", "dslp"),
     )
+    disaggregate: str = checked(
+        "auto",
+        "str",
+        "on: long prompts are computed on a second device while the first one decodes, both on one "
+        "copy of the experts; off: they take turns on one device; auto: off, until it was measured "
+        "on two GPUs",
+        choices=("auto", "off", "on"),
+    )
+    prefill_bandwidth_share: float = checked(
+        1.0,
+        "float",
+        "share of the rate at which the experts stream alone that they may take while others decode; "
+        "what is left of the memory's bandwidth is decode's",
+        low=0.0,
+        high=1.0,
+        low_open=True,
+    )
+    stand_in_copy_gb_s: float | None = checked(
+        None,
+        "float",
+        "with device=cpu: GB/s of the copies that stand in for a GPU's bus, for measurements; "
+        "default: as fast as memory",
+        low=0.0,
+        high=1e6,
+        low_open=True,
+        optional=True,
+    )
     num_threads: int | None = checked(
         None,
         "int",

@@ -62,6 +62,7 @@ class Driver:
 
     def post(self, command: Command) -> None:
         """Hands a command over; from any thread. Dropped once `run` has ended."""
+        self._engine.wake()
         with self._changed:
             if self._ended:
                 return

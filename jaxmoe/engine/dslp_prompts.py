@@ -12,7 +12,7 @@ import jax
 from jaxmoe.common.errors import CapacityError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
-from jaxmoe.engine.long_prompts import LongPrompts
+from jaxmoe.engine.long_prompts import LongPrompts, streaming_pace
 from jaxmoe.engine.placement import free_bytes
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
@@ -100,7 +100,12 @@ def start_dslp(
         free_devices=len(devices),
     )
     return LongPrompts(
-        stream=PromptStream(dslp, caches, "dslp"), route=route, ring=rings, report=plan.describe()
+        stream=PromptStream(dslp, caches, "dslp"),
+        worker=None,
+        route=route,
+        ring=rings,
+        report=plan.describe(),
+        pace=streaming_pace(config, rings.total_bytes, rates.pass_s),
     )
 
 

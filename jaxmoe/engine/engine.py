@@ -22,6 +22,7 @@ from jaxmoe.common.errors import EngineDeadError, RequestError
 from jaxmoe.config.generation import GenerationDefaults
 from jaxmoe.decode.batch import StepRow
 from jaxmoe.decode.hybrid_step import LOGITS_CHUNK_TOKENS, Kind, RowResult
+from jaxmoe.engine.aside_prompt import WAIT_S, AsidePrompt, Worker
 from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.engine.checks import check_params, check_prompt, resolve_max_tokens
 from jaxmoe.engine.completion import Completion
@@ -33,7 +34,7 @@ from jaxmoe.kv_cache.layout import CacheLayout, StateLayout
 from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
 from jaxmoe.kv_cache.states import StateCache
-from jaxmoe.request import NOT_FINITE, Delta, Request, RequestOutput
+from jaxmoe.request import NOT_FINITE, Delta, Request, RequestOutput, Status
 from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
@@ -72,6 +73,9 @@ class Engine:
         profile: counts where the time of steps goes (profile.py).
         streamer, route: what computes long prompts with their experts streamed, and which prompts
             it is to compute.
+        worker: computes them on a device of its own meanwhile (prefill_worker.py), in the
+            streamer's place.
+        throttle: told whether others decode, whenever that changes while a prompt is streamed.
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
         states: slots of recurrent state, for models that have it; their prompts share pages only
             where some slots are for kept states (kv_cache/states.py).
@@ -92,6 +96,8 @@ class Engine:
         prefix_cache: bool = True,
         streamer: Streamer | None = None,
         route: PrefillRoute | None = None,
+        worker: Worker | None = None,
+        throttle: Callable[[bool], None] | None = None,
         states: StateLayout | None = None,
         counters: Callable[[], Mapping[str, int]] = dict,
         profile: StepProfile | None = None,
@@ -118,8 +124,13 @@ class Engine:
             states=kept,
             prompt_logprobs_tokens=LOGITS_CHUNK_TOKENS,
             streams=None if route is None else route.streams,
+            aside=worker is not None,
         )
         self._route = route
+        self._aside = None if worker is None else AsidePrompt(worker)
+        self._throttle = throttle
+        self._throttled = False
+        self._pass_throttled = False  # whether it was at any time of the present streamed pass
         self._streamed = None if streamer is None else StreamedPrompt(streamer)
         self.grammars = None
         if tokenizer is not None:
@@ -203,7 +214,14 @@ class Engine:
             if completion.output is None:
                 self.scheduler.cancel(completion.seq)
                 deltas.append(self._close_request(completion, completion.abort(now)))
+        if self._aside is not None:  # there may be no step for a while
+            self._aside.drop_stale()
         return deltas
+
+    def wake(self) -> None:
+        """Ends a step that waits for the prefill worker alone; from any thread."""
+        if self._aside is not None:
+            self._aside.worker.wake()
 
     def step(self) -> list[Delta]:
         """Computes one step; what it added to each completion it completed a token of."""
@@ -220,12 +238,30 @@ class Engine:
     def _step(self) -> tuple[StepPlan | None, list[Delta]]:
         if self._streamed is not None:
             self._streamed.drop_stale()
+        ended = self._take_in()
+        self._set_throttle()
         plan = self.scheduler.plan()
         if plan is None:
-            return None, []
+            if self._aside is not None and self._aside.plan is not None:
+                self._aside.worker.wait(WAIT_S)
+            return None, ended
         self.on_plan(plan)
         if plan.kind == "stream":
-            return plan, self._stream_layer(plan)
+            return plan, ended + self._stream(plan)
+        return plan, ended + self._compute(plan)
+
+    def _set_throttle(self) -> None:
+        """Streaming leaves bandwidth to those who decode, if it was asked to."""
+        if self._throttle is None:
+            return
+        decoding = any(s.status is Status.DECODE for s in self.scheduler.running)
+        if decoding != self._throttled:
+            self._throttle(decoding)
+            self._throttled = decoding
+        self._pass_throttled |= decoding
+
+    def _compute(self, plan: StepPlan) -> list[Delta]:
+        """A step of the compiled program, with a token for every row that draws."""
         now = self._clock()
         for row in plan.rows:
             if row.seq.is_new:
@@ -251,53 +287,93 @@ class Engine:
         if self._route is not None and plan.kind == "prefill" and not compiled:
             if plan.num_tokens == self.scheduler.prefill_chunk_tokens:  # small ones mislead
                 self._route.observe("chunked", plan.num_tokens, now - started)
-        return plan, [
+        return [
             self._take(row, result, now)
             for row, result in zip(plan.rows, results, strict=True)
             if row.samples
         ]
 
-    def _stream_layer(self, plan: StepPlan) -> list[Delta]:
-        """One more layer of a long prompt. A load that fails is that request's failure alone."""
-        assert self._streamed is not None
+    def _stream(self, plan: StepPlan) -> list[Delta]:
+        """One more layer of a long prompt, or all of them handed to the worker."""
         row, now = plan.rows[0], self._clock()
-        if self._streamed.seq is not row.seq:
+        begun = self._streamed is not None and self._streamed.seq is row.seq
+        if not begun:
             if row.seq.is_new:
                 self._runner.assign(row.seq.slot)
                 row.seq.is_new = False
             if not row.seq.started_s:
                 self._note_start(row.seq, "slp", now)
+            self._pass_throttled = self._throttled
+            if self._aside is not None:
+                self._aside.begin(plan, _step_rows(plan)[0], now)
+                return []
+            assert self._streamed is not None
             self._streamed.begin(row.seq, _step_rows(plan)[0])
+        assert self._streamed is not None
         try:
             done = self._streamed.advance()
         except BaseException as e:
-            if not isinstance(e, NATIVE_ERRORS) or not self._runner.usable:
-                self._note_failure(e)
-                raise
-            completion = self._completions[row.seq.request.request_id][row.seq.choice_idx]
-            delta = completion.fail(f"the prompt could not be computed: {e}", self._clock())
-            self.scheduler.cancel(row.seq)
-            _log.error("request %s: %s", row.seq.request.request_id, delta.stop_reason)
-            return [self._close_request(completion, delta)]
+            return self._stream_failed(row, e)
         seconds = self._clock() - now
         self._streamed.seconds += seconds
         if done < 1:
-            computed = row.start + int(row.count * done)
-            self._progress = [
-                PrefillProgress(row.seq.request.request_id, computed, row.seq.num_prompt)
-            ]
+            self._note_part(row, done)
             self._stats.note_layer(seconds)
             return []
-        self._note_stream(row, self._streamed.seconds)
+        total = self._streamed.seconds
         self._streamed.drop()
+        self._stream_ended(plan, total, seconds)
+        return []
+
+    def _take_in(self) -> list[Delta]:
+        """What the worker has ready: its layers reach the caches here, between two steps."""
+        aside = self._aside
+        if aside is None:
+            return []
+        aside.drop_stale()
+        plan = aside.plan
+        if plan is None:
+            return []
+        try:
+            done = aside.poll()
+        except BaseException as e:
+            if not aside.worker.usable:
+                self._note_failure(e)
+                raise
+            return self._stream_failed(plan.rows[0], e)
+        if done < 1:
+            self._note_part(plan.rows[0], done)
+            return []
+        aside.drop()
+        self._stream_ended(plan, self._clock() - aside.begun_s, 0.0)
+        return []
+
+    def _stream_failed(self, row: Row, e: BaseException) -> list[Delta]:
+        """A load that fails is that request's failure alone."""
+        if not isinstance(e, NATIVE_ERRORS) or not self._runner.usable:
+            self._note_failure(e)
+            raise e
+        completion = self._completions[row.seq.request.request_id][row.seq.choice_idx]
+        delta = completion.fail(f"the prompt could not be computed: {e}", self._clock())
+        self.scheduler.cancel(row.seq)
+        _log.error("request %s: %s", row.seq.request.request_id, delta.stop_reason)
+        return [self._close_request(completion, delta)]
+
+    def _stream_ended(self, plan: StepPlan, total_s: float, step_s: float) -> None:
+        """total_s: since its first layer began. step_s: of the engine's time, not noted yet."""
+        row = plan.rows[0]
+        self._note_stream(row, total_s)
         if row.seq.request.params.adjusts_logits:
             end = row.start + row.count
             tokens = row.seq.request.prompt_token_ids[:end]
             self._runner.assign(row.seq.slot, tokens)
         self.scheduler.advance(plan)
         self._note_progress(plan)
-        self._stats.note_step(plan, seconds, self._counters(), compiled=False)
-        return []
+        self._stats.note_step(plan, step_s, self._counters(), compiled=False)
+
+    def _note_part(self, row: Row, done: float) -> None:
+        computed = row.start + int(row.count * done)
+        self._progress = [PrefillProgress(row.seq.request.request_id, computed, row.seq.num_prompt)]
 
     def _note_start(self, seq: RequestSequence, path: Path, now: float) -> None:
         """A prompt's first step: which way it goes and when its first token is expected."""
@@ -312,7 +388,8 @@ class Engine:
         assert self._route is not None
         path = "slp" if self._streamed is None else self._streamed.path
         predicted = self._route.predict_s(path, row.count)
-        self._route.observe(path, row.count, seconds)
+        if not self._pass_throttled:  # what it takes then says nothing about the bus
+            self._route.observe(path, row.count, seconds)
         _log.info(
             "request %s: %d prompt tokens by %s, predicted %.2f s, took %.2f s",
             row.seq.request.request_id,

@@ -11,10 +11,13 @@ from jaxmoe.common.errors import CapacityError, CheckpointError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.engine.placement import free_bytes
+from jaxmoe.engine.prefill_worker import PrefillWorker
 from jaxmoe.engine.prompt_rates import make_route
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
+from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.models.decoder import cache_spec
 from jaxmoe.prefill.device import make_slp
 from jaxmoe.prefill.rank_rings import RankRings
 from jaxmoe.prefill.ring import ExpertRing
@@ -22,6 +25,7 @@ from jaxmoe.prefill.stream import PromptStream
 from jaxmoe.scheduler.prefill_route import PrefillRoute
 from jaxmoe.weights import memory
 from jaxmoe.weights.loaded_model import LoadedModel
+from jaxmoe.weights.memory import gib
 
 # Of what XLA may take: the rest is for programs' temporaries outside the plan.
 _SHARE = 0.9
@@ -29,19 +33,35 @@ _SHARE = 0.9
 
 @dataclasses.dataclass
 class LongPrompts:
-    """The stream, its ring and the route; `close` gives the device's memory back."""
+    """What computes them, a stream between the steps or a worker beside them, with its ring and
+    the route; `close` gives the device's memory back.
 
-    stream: PromptStream
+    pace: bytes per second of streaming while others decode; 0: as fast as it goes.
+    """
+
+    stream: PromptStream | None
+    worker: PrefillWorker | None
     route: PrefillRoute
     ring: ExpertRing | RankRings
     report: str
+    pace: float = 0.0
+
+    def throttle(self, decoding: bool) -> None:
+        """Whether others decode now, which streaming is to leave bandwidth to."""
+        if self.pace:
+            self.ring.set_pace(self.pace if decoding else 0.0)
+            alone = self.ring.total_bytes / self.pace
+            self.route.least_pass_s = alone if decoding else 0.0
 
     def on_compile(self, call: Callable[[bool], None]) -> None:
-        """Whom to tell when programs are compiled, and when they are."""
-        self.stream.slp.on_compile = call
+        """Whom to tell when programs are compiled that the steps wait for, and when they are."""
+        if self.stream is not None:
+            self.stream.slp.on_compile = call
 
     def close(self) -> None:
-        self.stream.close()
+        for part in (self.stream, self.worker):
+            if part is not None:
+                part.close()
 
 
 def start_streaming(
@@ -53,14 +73,20 @@ def start_streaming(
     loaded: LoadedModel,
     caches: Callable[[], list[tuple[jax.Array, ...]]],
     on_stage: Callable[[str, float], None] = lambda stage, percent: None,
+    *,
+    decode_device: Device | None = None,
 ) -> tuple[LongPrompts | None, tuple[str, ...]]:
     """None where prompts are computed in chunks only: without a GPU, unless asked for. And notes
     for the start-up report.
 
-    Raises: CapacityError, CheckpointError where `prefill="slp"` cannot be.
+    device, runtime: that prompts are streamed to. decode_device: that `loaded` and `caches` are on,
+    where that is another one: a worker computes them beside decode then.
+
+    Raises: CapacityError, CheckpointError where `prefill="slp"` or `disaggregate="on"` cannot be.
     """
-    on_cpu = device.platform == "cpu"
-    if config.prefill == "chunked" or (config.prefill == "auto" and on_cpu):
+    on_cpu, aside = device.platform == "cpu", decode_device is not None
+    wanted = "disaggregate: on" if aside else "prefill: slp" if config.prefill == "slp" else None
+    if config.prefill == "chunked" or (wanted is None and on_cpu):
         return None, ()
     if loaded.host_store is None:
         return None, ()
@@ -70,16 +96,22 @@ def start_streaming(
     elif _shares_choices(model):
         problem = f"{model.architecture}'s layers attend what another layer chose"
     if problem is not None:
-        if config.prefill == "slp":
-            raise ConfigError(f"prefill: slp, but {problem}; use prefill=chunked")
+        if wanted is not None:
+            raise ConfigError(f"{wanted}, but {problem}; use prefill=chunked, disaggregate=off")
         return None, (f"long prompts are computed in chunks: {problem}",)
-    driver = DeviceDriver.for_device(device)
+    if on_cpu and config.stand_in_copy_gb_s is not None:
+        driver = DeviceDriver.host(config.stand_in_copy_gb_s * 1e9)
+    else:
+        driver = DeviceDriver.for_device(device)
+    own: list[tuple[jax.Array, ...]] = []
     on_stage("page-locking the experts", 0.0)
     try:
         driver.lock_store(
             loaded.host_store.native,
             lambda done, total: on_stage("page-locking the experts", 100 * done / max(total, 1)),
         )
+        if aside:
+            loaded, own = _second_copy(config, model, layout, device, loaded)
         available = memory.available_bytes() // 2 if on_cpu else int(free_bytes(device) * _SHARE)
         slp, ring, plan, _ = make_slp(
             loaded,
@@ -94,15 +126,27 @@ def start_streaming(
             compute_bytes=2 if config.compute_dtype == "bfloat16" else 4,
         )
     except (CapacityError, CheckpointError, OSError) as error:
-        if config.prefill == "slp":
+        if wanted is not None:
             if isinstance(error, OSError):
-                raise CapacityError(f"prefill: slp, but {error}") from None
+                raise CapacityError(f"{wanted}, but {error}") from None
             raise
         return None, (f"long prompts are computed in chunks: {error}",)
     route = make_route(
         config, model, device, runtime, loaded.host_store, ring, plan.max_tokens, on_stage
     )
-    return LongPrompts(PromptStream(slp, caches), route, ring, plan.describe()), ()
+    stream = worker = None
+    if decode_device is None:
+        stream = PromptStream(slp, caches)
+    else:
+        worker = PrefillWorker(slp, own, caches, device, decode_device, page_size=layout.page_size)
+    pace = streaming_pace(config, ring.total_bytes, route.pass_s)
+    return LongPrompts(stream, worker, route, ring, plan.describe(), pace), ()
+
+
+def streaming_pace(config: EngineConfig, pass_bytes: int, pass_s: float) -> float:
+    """`LongPrompts.pace` where a pass copies so many bytes in so many seconds."""
+    share = config.prefill_bandwidth_share
+    return 0.0 if share >= 1 else share * pass_bytes / pass_s
 
 
 def _shares_choices(model: ModelConfig) -> bool:
@@ -112,7 +156,46 @@ def _shares_choices(model: ModelConfig) -> bool:
     return indexer is not None and bool(indexer.sharing_layers)
 
 
-def describe_placement(device: Device, long_prompts: LongPrompts | None) -> list[str]:
+def _second_copy(
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: CacheLayout,
+    device: Device,
+    loaded: LoadedModel,
+) -> tuple[LoadedModel, list[tuple[jax.Array, ...]]]:
+    """What a device that computes prompts beside decode has of its own: the weights but for the
+    routed experts, and pages for one sequence.
+
+    Raises: CapacityError.
+    """
+    weights = sum(leaf.nbytes for leaf in loaded.leaves)
+    pages = layout.pages_per_sequence * layout.page_size * layout.token_bytes
+    if device.platform == "cpu":
+        memory.require(
+            weights + pages, "the prefill worker's weights and pages", "disaggregate=off"
+        )
+    elif weights + pages > free_bytes(device):
+        raise CapacityError(
+            f"the prefill worker's weights and pages take {gib(weights + pages)}, and "
+            f"{device.device_kind} has {gib(free_bytes(device))} free; lower max_model_len or use "
+            "disaggregate=off"
+        )
+    own = store.allocate(
+        cache_spec(model, config.compute_dtype),
+        layout.pages_per_sequence,
+        layout.page_size,
+        device=device,
+    )
+    return dataclasses.replace(loaded, state=jax.device_put(loaded.state, device)), own
+
+
+def _name(device: Device) -> str:
+    return f"{device.platform}:{device.id}"
+
+
+def describe_placement(
+    device: Device, long_prompts: LongPrompts | None, prefill_device: Device | None = None
+) -> list[str]:
     """Lines of the start-up report."""
     lines = []
     if device.platform != "cpu":
@@ -125,4 +208,16 @@ def describe_placement(device: Device, long_prompts: LongPrompts | None) -> list
         lines += [f"long prompts: {long_prompts.report}", route.describe()]
         if route.source:
             lines.append(route.source)
+        if prefill_device is not None:
+            lines.append(
+                f"long prompts are computed on {_name(prefill_device)} while {_name(device)} "
+                "decodes; their pages are handed over layer by layer"
+            )
+        else:
+            lines.append("long prompts and decode take turns on one device, a layer at a time")
+        if long_prompts.pace:
+            lines.append(
+                f"while others decode, experts stream at {long_prompts.pace / 1e9:.1f} GB/s at most "
+                "(prefill_bandwidth_share)"
+            )
     return lines

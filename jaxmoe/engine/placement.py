@@ -57,6 +57,43 @@ def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[Device, tup
     return cpu, (f"the GPU is not used: {problem}",)
 
 
+def choose_prefill_device(
+    config: EngineConfig, device: Device
+) -> tuple[Device | None, tuple[str, ...]]:
+    """Where long prompts are computed beside decode on `device`, None where the two take turns; and
+    notes for the start-up report.
+
+    Raises: ConfigError where `disaggregate="on"` cannot be.
+    """
+    if config.disaggregate == "off":
+        return None, ()
+    others = [d for d in jax.local_devices(backend=device.platform) if d != device]
+    if config.disaggregate == "auto":
+        if device.platform == "cpu" or not others or config.prefill in ("chunked", "dslp"):
+            return None, ()
+        return None, (
+            "the second GPU is not used: what prefill beside decode gains there was not measured "
+            "yet; disaggregate=on turns it on",
+        )
+    if config.prefill == "dslp":
+        raise ConfigError(
+            "disaggregate: on, but prefill=dslp computes prompts on the device that decodes too; use "
+            "prefill=auto or slp, or disaggregate=off"
+        )
+    if config.prefill == "chunked":
+        raise ConfigError(
+            "disaggregate: on, but prefill=chunked computes every prompt beside the experts; use "
+            "prefill=auto or slp"
+        )
+    if not others:
+        advice = "set JAX_NUM_CPU_DEVICES=2, so that a second one stands in, or use"
+        raise ConfigError(
+            f"disaggregate: on, but {device.device_kind} is the only device; "
+            f"{advice if device.platform == 'cpu' else 'use'} disaggregate=off"
+        )
+    return others[0], ()
+
+
 def _unsupported(model: ModelConfig, config: EngineConfig) -> str | None:
     """Why the GPU's kernels cannot run the model, or None."""
     if not isinstance(model.attention, MlaConfig | GqaConfig):

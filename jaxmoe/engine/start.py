@@ -20,7 +20,13 @@ from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.dslp_prompts import start_dslp
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
-from jaxmoe.engine.placement import choose_device, device_ops, settle_device, to_device
+from jaxmoe.engine.placement import (
+    choose_device,
+    choose_prefill_device,
+    device_ops,
+    settle_device,
+    to_device,
+)
 from jaxmoe.engine.profile import StepProfile
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device
@@ -55,6 +61,7 @@ class Started:
     loaded: LoadedModel
     runtime: CpuRuntime
     long_prompts: LongPrompts | None = None
+    prefill_runtime: CpuRuntime | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -76,6 +83,8 @@ class Started:
         self.step.close()
         self.loaded.close()
         self.runtime.close()
+        if self.prefill_runtime is not None:
+            self.prefill_runtime.close()
 
 
 def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None) -> Started:
@@ -93,7 +102,9 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     _require_cache_memory(layout, states)
     programs = compile_cache.enable(config.cache_path)
     device, notes = choose_device(config, model_config)
-    runtime = CpuRuntime(num_threads=num_threads(config.num_threads, device), isa=config.isa)
+    prefill_device, more = choose_prefill_device(config, device)
+    notes += more
+    runtime, prefill_runtime = _runtimes(config, device, prefill_device)
     loaded = long_prompts = profile = None
     try:
         if config.profile is not None and device.platform != "cpu":
@@ -107,6 +118,8 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             calibrated = calibration.calibrate(runtime, config.cache_path)
         device, more = settle_device(config, device, loaded.specs)
         notes += more
+        if prefill_device is not None and prefill_device.platform != device.platform:
+            prefill_device, more = choose_prefill_device(config, device)
         if device.platform == "cpu":
             _require_cache_memory(layout, states)  # again: now the weights have taken theirs
         else:
@@ -138,7 +151,15 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             )
         else:
             long_prompts, more = start_streaming(
-                config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
+                config,
+                model_config,
+                layout,
+                device if prefill_device is None else prefill_device,
+                runtime if prefill_runtime is None else prefill_runtime,
+                loaded,
+                lambda: step.caches,
+                on_stage,
+                decode_device=None if prefill_device is None else device,
             )
             notes += more
         if long_prompts is not None:
@@ -149,6 +170,8 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         if loaded is not None:
             loaded.close()
         runtime.close()
+        if prefill_runtime is not None:
+            prefill_runtime.close()
         raise
     engine = Engine(
         step,
@@ -166,8 +189,10 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         profile=profile,
         streamer=long_prompts.stream if long_prompts else None,
         route=long_prompts.route if long_prompts else None,
+        worker=long_prompts.worker if long_prompts else None,
+        throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
     )
-    placed = list(describe_placement(device, long_prompts))
+    placed = list(describe_placement(device, long_prompts, prefill_device))
     if calibrated is not None:
         placed.insert(0, calibrated.describe())
     report = describe(
@@ -185,6 +210,26 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         loaded,
         runtime,
         long_prompts,
+        prefill_runtime,
+    )
+
+
+def _runtimes(
+    config: EngineConfig, device: Device, prefill_device: Device | None
+) -> tuple[CpuRuntime, CpuRuntime | None]:
+    """The threads, and those of a CPU device that stands in for the GPU which computes prompts: half
+    of them, for a GPU would take none.
+    """
+    threads = _num_threads(config, device)
+    if prefill_device is None or prefill_device.platform != "cpu":
+        return CpuRuntime(num_threads=threads, isa=config.isa), None
+    if threads is None:
+        with CpuRuntime() as every_core:
+            threads = every_core.num_threads
+    prefill = max(threads // 2, 1)
+    return (
+        CpuRuntime(num_threads=max(threads - prefill, 1), isa=config.isa),
+        CpuRuntime(num_threads=prefill, isa=config.isa),
     )
 
 

@@ -171,9 +171,16 @@ class SlotRing:
         """Ends the run now: programs that acquire or release fail, with this cause."""
         self._native.abort(cause)
 
+    def set_pace(self, bytes_per_s: float) -> None:
+        """Copies take no more than this from now on, also in later runs; 0: as fast as they go. At
+        any time, from any thread.
+        """
+        self._native.set_pace(bytes_per_s)
+
     def stats(self) -> dict[str, float]:
         """Of this run or the last: `jobs`, `copies` and `bytes` done; `copy_s`, the time in which
-        bytes moved; `loader_wait_s` and `acquire_wait_s`, host threads' time spent waiting."""
+        bytes moved; `loader_wait_s` and `acquire_wait_s`, host threads' time spent waiting;
+        `paced_bytes`, which a pace held back, and `paced_s`, what they take at it."""
         return self._native.stats()
 
     def close(self) -> None:

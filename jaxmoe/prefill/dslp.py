@@ -319,10 +319,8 @@ class DslpPrefill:
             wanted["keys", kind, rows] = lambda kind=kind, leaves=leaves: self._mapped_keys(
                 kind
             ).lower(leaves, h, new, where, begin)
-            wanted["chunk", kind, rows, prefix_rows] = (
-                lambda kind=kind, leaves=leaves: self._mapped_chunk(kind).lower(
-                    leaves, buffers, held, where, begin, cut
-                )
+            wanted["chunk", kind, rows, prefix_rows] = lambda kind=kind, leaves=leaves: (
+                self._mapped_chunk(kind).lower(leaves, buffers, held, where, begin, cut)
             )
             if not kind.is_moe:
                 continue
@@ -331,8 +329,8 @@ class DslpPrefill:
             )
             kept, x = sent.kept, sent.x
             wanted["send", rows] = lambda: send.lower(*buffers[1:])
-            wanted["experts", kind, rows] = (
-                lambda kind=kind, leaves=leaves, sent=sent: self._mapped_experts(kind).lower(
+            wanted["experts", kind, rows] = lambda kind=kind, leaves=leaves, sent=sent: (
+                self._mapped_experts(kind).lower(
                     leaves, sent.x, sent.expert_ids, sent.combine_weights, slots
                 )
             )
@@ -353,9 +351,7 @@ class DslpPrefill:
         one = PartitionSpec(self._axis)
         specs = tuple(PartitionSpec() if w else one for w in whole)
         # Kernels and foreign calls do not say how their results vary over the mesh.
-        mapped = jax.shard_map(
-            f, mesh=self._mesh, in_specs=specs, out_specs=one, check_vma=False
-        )
+        mapped = jax.shard_map(f, mesh=self._mesh, in_specs=specs, out_specs=one, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate)
 
     def _mapped_embed(self) -> Any:

@@ -91,6 +91,16 @@ class RankRings:
         """Of one run, by rank."""
         return [jobs.total_bytes for jobs in self._jobs]
 
+    @property
+    def total_bytes(self) -> int:
+        """Of one run, on all devices together."""
+        return sum(self.streamed_bytes)
+
+    def set_pace(self, bytes_per_s: float) -> None:
+        """Of all devices together, each its share; 0: as fast as they go."""
+        for ring in self.rings:
+            ring.set_pace(bytes_per_s / len(self.rings))
+
     def start(self) -> None:
         """Begins to load the first layers, on all devices."""
         for ring, jobs in zip(self.rings, self._jobs, strict=True):

@@ -156,6 +156,10 @@ class ExpertRing:
             self.abort(f"{type(error).__name__}: {error}")
             raise
 
+    def set_pace(self, bytes_per_s: float) -> None:
+        """Limits the loader from now on, also in runs to come; 0: no limit."""
+        self._ring.set_pace(bytes_per_s)
+
     def stats(self) -> dict[str, float]:
         return self._ring.stats()
 

@@ -37,7 +37,7 @@ class PrefillRoute:
     streamed_token_s, chunked_token_s: computing a token on the device, and in chunks. max_tokens:
     of one streamed pass. forced: a path for all prompts. source: of the rates it began with, for
     the start-up report. dslp: of several devices at once, None without. free_devices: that a prompt
-    may have now.
+    may have now. least_pass_s: of a pass while streaming is throttled, else 0.
     """
 
     pass_s: float
@@ -48,6 +48,7 @@ class PrefillRoute:
     source: str = ""
     dslp: DslpRates | None = None
     free_devices: int = 1
+    least_pass_s: float = 0.0
 
     @classmethod
     def estimated(
@@ -90,7 +91,8 @@ class PrefillRoute:
         pass_s, token_s, most = self._streamed(path)
         whole, rest = divmod(num_tokens, most)
         passes = [most] * whole + ([rest] if rest else [])
-        return sum(max(pass_s, n * token_s) for n in passes)
+        least = max(pass_s, self.least_pass_s)
+        return sum(max(least, n * token_s) for n in passes)
 
     def _streamed(self, path: Path) -> tuple[float, float, int]:
         """pass_s, token_s and max_tokens."""

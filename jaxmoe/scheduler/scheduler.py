@@ -6,7 +6,8 @@ token of every running sequence), never a mixture: the two use different kernels
 be computed by the same one whatever else is in the batch. Where both kinds of work wait, they
 alternate, so neither starves the other. Prompts that `streams` says are better computed with the
 experts streamed to the device (prefill_route.py) take many steps of kind "stream", one layer each;
-in between come decodes, and chunks of shorter prompts.
+in between come decodes, and chunks of shorter prompts. Where a worker with a device of its own
+computes them (`aside`), one step of that kind begins a pass, and everything else goes on meanwhile.
 
 Admission is first come, first served: a sequence enters when a slot is free and its known tokens
 and one more fit the free pages; pages of its prompt that the prefix cache knows need no room and
@@ -61,7 +62,8 @@ class Scheduler:
     """Owns the queue, the slots and the pages of the sequences it was given.
 
     streams: how many of a prompt's tokens left to compute are to be streamed in one pass, 0 for
-    none; None: never any.
+    none; None: never any. aside: whether they are computed beside the steps, until `advance` says
+    that a pass is done.
     prefix: where pages of prompts are shared; None: nowhere. states: where recurrent states are
     kept, which a model that has them needs beside `prefix`; None for others.
     prompt_logprobs_tokens: of a prompt whose log probabilities are wanted, in one step; such a step
@@ -78,6 +80,7 @@ class Scheduler:
         states: StateCache | None = None,
         prompt_logprobs_tokens: int = 64,
         streams: Callable[[int], int] | None = None,
+        aside: bool = False,
     ) -> None:
         self.pages = pages
         self.prefix = prefix
@@ -88,6 +91,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of arrival
         self._free_slots = list(range(max_num_seqs))  # a heap
         self._streams = streams or (lambda tokens: 0)
+        self._aside = aside
         self._streaming: Sequence | None = None
         self._stream_count = 0
         self._last_kind = "decode"
@@ -119,7 +123,10 @@ class Scheduler:
         if self.states is not None:
             self.states.forget_reserved()
         self._admit()
-        prefilling = [s for s in self.running if s.status is Status.PREFILL]
+        begins = self._begin_aside()
+        if begins is not None:
+            return begins
+        prefilling = self._prefilling()
         decoding = any(s.status is Status.DECODE for s in self.running)
         if prefilling and (self._last_kind == "decode" or not decoding):
             self._last_kind = "prefill"
@@ -130,10 +137,32 @@ class Scheduler:
                 self._last_kind = "decode"
                 return plan
             # The only one that decodes had to give its pages to prompts that came before it.
-            self._last_kind = "prefill"
-            return self._plan_prefill([s for s in self.running if s.status is Status.PREFILL])
-        assert not self.waiting, "an idle engine must be able to admit"
+            prefilling = self._prefilling()
+            if prefilling:
+                self._last_kind = "prefill"
+                return self._plan_prefill(prefilling)
+        assert not self.waiting or self._streaming, "an idle engine must be able to admit"
         return None
+
+    def _prefilling(self) -> list[Sequence]:
+        """Those whose prompts the steps have to compute."""
+        prefilling = [s for s in self.running if s.status is Status.PREFILL]
+        return self._chunked(prefilling) if self._aside else prefilling
+
+    def _begin_aside(self) -> StepPlan | None:
+        """The next pass of a prompt that is computed beside the steps, if one is to begin."""
+        if not self._aside or self._streaming is not None:
+            return None
+        self._choose_stream([s for s in self.running if s.status is Status.PREFILL])
+        seq = self._streaming
+        if seq is None:
+            return None
+        return StepPlan("stream", (Row(seq, seq.num_computed, self._stream_count, samples=False),))
+
+    def _choose_stream(self, prefilling: list[Sequence]) -> None:
+        """The oldest whose prompt is to be streamed."""
+        self._streaming = next((s for s in prefilling if self._stream_size(s)), None)
+        self._stream_count = self._stream_size(self._streaming) if self._streaming else 0
 
     def advance(self, plan: StepPlan) -> None:
         """Notes that the step was computed. Call it before the drawn tokens are appended."""
@@ -268,11 +297,8 @@ class Scheduler:
         every second time a chunk of the others goes first. Its last token is left for an ordinary
         prefill, which draws.
         """
-        if self._streaming not in prefilling:
-            self._streaming = None
         if self._streaming is None:
-            self._streaming = next((s for s in prefilling if self._stream_size(s)), None)
-            self._stream_count = self._stream_size(self._streaming) if self._streaming else 0
+            self._choose_stream(prefilling)
         seq = self._streaming
         if seq is None or (self._chunked(prefilling) and self._last_prefill == "stream"):
             self._last_prefill = "prefill"
@@ -292,10 +318,10 @@ class Scheduler:
         return [s for s in prefilling if s is not self._streaming and not self._stream_size(s)]
 
     def _plan_prefill(self, prefilling: list[Sequence]) -> StepPlan:
-        streamed = self._plan_stream(prefilling)
+        streamed = None if self._aside else self._plan_stream(prefilling)
         if streamed is not None:
             return streamed
-        if self._streaming is not None:
+        if self._streaming is not None and not self._aside:
             prefilling = self._chunked(prefilling)
         rows, room = [], self.prefill_chunk_tokens
         if prefilling[0].wants_prompt_logprobs:
@@ -352,6 +378,8 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        if seq is self._streaming:
+            self._streaming = None
         self._release_state(seq)
         self.pages.free(seq.pages)
         heapq.heappush(self._free_slots, seq.slot)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,27 @@ class StoreName(NamedTuple):
     @classmethod
     def of(cls, fingerprint: bytes) -> StoreName:
         return cls(f"/{_PREFIX}{os.geteuid()}-{fingerprint[:8].hex()}", fingerprint)
+
+
+class Store(NamedTuple):
+    """A store there is: memory that it takes, and whether a process holds it."""
+
+    name: str
+    num_bytes: int
+    in_use: bool
+
+
+def stores() -> list[Store]:
+    """This user's stores."""
+    found = []
+    for path, fd in _open_stores():
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            in_use = False
+        except BlockingIOError:
+            in_use = True
+        found.append(Store(f"/{path.name}", os.fstat(fd).st_blocks * 512, in_use))
+    return found
 
 
 def present_bytes(name: str) -> int:
@@ -81,19 +102,25 @@ class Hold:
 
 def remove_unused(keep: Iterable[str] = ()) -> list[str]:
     """Removes this user's stores that nobody holds, but for those named in `keep`; their names."""
-    removed = []
+    keep = set(keep)
+    return [
+        f"/{path.name}"
+        for path, fd in _open_stores()
+        if f"/{path.name}" not in keep and _remove_locked(path, fd)
+    ]
+
+
+def _open_stores() -> Iterator[tuple[Path, int]]:
+    """This user's stores, each open until the next one is asked for."""
     for path in sorted(DIRECTORY.glob(f"{_PREFIX}{os.geteuid()}-*")):
-        name = f"/{path.name}"
-        if name in keep:
-            continue
-        with contextlib.suppress(OSError):
+        try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                if _remove_locked(path, fd):
-                    removed.append(name)
-            finally:
-                os.close(fd)
-    return removed
+        except OSError:  # gone meanwhile, or not ours to read
+            continue
+        try:
+            yield path, fd
+        finally:
+            os.close(fd)
 
 
 def _remove_locked(path: Path, fd: int) -> bool:
@@ -102,7 +129,7 @@ def _remove_locked(path: Path, fd: int) -> bool:
     except BlockingIOError:
         return False
     # Still the file of that name, and not one made since.
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if os.path.samestat(os.stat(path), os.fstat(fd)):
             os.unlink(path)
             return True

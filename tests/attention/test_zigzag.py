@@ -75,7 +75,9 @@ def test_a_piece_is_attended_and_joined(parts, kv_heads, shares_keys, window, sh
     want, lse = plain(q, keys, of, positions, count, 0.2, window)
     cut = 61
     whole = part(slice(None), positions, count)
-    both = join(part(slice(cut), positions, cut), part(slice(cut, None), positions - cut, count - cut))
+    both = join(
+        part(slice(cut), positions, cut), part(slice(cut, None), positions - cut, count - cut)
+    )
     for found in (whole, both):
         sees = lse > -600
         np.testing.assert_allclose(np.asarray(found.lse)[sees], lse[sees], atol=1e-4)

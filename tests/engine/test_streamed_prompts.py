@@ -163,6 +163,134 @@ def test_a_failed_load_is_that_requests_failure_alone(caplog):
     assert drain(engine)["again"].text == "oka"
 
 
+class FakeWorker:
+    """Computes a layer at each poll once `held` is false; `wait` lets it go on."""
+
+    usable, max_tokens = True, 1000
+
+    def __init__(self, step: fake_step.FakeStep):
+        self.stream, self.held, self.waits = FakeStream(step), False, 0
+
+    def begin(self, row):
+        self.stream.begin(row)
+
+    def poll(self):
+        return 0.0 if self.held else self.stream.advance()
+
+    def wait(self, timeout_s):
+        self.waits, self.held = self.waits + 1, False
+
+    def wake(self):
+        pass
+
+    def stop(self):
+        self.stream.stop()
+
+
+def make_aside(**more):
+    route = PrefillRoute(1.0, 1e-3, 0.18, more.pop("max_tokens", 1000))
+    workers = []
+
+    def worker(step):
+        workers.append(FakeWorker(step))
+        return workers[0]
+
+    engine, step = fake_step.make_engine(
+        lambda prompt: b"ok" + prompt[:1], worker=worker, route=route, **more
+    )
+    return engine, step, workers[0]
+
+
+def test_others_are_decoded_while_the_worker_computes():
+    engine, step, worker = make_aside()
+    worker.held = True
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    engine.add_request(list(b"x"), SamplingParams(temperature=0, min_tokens=3), request_id="one")
+    engine.add_request(list(b"y"), GREEDY, request_id="two")
+    done = {}
+    while len(done) < 2:
+        assert worker.held, "they wait for the long prompt"
+        done |= {d.request_id: d.output for d in engine.step() if d.output}
+    assert [done[i].outputs[0].text for i in ("one", "two")] == ["okx", "oky"]
+    assert drain(engine)["long"].text == "oka"
+    assert worker.waits > 0 and worker.stream.log[0] == ("begin", 0, len(LONG) - 1)
+
+
+def test_a_prompt_in_passes_and_a_second_one_aside():
+    engine, _, worker = make_aside(max_tokens=12)
+    worker.stream.max_tokens = 12
+    engine.add_request(list(LONG), GREEDY, request_id="one")
+    engine.add_request(list(LONG[:25]), GREEDY, request_id="two")
+    outputs = drain(engine)
+    assert outputs["one"].text == outputs["two"].text == "oka"
+    assert [e for e in worker.stream.log if e[0] == "begin"][:2] == [
+        ("begin", 0, 12),
+        ("begin", 12, 12),
+    ]
+
+
+def test_an_aborted_prompt_is_stopped_at_once():
+    engine, _, worker = make_aside()
+    worker.held = True
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    engine.step()
+    engine.abort("long")
+    assert worker.stream.log[-1] == ("stop",) and not engine.has_work
+    engine.add_request(list(LONG), GREEDY, request_id="again")
+    assert drain(engine)["again"].text == "oka"
+
+
+def test_a_prompt_that_gives_its_pages_back_begins_again():
+    # 10 pages: the long prompt's 8 and one of the short one, which then needs more.
+    engine, _, worker = make_aside(num_pages=10, prefix_cache=False)
+    worker.held = True
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engine.add_request(list(b"xxxxxx"), params, request_id="short")
+    engine.step()
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    engine.step()
+    seq = engine._aside.seq
+    outputs = {}
+    while "short" not in outputs:
+        outputs |= {d.request_id: d.output for d in engine.step() if d.output}
+        worker.held = "short" not in outputs
+    assert outputs["short"].outputs[0].text.startswith("okx") and seq.num_preemptions == 1
+    assert drain(engine)["long"].text == "oka"
+
+
+def test_a_workers_failure_is_that_requests_alone(caplog):
+    engine, _, worker = make_aside()
+    worker.stream.fail_at = 2
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    engine.add_request(list(b"x"), GREEDY, request_id="short")
+    outputs = drain(engine)
+    assert outputs["long"].finish_reason == "error" and "copy 7 failed" in caplog.text
+    assert outputs["short"].text == "okx"
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_streaming_is_throttled_while_others_decode(aside):
+    calls = []
+    engine, _, made = (make_aside if aside else make)(throttle=calls.append)
+    route, before = engine._route, engine._route.pass_s
+    observed = []
+    route.observe = lambda *what: observed.append(what[0])
+    engine.add_request(list(LONG), GREEDY, request_id="alone")
+    engine.step()
+    assert calls == []
+    drain(engine)
+    assert calls in ([], [True]) and observed.count("slp") == 1 and route.pass_s == before
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    engine.add_request(list(b"x"), params, request_id="short")
+    engine.step()
+    engine.step()
+    engine.add_request(list(LONG), GREEDY, request_id="beside")
+    assert drain(engine)["beside"].text == "oka"
+    assert calls[-2:] == [False, True] or calls[-1:] == [True]
+    assert calls[1:] == [not c for c in calls[:-1]]
+    assert observed.count("slp") == 1  # that one was held back
+
+
 @pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])
 def test_texts_of_streamed_prompts_are_those_of_chunks(case, tmp_path, caplog):
     caplog.set_level(logging.INFO)

@@ -356,3 +356,19 @@ def test_cuda_handlers_lower_for_a_gpu():
         traced = make_layer(ring, 1).trace(tokens(), *ring.slots[1])
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("jaxmoe_slot_acquire") == 1 and text.count("jaxmoe_slot_release") == 1
+
+
+def test_a_pace_holds_every_byte_back():
+    with SlotRing(DeviceDriver.host(), slot_arrays(2)) as ring:
+        layers = layer_weights(0, 6)
+        total = jobs_of(layers, 2).total_bytes
+        want = plain(layers, tokens())
+        np.testing.assert_allclose(run(ring, layers, tokens()), want, rtol=1e-5)
+        assert ring.stats()["paced_bytes"] == 0
+        ring.set_pace(1e6)
+        np.testing.assert_allclose(run(ring, layers, tokens()), want, rtol=1e-5)
+        stats = ring.stats()
+        assert stats["paced_bytes"] == stats["bytes"] == total
+        assert stats["paced_s"] == pytest.approx(total / 1e6, rel=1e-4)
+        with pytest.raises(ValueError, match="0 or more"):
+            ring.set_pace(-1)

@@ -144,9 +144,7 @@ def assert_same(model: Model, plain: PlainPrefill, dslp: DslpDevices, row: StepR
 
 
 def plain_for(model: Model, max_tokens=1100) -> PlainPrefill:
-    return PlainPrefill(
-        model.loaded, model.config, model.runtime, max_tokens, dtype=model.dtype
-    )
+    return PlainPrefill(model.loaded, model.config, model.runtime, max_tokens, dtype=model.dtype)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +168,15 @@ def test_prompts_of_all_lengths_are_those_of_plain_prefill(model, case, lengths)
 
 
 @pytest.mark.parametrize(
-    "case", ["qwen3_moe_fp8", *(pytest.param(c, marks=pytest.mark.slow) for c in (*CASES, "gpt_oss") if c != "qwen3_moe_fp8")]
+    "case",
+    [
+        "qwen3_moe_fp8",
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in (*CASES, "gpt_oss")
+            if c != "qwen3_moe_fp8"
+        ),
+    ],
 )
 def test_a_prompt_goes_on_from_what_is_cached(model, case):
     """By plain prefill or by a pass before, whole pages or not, longer or shorter than the rest."""
@@ -222,7 +228,10 @@ def test_programs_have_the_collectives_they_need_and_no_others(model):
     for key, program in dslp.dslp.programs.items():
         name = "chunk after a prefix" if key[0] == "chunk" and key[-1] else key[0]
         found.setdefault(name, set()).add(
-            (*count_collectives(program.as_text()).items(), *exchanged_bytes(program.as_text(), 2).items())
+            (
+                *count_collectives(program.as_text()).items(),
+                *exchanged_bytes(program.as_text(), 2).items(),
+            )
         )
     rows, config = dslp.plan.rank.buffer_tokens(20), it.config
     position = (config.attention.kv_lora_rank + config.attention.rope_head_dim) * 2

@@ -125,3 +125,11 @@ def test_predictions_on_several_devices_are_corrected_by_themselves():
     assert r.dslp.token_s == pytest.approx(5e-4, rel=1e-3)
     assert (r.pass_s, r.streamed_token_s) == (12.0, 5e-4)
     assert "(dslp)" in both().describe() and "(slp)" in route().describe()
+
+
+def test_a_throttled_pass_is_expected_to_take_longer():
+    route = PrefillRoute(1.0, 1e-4, 1e-3, 10_000)
+    assert route.choose(2000) == "slp" and route.predict_s("slp", 2000) == 1.0
+    route.least_pass_s = 5.0
+    assert route.choose(2000) == "chunked" and route.predict_s("slp", 2000) == 5.0
+    assert route.choose(6000) == "slp"

@@ -76,11 +76,12 @@ def make_engine(
     max_num_seqs: int = 4,
     tokenizer: bool = True,
     streamer=None,
+    worker=None,
     **more,
 ) -> tuple[Engine, FakeStep]:
     """An engine over a FakeStep with pages of 4 tokens; texts are their bytes; its clock counts.
 
-    streamer: makes what computes streamed prompts, given the step.
+    streamer, worker: makes what computes streamed prompts, given the step.
     """
     layout = CacheLayout(4, num_pages, max_model_len, 1)
     step = FakeStep(script, 4)
@@ -95,6 +96,7 @@ def make_engine(
         prefill_chunk_tokens=16,
         clock=lambda: float(next(times)),
         streamer=streamer and streamer(step),
+        worker=worker and worker(step),
         **more,
     )
     return engine, step

@@ -2,6 +2,7 @@
 // and aborts end a run with their cause, and the next run works.
 #include "prefill/slot_ring.h"
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -370,6 +371,82 @@ JAXMOE_TEST(the_rate_limit_holds_and_is_what_stats_say) {
   const double least = static_cast<double>(stats.bytes) / options.bytes_per_s;
   JAXMOE_CHECK(stats.bytes == 300 * 136 && seconds >= least * 0.999, "%g s, %g s", seconds, least);
   JAXMOE_CHECK(stats.copy_s >= least * 0.999 && stats.copy_s <= seconds, "%g s", stats.copy_s);
+}
+
+// Counted, without a clock: in no stretch of time do more copies begin than the rate allows and one.
+JAXMOE_TEST(a_pacer_keeps_its_rate_in_every_stretch_of_time) {
+  using std::chrono::nanoseconds;
+  Pacer pacer;
+  Random random(3);
+  JAXMOE_CHECK(pacer.book(1 << 30, Pacer::Time(nanoseconds(5))) == Pacer::Time(nanoseconds(5)),
+               "no limit, no waiting");
+  pacer.set_rate(1e9);  // a byte a nanosecond
+  std::vector<std::pair<int64_t, int64_t>> begun;  // when, bytes
+  Pacer::Time now(nanoseconds(1000));
+  int64_t idle = 0;
+  for (int i = 0; i < 500; ++i) {
+    const int64_t bytes = 1 + random.below(1000);
+    const Pacer::Time begin = pacer.book(static_cast<size_t>(bytes), now);
+    JAXMOE_CHECK(begin >= now && pacer.span(bytes) == nanoseconds(bytes), "copy %d", i);
+    begun.push_back({nanoseconds(begin.time_since_epoch()).count(), bytes});
+    now = begin;
+    if (random.below(10) == 0) {  // the ring was full for a while
+      const int64_t pause = random.below(5000);
+      now += nanoseconds(pause);
+      idle += pause;
+    }
+  }
+  for (size_t first = 0; first < begun.size(); ++first) {
+    int64_t bytes = 0;
+    for (size_t last = first; last + 1 < begun.size(); ++last) {
+      bytes += begun[last].second;
+      JAXMOE_CHECK(begun[last + 1].first - begun[first].first >= bytes, "copies %zu to %zu", first,
+                   last);
+    }
+  }
+  int64_t total = 0;
+  for (auto [at, bytes] : begun) total += bytes;
+  JAXMOE_CHECK(begun.back().first - begun.front().first <= total + idle, "slower than it must");
+  pacer.set_rate(0);
+  JAXMOE_CHECK(!pacer.limits() && pacer.book(1 << 30, now) == now, "the limit is gone");
+}
+
+JAXMOE_TEST(a_pace_holds_every_copy_back_and_can_be_changed_meanwhile) {
+  Setup setup(3, {});
+  setup.ring->set_pace(4e6);
+  const auto began = std::chrono::steady_clock::now();
+  setup.whole_run(300, true);  // 40.8 kB: 10 ms
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  SlotRingStats stats = setup.ring->stats();
+  const double wanted = static_cast<double>(stats.bytes) / 4e6;
+  JAXMOE_CHECK(stats.paced_bytes == 300 * 136 && stats.bytes == stats.paced_bytes, "%lld",
+               static_cast<long long>(stats.paced_bytes));
+  JAXMOE_CHECK(std::abs(stats.paced_s - wanted) < 1e-6 * wanted + 300 * 3 * 1e-9, "%g s, %g s",
+               stats.paced_s, wanted);
+  JAXMOE_CHECK(seconds >= wanted - 96 / 4e6, "%g s, %g s", seconds, wanted);  // but for the last
+  // A pace at which the run would take hours is lifted while a copy waits for its turn.
+  setup.ring->set_pace(1.0);
+  auto jobs = setup.make_jobs(30);
+  ok(setup.ring->start(jobs));
+  std::thread lifts([&] {
+    while (setup.ring->stats().paced_bytes == 0) std::this_thread::yield();
+    setup.ring->set_pace(0);
+  });
+  ok(setup.model(*jobs, true));
+  ok(setup.ring->finish());
+  lifts.join();
+  stats = setup.ring->stats();
+  JAXMOE_CHECK(stats.bytes == 30 * 136 && stats.paced_bytes == 96, "%lld",
+               static_cast<long long>(stats.paced_bytes));
+  // So is one that waits when the run is aborted.
+  setup.ring->set_pace(1.0);
+  ok(setup.ring->start(jobs));
+  while (setup.ring->stats().paced_bytes == 0) std::this_thread::yield();
+  setup.ring->abort("enough");
+  fails_with(setup.ring->finish(), "enough");
+  setup.ring->set_pace(0);
+  setup.whole_run(10, false);
 }
 
 JAXMOE_TEST_MAIN

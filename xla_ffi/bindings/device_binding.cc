@@ -222,6 +222,10 @@ class RingBinding {
     py::gil_scoped_release release;
     ring->abort(cause);
   }
+  void set_pace(double bytes_per_s) const {
+    if (!(bytes_per_s >= 0)) throw py::value_error("a pace is 0 or more bytes a second");
+    get()->set_pace(bytes_per_s);
+  }
   py::dict stats() const {
     const SlotRingStats stats = get()->stats();
     py::dict result;
@@ -231,6 +235,8 @@ class RingBinding {
     result["copy_s"] = stats.copy_s;
     result["loader_wait_s"] = stats.loader_wait_s;
     result["acquire_wait_s"] = stats.acquire_wait_s;
+    result["paced_bytes"] = stats.paced_bytes;
+    result["paced_s"] = stats.paced_s;
     return result;
   }
 
@@ -349,6 +355,7 @@ void bind_device(py::module_& module) {
       .def("start", &RingBinding::start, py::arg("jobs"), py::arg("allow_unlocked"))
       .def("finish", &RingBinding::finish)
       .def("abort", &RingBinding::abort, py::arg("cause"))
+      .def("set_pace", &RingBinding::set_pace, py::arg("bytes_per_s"))
       .def("stats", &RingBinding::stats)
       .def("close", &RingBinding::close);
   py::class_<GroupBinding>(module, "SlotRingGroup")

@@ -347,10 +347,7 @@ Status SlotRing::submit(const SlotJob& job) {
   Status status = driver_->event_record(slot.start, stream_);
   if (!status.ok()) return in_job(job, status);
   for (const SlotCopy& copy : job.copies) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!failure_.ok()) return failure_;
-    }
+    if (Status turn = wait_for_turn(copy.bytes()); !turn.ok()) return turn;
     uint8_t* dst = slot.buffers[copy.buffer].data + copy.dst_offset;
     if (copy.rows == 1) {
       status = driver_->copy_to_device_async(dst, copy.src, copy.width, stream_);
@@ -361,6 +358,30 @@ Status SlotRing::submit(const SlotJob& job) {
     if (!status.ok()) return in_job(job, status);
   }
   return in_job(job, driver_->event_record(slot.on, stream_));
+}
+
+// The run's failure where there is one. On a device the copies are spaced where they are enqueued,
+// one at a time, each at the bus's own speed.
+Status SlotRing::wait_for_turn(size_t bytes) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (bool turn = false; !turn && failure_.ok();) {
+    const uint64_t paces = paces_;
+    const Pacer::Time begin = pacer_.book(bytes, Clock::now());
+    const double takes = std::chrono::duration<double>(pacer_.span(bytes)).count();
+    turn = !changed_.wait_until(lock, begin, [&] { return !failure_.ok() || paces_ != paces; });
+    if (turn && takes > 0) {
+      stats_.paced_bytes += static_cast<int64_t>(bytes);
+      stats_.paced_s += takes;
+    }
+  }
+  return failure_;
+}
+
+void SlotRing::set_pace(double bytes_per_s) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  pacer_.set_rate(bytes_per_s);
+  ++paces_;
+  changed_.notify_all();
 }
 
 Status SlotRing::retire_oldest() {

@@ -30,6 +30,7 @@
 #include <thread>
 #include <vector>
 
+#include "prefill/pacer.h"
 #include "runtime/device_driver.h"
 #include "runtime/status.h"
 
@@ -71,6 +72,8 @@ struct SlotRingStats {  // of the present or the last run
   double copy_s = 0;          // the copy stream's time between a job's first and last byte
   double loader_wait_s = 0;   // the loader waited for the model to enqueue a release
   double acquire_wait_s = 0;  // the model's thread waited in acquire
+  int64_t paced_bytes = 0;    // of copies that a pace held back
+  double paced_s = 0;         // that these take at their paces
 };
 
 class SlotRing {
@@ -104,6 +107,9 @@ class SlotRing {
   // Ends the run: acquire, release and finish return the cause. On return the loader is idle and
   // its stream empty. Does nothing without a run.
   void abort(const std::string& cause);
+  // Copies take no more than this from now on, in this and later runs; 0: as fast as they go. At
+  // any time, from any thread: a copy that waits for its turn goes by the new pace at once.
+  void set_pace(double bytes_per_s);
   SlotRingStats stats() const;
 
  private:
@@ -126,6 +132,7 @@ class SlotRing {
   void loader_main();
   Status load(const SlotJob& job);
   Status submit(const SlotJob& job);
+  Status wait_for_turn(size_t bytes);
   Status retire_oldest();
   void wait_for_device();
   bool all_released() const;
@@ -148,6 +155,8 @@ class SlotRing {
   bool stop_ = false;
   int calls_ = 0;  // acquires and releases in progress
   uint64_t moves_ = 0;
+  Pacer pacer_;
+  uint64_t paces_ = 0;  // how often it was changed
   Status failure_;
   std::shared_ptr<const SlotJobs> run_;
   SlotRingStats stats_;

@@ -1,0 +1,58 @@
+"""A prefill worker beside decode, for real, on two CPU devices: every greedy answer has the tokens
+that the ordinary engine gives it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import tiny_models
+
+from jaxmoe import LLM
+from jaxmoe.common.errors import ConfigError
+
+CHILD = Path(__file__).parents[1] / "support" / "disaggregated_child.py"
+
+
+def compare(case, folder, schedules):
+    tiny_models.write_checkpoint(folder, case)
+    command = [sys.executable, str(CHILD), str(folder), str(schedules)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    for seed, (alone, mixed) in enumerate(zip(found["alone"], found["mixed"], strict=True)):
+        assert mixed == alone, seed
+    assert found["streamed"] >= 3 * schedules
+    # Some were dropped on the way, but none came without its layers.
+    assert found["handed_over"] >= found["streamed"] * found["num_layers"]
+    assert "are computed on cpu:1 while cpu:0 decodes" in found["report_on"]
+    assert "decodes; their pages" not in found["report_off"]
+    return found
+
+
+def test_tokens_are_those_of_the_ordinary_engine(tmp_path):
+    compare("qwen3_moe", tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])
+def test_tokens_in_a_hundred_schedules(case, tmp_path):
+    assert compare(case, tmp_path, 100)["preemptions"] > 20
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"disaggregate": "on"}, "only device; set JAX_NUM_CPU_DEVICES=2"),
+        ({"disaggregate": "on", "prefill": "chunked"}, "use prefill=auto or slp"),
+        ({"disaggregate": "maybe"}, "disaggregate"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        LLM(device="cpu", show_progress=False, **options)
