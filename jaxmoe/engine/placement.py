@@ -77,8 +77,8 @@ def choose_prefill_device(
         )
     if config.prefill == "dslp":
         raise ConfigError(
-            "disaggregate: on, but prefill=dslp computes prompts on the device that decodes too; use "
-            "prefill=auto or slp, or disaggregate=off"
+            "disaggregate: on, but prefill=dslp computes prompts on the device that decodes too; "
+            "use prefill=auto or slp, or disaggregate=off"
         )
     if config.prefill == "chunked":
         raise ConfigError(

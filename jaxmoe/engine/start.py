@@ -220,7 +220,7 @@ def _runtimes(
     """The threads, and those of a CPU device that stands in for the GPU which computes prompts: half
     of them, for a GPU would take none.
     """
-    threads = _num_threads(config, device)
+    threads = num_threads(config.num_threads, device)
     if prefill_device is None or prefill_device.platform != "cpu":
         return CpuRuntime(num_threads=threads, isa=config.isa), None
     if threads is None:
