@@ -7,8 +7,8 @@ would go on to its end. It is raised once more a moment later.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def kept() -> Iterator[None]:
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(_AGAIN_S, _thread.interrupt_main).start()
+            threading.Timer(_AGAIN_S, _again).start()
         else:
             before(unraisable)
 
@@ -32,3 +32,8 @@ def kept() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _again() -> None:
+    # A signal, not _thread.interrupt_main: it wakes a main thread that waits in a system call.
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -65,6 +65,10 @@ class LimitedChild:
             self._started()
 
     def close(self) -> None:
+        """Ends the child, and with it the question that it may be answering."""
+        child = self._child
+        if child is not None:
+            child.kill()  # whoever waits for it holds the lock
         with self._lock:
             self._end()
 

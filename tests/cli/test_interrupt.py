@@ -26,6 +26,7 @@ def test_a_keyboard_interrupt_that_python_drops_comes_again(default_sigint):
         gc.callbacks.append(callback)
         gc.collect()  # drops it
         time.sleep(30)
+        pytest.fail("slept to its end")
     assert sys.unraisablehook is before
 
 
