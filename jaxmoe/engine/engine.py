@@ -302,7 +302,7 @@ class Engine:
                 self._runner.assign(row.seq.slot)
                 row.seq.is_new = False
             if not row.seq.started_s:
-                self._note_start(row.seq, "slp", now)
+                self._note_start(row.seq, self._stream_path, now)
             self._pass_throttled = self._throttled
             if self._aside is not None:
                 self._aside.begin(plan, _step_rows(plan)[0], now)
@@ -384,9 +384,13 @@ class Engine:
             left = seq.num_prompt - seq.num_computed
             seq.predicted_ttft_s = queued_s + self._route.predict_s(path, left)
 
+    @property
+    def _stream_path(self) -> Path:
+        return "slp" if self._streamed is None else self._streamed.path
+
     def _note_stream(self, row: Row, seconds: float) -> None:
         assert self._route is not None
-        path = "slp" if self._streamed is None else self._streamed.path
+        path = self._stream_path
         predicted = self._route.predict_s(path, row.count)
         if not self._pass_throttled:  # what it takes then says nothing about the bus
             self._route.observe(path, row.count, seconds)
