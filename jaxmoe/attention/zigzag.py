@@ -267,7 +267,10 @@ class RingOps:
         v_dim: int,
         window: int | None = None,
         sinks: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, Arrays]:
+        assert selected is None, "positions are chosen among all keys, the ring brings some"
+
         def attend(piece: Arrays, positions: jax.Array, count: jax.Array) -> Part:
             keys, values = (*piece, None)[:2]
             return self._parts.keys(

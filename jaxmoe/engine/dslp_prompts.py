@@ -11,7 +11,7 @@ import jax
 
 from jaxmoe.common.errors import CapacityError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
-from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.engine.long_prompts import LongPrompts, streaming_pace
 from jaxmoe.engine.placement import free_bytes
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
@@ -119,6 +119,8 @@ def _problem(model: ModelConfig, loaded: LoadedModel, devices: Sequence[Device])
         return f"{model.architecture} has no routed experts to stream"
     if model.linear_attention is not None:
         return f"{model.architecture}'s recurrent layers take their tokens one after the other"
+    if isinstance(model.attention, MlaConfig) and model.attention.indexer is not None:
+        return f"{model.architecture}'s layers choose among all positions, of which a device has some"
     if model.moe.router.num_experts < len(devices):
         return f"{model.moe.router.num_experts} experts are fewer than {len(devices)} devices"
     return None

@@ -131,6 +131,7 @@ def start_streaming(
                 raise CapacityError(f"{wanted}, but {error}") from None
             raise
         return None, (f"long prompts are computed in chunks: {error}",)
+    assert loaded.host_store is not None
     route = make_route(
         config, model, device, runtime, loaded.host_store, ring, plan.max_tokens, on_stage
     )

@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 import jax
@@ -44,7 +44,7 @@ class Streamed(Protocol):
     def num_layers(self) -> int: ...
     def layers(
         self, row: StepRow, caches: Callable[[], list[Cache]]
-    ) -> collections.abc.Generator[int, None, object]: ...
+    ) -> Generator[int, None, object]: ...
     def close(self) -> None: ...
 
 

@@ -387,7 +387,7 @@ class DslpPrefill:
         def chunk(leaves, buffers, held, where, begin, cut):
             layer, step = kind.layer(leaves), self._step(where, begin)
             ring = RingOps(self._ops, self._parts, held, cut, self._axis, ranks)
-            part, _ = layer.attend(self._take(buffers[0], begin), (), step, ring, self._dtype)
+            part, _, _ = layer.attend(self._take(buffers[0], begin), (), step, ring, self._dtype)
             deferred = DeferredOps(ring)
             part = layer.feed_forward(part, step.token_rows >= 0, deferred, self._dtype)
             parts = part, *deferred.taken

@@ -32,7 +32,8 @@ class PromptStream:
     """caches: the page arrays of every layer as they are now. path: the name of what `slp` does."""
 
     def __init__(self, slp: LayerByLayer, caches: Caches, path: Path = "slp") -> None:
-        self.slp, self._caches, self.path = slp, caches, path
+        self.slp, self._caches = slp, caches
+        self.path: Path = path
         self._run: Generator[int, None, Any] | None = None
 
     @property
