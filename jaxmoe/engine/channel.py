@@ -31,7 +31,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def feed(self, data: bytes | memoryview) -> Iterator[Message]:
         """Raises ChannelError; what follows a broken frame cannot be read."""
         self._buffer += data
         start = 0
@@ -43,9 +43,10 @@ class FrameReader:
                 end = start + _HEADER_BYTES + size
                 if len(self._buffer) < end:
                     break
-                body = bytes(self._buffer[start + _HEADER_BYTES : end])
-                start = end
-                yield decode(body)
+                begin, start = start + _HEADER_BYTES, end
+                with memoryview(self._buffer) as whole, whole[begin:end] as body:
+                    message = decode(body)
+                yield message
         finally:
             del self._buffer[:start]
 
@@ -83,5 +84,7 @@ class Channel:
 
     def receive(self) -> Iterator[Message]:
         """Messages until the other end closes."""
-        while data := self._socket.recv(1 << 16):
-            yield from self._reader.feed(data)
+        # One buffer for all: pieces of this size, cut to what came, leave the heap in holes.
+        buffer = memoryview(bytearray(1 << 16))
+        while size := self._socket.recv_into(buffer):
+            yield from self._reader.feed(buffer[:size])
