@@ -78,14 +78,15 @@ class MlaAttention(nnx.Module):
         c = self.config
         num_tokens = x.shape[0]
 
-        index_cache = cache[1:]
+        index_cache: tuple[jax.Array, ...] = ()
         if c.q_lora_rank is None:
             q = self.q(x, ops)
         else:
             q_latent = self.q_a_norm(self.q_a(x, ops, jnp.float32), ops).astype(x.dtype)
             q = self.q_b(q_latent, ops)
             if c.indexer is not None and not self.shares_choice:
-                selected, *index_cache = self.indexer(x, q_latent, *index_cache, step, ops)
+                selected, index_keys = self.indexer(x, q_latent, cache[1], step, ops)
+                index_cache = (index_keys,)
                 step = dataclasses.replace(step, selected=selected)
         selected = None if c.indexer is None else step.selected
         if c.indexer is not None and selected is None:

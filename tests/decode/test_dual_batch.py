@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import jax
@@ -43,8 +44,10 @@ def decode_step(num_tokens: int, num_rows: int, position: int, vocab: int) -> St
 class Model:
     """A tiny checkpoint on the CPU kernels, and its steps in any number of microbatches."""
 
-    def __init__(self, case: str, directory):
+    def __init__(self, case: str, directory, **changes):
         tiny_models.write_checkpoint(directory, case)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | changes))
         self.runtime = CpuRuntime(num_threads=2)
         self.config, self.loaded = load_case(directory, self.runtime, compute_dtype="bfloat16")
         self.ops = NativeOps(self.runtime, self.loaded.host_store, "vector")
@@ -94,6 +97,14 @@ def test_the_bits_do_not_depend_on_the_microbatches(model):
         for got, want in zip(results[n], results[1], strict=True):
             np.testing.assert_array_equal(bits(got), bits(want), err_msg=f"{n} microbatches")
     assert np.isfinite(results[1][0]).all() and np.abs(results[1][0]).max() > 0
+
+
+@pytest.mark.slow
+def test_what_an_indexer_chose_goes_along_with_its_microbatch(tmp_path):
+    """Of contexts of 6 to 10 positions, for its own layer and the one after it."""
+    model = Model("glm_moe_dsa_shared", tmp_path, index_topk=4)
+    test_the_bits_do_not_depend_on_the_microbatches(model)
+    model.close()
 
 
 def custom_calls(text: str) -> list[str]:

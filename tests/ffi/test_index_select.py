@@ -166,6 +166,27 @@ def test_a_token_selects_the_same_in_any_step(runtime):
             np.testing.assert_array_equal(np.asarray(alone)[0], np.asarray(whole)[t])
 
 
+def test_no_cache_is_copied(runtime):
+    """Both forms of attention stand in the program, and read the cache where it lies."""
+    (*index, pages), (*attend, (cache,)), step = CASES["chunks"].build()
+    ops = NativeOps(runtime, None, "matrix")
+
+    def both(index: Any, attend: Any, step: StepInputs, pages: Any, cache: Any) -> Any:
+        selected, pages = ops.select(*index, pages, step, top_k=24)
+        options = dict(scale=0.2, v_dim=ATTENDING[2], selected=selected)
+        return ops.attend(*attend, (cache,), step, **options), pages
+
+    jitted = jax.jit(both, donate_argnums=(3, 4))
+    compiled = jitted.lower(index, attend, step, pages, cache).compile()
+    text, kept = compiled.as_text(), (pages, cache)
+    assert text is not None and "conditional(" in text
+    for array in kept:
+        shape = "bf16[" + ",".join(map(str, array.shape)) + "]"
+        assert shape in text
+        assert not [n for n in text.splitlines() if f"= {shape}" in n and " copy(" in n]
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(a.nbytes for a in kept)
+
+
 def test_bad_tables_are_refused(runtime):
     index, _, step = Rows(4, [30], [2]).build()
     ops = NativeOps(runtime, None, "vector")

@@ -122,7 +122,9 @@ def test_bfloat16(case: str, backend: str, folder: Path):
     runner = make_runner(backend, case, "bfloat16", folder, "matrix")
     logits = np.concatenate(runner.step(fixture.prompts, PREFILL_TOKENS))
     ours, theirs = (mean_kl(a, fixture.logits) for a in (logits, fixture.logits_bf16))
-    assert ours <= theirs
+    # Rounding flips a few of an indexer's choices, whatever their margins in float32; how many is
+    # luck, and outweighs the rest.
+    assert ours <= theirs * (2.0 if case.endswith(("_sparse", "_shared")) else 1.0)
     # A bfloat16 run that agreed to float32 precision would not have been one.
     assert relative_error(logits, fixture.logits) > 1e-4
     if backend == "native":

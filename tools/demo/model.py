@@ -81,8 +81,9 @@ class TrainingOps(BatchedSequenceOps):
         v_dim: int,
         window: int | None = None,
         sinks: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        assert window is None and sinks is None, "the demo attends to everything"
+        assert window is None and sinks is None and selected is None, "the demo sees everything"
         assert v_new is None and k_new.shape[1] == 1, "the demo has one latent key a token"
         num_tokens, num_heads, _ = q.shape
         q, k = (a.reshape(self._num_sequences, -1, *a.shape[1:]) for a in (q, k_new[:, 0]))

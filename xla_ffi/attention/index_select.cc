@@ -63,9 +63,8 @@ class SelectJob final : public Job {
     row_bytes_ = kernel_.prepared_row_bytes(call_.head_dim);
     Layout mine;
     prepared_ = mine.add(row_bytes_ * static_cast<size_t>(rows));
-    panel_ = kernel_.panel_bytes == nullptr
-                 ? prepared_
-                 : mine.add(kernel_.panel_bytes(rows, call_.head_dim));
+    panel_ = kernel_.panel_bytes == nullptr ? prepared_
+                                            : mine.add(kernel_.panel_bytes(rows, call_.head_dim));
     row_ids_ = mine.add(static_cast<size_t>(rows) * sizeof(int32_t));
     products_ = mine.add(floats(rows * call_.page_size));
     ranks_ = mine.add(floats(longest));
@@ -138,8 +137,8 @@ class SelectJob final : public Job {
     const int64_t heads = call_.num_heads, rows = group.num_tokens * heads;
     const int64_t q_element = call_.q_type == ActivationType::kF32 ? 4 : 2;
     const int64_t element = call_.cache_type == ActivationType::kF32 ? 4 : 2;
-    const char* q = static_cast<const char*>(call_.q) +
-                    group.first_token * heads * call_.head_dim * q_element;
+    const char* q =
+        static_cast<const char*>(call_.q) + group.first_token * heads * call_.head_dim * q_element;
     kernel_.prepare(call_.q_type, q, call_.head_dim, call_.head_dim, 0, rows, scratch + prepared_);
     if (kernel_.panel_bytes != nullptr) {
       int32_t* row_ids = reinterpret_cast<int32_t*>(scratch + row_ids_);
@@ -155,12 +154,11 @@ class SelectJob final : public Job {
     const int32_t* table = table_of(group.first_token);
     const int64_t size = call_.page_size;
     const int64_t first_page = unit * unit_pages_;
-    const int64_t end_page =
-        std::min(first_page + unit_pages_, (group.length + size - 1) / size);
+    const int64_t end_page = std::min(first_page + unit_pages_, (group.length + size - 1) / size);
     for (int64_t page = first_page; page < end_page; ++page) {
       keys.n = std::min(size, group.length - page * size);
-      keys.data = static_cast<const uint8_t*>(call_.keys) +
-                  table[page] * size * keys.row_stride_bytes;
+      keys.data =
+          static_cast<const uint8_t*>(call_.keys) + table[page] * size * keys.row_stride_bytes;
       kernel_.matmul(keys, 0, keys.n, scratch + panel_, nullptr, rows, products, size);
       for (int64_t i = 0; i < group.num_tokens; ++i) {
         const float* weights = call_.head_weights + (group.first_token + i) * heads;
@@ -186,7 +184,8 @@ class SelectJob final : public Job {
     std::nth_element(ranks, last, ranks + seen, std::greater<uint32_t>());
     const uint32_t least = *last;
     // Of those that equal the last chosen one, as many as are missing.
-    int64_t equals = call_.top_k - std::count_if(ranks, last, [&](uint32_t r) { return r > least; });
+    int64_t equals =
+        call_.top_k - std::count_if(ranks, last, [&](uint32_t r) { return r > least; });
     const int32_t* table = table_of(token);
     const int64_t size = call_.page_size;
     int32_t* out = call_.out + token * call_.top_k;
@@ -231,7 +230,8 @@ Status check(const IndexSelectCall& call) {
     for (int64_t p = 0; p <= position / call.page_size; ++p) {
       if (table[p] < 0 || table[p] >= call.num_pages) {
         return Status::error("block_tables[" + std::to_string(row) + ", " + std::to_string(p) +
-                             "] is " + std::to_string(table[p]) + ", but the cache has pages 0 to " +
+                             "] is " + std::to_string(table[p]) +
+                             ", but the cache has pages 0 to " +
                              std::to_string(call.num_pages - 1));
       }
     }

@@ -55,8 +55,7 @@ ffi::Error index_select_impl(ffi::AnyBuffer q, ffi::AnyBuffer head_weights, ffi:
   call.pages_per_row = block_tables.dimensions()[1];
   call.out = static_cast<int32_t*>(out->untyped_data());
   Status status = index_select(*runtime->cpu, call);
-  return status.ok() ? ffi::Error::Success()
-                     : failure(std::string(kOp) + ": " + status.message());
+  return status.ok() ? ffi::Error::Success() : failure(std::string(kOp) + ": " + status.message());
 }
 
 }  // namespace
