@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxmoe.common.collectives import send_bits
 from jaxmoe.ffi.ops import Ops, StepInputs, Weight
+from jaxmoe.kernels.partial_attention import Part
 
 _MASKED = -1e30  # of a softmax over nothing; not -inf: the difference of two must be a number
 # Keys of a step of `ArrayParts`: the scores of all queries with them are its largest temporary.
@@ -47,15 +48,6 @@ def deal(num_tokens: int, num_ranks: int, rows: int) -> np.ndarray:
             tokens = np.arange(chunk * length, (chunk + 1) * length, dtype=np.int32)
             out[rank, at * length : (at + 1) * length] = np.where(tokens < num_tokens, tokens, -1)
     return out
-
-
-class Part(NamedTuple):
-    """Attention over some of the keys: float32 `[T, N, V]`, and the log of each softmax's
-    denominator `[T, N]`.
-    """
-
-    out: jax.Array
-    lse: jax.Array
 
 
 class Parts(Protocol):

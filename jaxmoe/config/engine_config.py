@@ -111,8 +111,8 @@ class EngineConfig:
         "str",
         "how prompts are computed: chunked (routed experts on the CPU), slp (experts streamed to "
         "the device, layer by layer), dslp (the same on all devices of the host at once, each with "
-        "a part of the prompt and of the experts), or (auto) chunked or slp, whichever is predicted "
-        "to be faster",
+        "a part of the prompt and of the experts), or (auto) chunked or slp, whichever is "
+        "predicted to be faster",
         choices=("auto", "chunked", "slp", "dslp"),
     )
     disaggregate: str = checked(

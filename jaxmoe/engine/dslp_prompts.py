@@ -23,8 +23,8 @@ from jaxmoe.scheduler.prefill_route import DslpRates, PrefillRoute
 from jaxmoe.weights import memory
 from jaxmoe.weights.loaded_model import LoadedModel
 
-# Of what XLA may take, and FLOP/s of a GPU and of a CPU thread: guesses as in long_prompts.py, which
-# the first prompts correct.
+# Of what XLA may take, and FLOP/s of a GPU and of a CPU thread: guesses as in long_prompts.py,
+# which the first prompts correct.
 _SHARE, _DEVICE_FLOPS, _THREAD_FLOPS = 0.9, 2e14, 1e11
 
 
@@ -32,6 +32,16 @@ def all_devices(home: Device) -> list[Device]:
     """Those of the platform, `home` first."""
     others = [d for d in jax.local_devices(backend=home.platform) if d != home]
     return [home, *others]
+
+
+def unused_devices(config: EngineConfig, home: Device) -> tuple[str, ...]:
+    """A note for the start-up report where prompts could use more devices than they do."""
+    if config.prefill != "auto" or home.platform == "cpu" or len(all_devices(home)) < 2:
+        return ()
+    return (
+        "prompts use one GPU: several at once (--prefill=dslp) were not measured yet, so that "
+        "prefill=auto does not choose them",
+    )
 
 
 def start_dslp(

@@ -17,7 +17,7 @@ from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import calibration, compile_cache, read_ceiling
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
-from jaxmoe.engine.dslp_prompts import start_dslp
+from jaxmoe.engine.dslp_prompts import start_dslp, unused_devices
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
 from jaxmoe.engine.placement import (
@@ -161,7 +161,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
                 on_stage,
                 decode_device=None if prefill_device is None else device,
             )
-            notes += more
+            notes += more + unused_devices(config, device)
         if long_prompts is not None:
             long_prompts.on_compile(lambda begins: step.on_compile(begins))
     except BaseException:

@@ -1,4 +1,4 @@
-"""Attention over one contiguous piece of keys on a GPU, for rings of devices (attention/zigzag.py)."""
+"""Attention over one contiguous piece of keys on a GPU, for rings (attention/zigzag.py)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from jaxmoe.kernels.grouped_matmul import Tiles, tiles_of
 _ROWS = 64  # keys of a block of the kernel, which reads whole ones
 
 
-class Attended(NamedTuple):
-    """float32 `[T, N, V]`, and the log of each softmax's denominator `[T, N]`."""
+class Part(NamedTuple):
+    """Attention over some of the keys: float32 `[T, N, V]`, and the log of each softmax's
+    denominator `[T, N]`.
+    """
 
     out: jax.Array
     lse: jax.Array
@@ -39,11 +41,11 @@ class DeviceParts:
         scale: float,
         v_dim: int,
         window: int | None,
-    ) -> Attended:
+    ) -> Part:
         keys = _whole_blocks(keys)
         values = keys if values is None else _whole_blocks(values)
         num_heads = q.shape[1]
-        return Attended(
+        return Part(
             *attention.flash_attention(
                 q,
                 attention.sources(keys, num_heads),
@@ -68,7 +70,7 @@ class DeviceParts:
         w_uk: Weight,
         w_uv: Weight,
         scale: float,
-    ) -> Attended:
+    ) -> Part:
         rows = _whole_blocks(latents[:, None])[:, 0]
         out, lse = self._ops.attend_expanded(
             q,
@@ -81,7 +83,7 @@ class DeviceParts:
             w_uv=w_uv,
             scale=scale,
         )
-        return Attended(out, lse)
+        return Part(out, lse)
 
 
 def _all_tokens(q: jax.Array) -> Tiles:

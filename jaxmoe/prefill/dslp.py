@@ -34,6 +34,7 @@ from jaxmoe.ffi.registry import NATIVE_ERRORS
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.moe.deferred import DeferredOps
 from jaxmoe.moe.experts_streamed import GroupExperts, StreamedExperts
+from jaxmoe.moe.moe_block import MoeBlock
 from jaxmoe.moe.small_ep import Exchange, most_experts
 from jaxmoe.prefill.dslp_plan import DslpPlan
 from jaxmoe.prefill.layer_kinds import LayerKind, split_layers
@@ -277,7 +278,7 @@ class DslpPrefill:
         def like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharded)
 
-        def keys_like(count: int) -> Cache:
+        def keys_like(count: int) -> Any:
             return tuple(like((count, *a.shape[2:]), a.dtype) for a in caches[0])
 
         def part_like(count: int) -> Any:
@@ -373,7 +374,7 @@ class DslpPrefill:
 
     def _mapped_keys(self, kind: LayerKind) -> Any:
         def keys(leaves, h, new, where, begin):
-            ops = KeysOps(self._ops)
+            ops: Any = KeysOps(self._ops)
             kind.layer(leaves).attend(
                 self._take(h, begin), (), self._step(where, begin), ops, self._dtype
             )
@@ -386,9 +387,9 @@ class DslpPrefill:
 
         def chunk(leaves, buffers, held, where, begin, cut):
             layer, step = kind.layer(leaves), self._step(where, begin)
-            ring = RingOps(self._ops, self._parts, held, cut, self._axis, ranks)
+            ring: Any = RingOps(self._ops, self._parts, held, cut, self._axis, ranks)
             part, _, _ = layer.attend(self._take(buffers[0], begin), (), step, ring, self._dtype)
-            deferred = DeferredOps(ring)
+            deferred: Any = DeferredOps(ring)
             part = layer.feed_forward(part, step.token_rows >= 0, deferred, self._dtype)
             parts = part, *deferred.taken
             return (
@@ -407,13 +408,17 @@ class DslpPrefill:
 
         def compute(leaves, x, ids, weights, slots):
             block = kind.layer(leaves).mlp
+            assert isinstance(block, MoeBlock)
             biases = None
             if block.expert_bias is not None:
                 first = self._exchange.first_expert()
-                biases = tuple(
-                    jax.lax.dynamic_slice_in_dim(jnp.pad(b[...], ((0, 1), (0, 0))), first, most)
-                    for b in (block.expert_bias.gate, block.expert_bias.up)
-                )
+
+                def own(bias: jax.Array) -> jax.Array:
+                    return jax.lax.dynamic_slice_in_dim(
+                        jnp.pad(bias, ((0, 1), (0, 0))), first, most
+                    )
+
+                biases = own(block.expert_bias.gate[...]), own(block.expert_bias.up[...])
             streamed = StreamedExperts(slots, most, self._groups, self._rings)
             return streamed.add_to(
                 jnp.zeros(x.shape, jnp.float32),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,7 +109,8 @@ def make_dslp(
             replicate(loaded.state, mesh),
             mesh,
             devices[0],
-            *ops,
+            ops[0],
+            ops[1],
             rings,
             plan,
             exchange=how,
@@ -179,6 +180,10 @@ class DslpDevices:
     def prefill(self, row: StepRow) -> jax.Array:
         """The residual stream of the row's last token, on the first device."""
         return self.dslp.prefill(row, lambda: self.caches)
+
+    def layers(self, row: StepRow) -> Generator[int, None, jax.Array]:
+        """The same, a layer at each `next`."""
+        return self.dslp.layers(row, lambda: self.caches)
 
     def close(self) -> None:
         """Ends the loaders; the weights stay the caller's."""

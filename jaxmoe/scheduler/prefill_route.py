@@ -147,9 +147,10 @@ class PrefillRoute:
         crossing = next((n for n in _LENGTHS if self.choose(n) != "chunked"), None)
         if crossing is None:
             return "prompts: in chunks, experts on the CPU"
+        path = self.choose(crossing)
         return (
-            f"prompts: from about {crossing} tokens streamed ({self.choose(crossing)}), all experts in "
-            f"{self._streamed(self.choose(crossing))[0]:.2f} s; shorter ones in chunks, about "
+            f"prompts: from about {crossing} tokens streamed ({path}), all experts in "
+            f"{self._streamed(path)[0]:.2f} s; shorter ones in chunks, about "
             f"{self.chunked_token_s * 1e3:.2f} ms a token"
         )
 

@@ -1,5 +1,6 @@
-"""Prompts that two CPU devices compute together, in an engine. Collected by tests/prefill/test_dslp.py
-only, in a process with two devices.
+"""Prompts that two CPU devices compute together, in an engine.
+
+Collected by tests/prefill/test_dslp.py only, in a process with two devices.
 """
 
 from __future__ import annotations

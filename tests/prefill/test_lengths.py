@@ -1,5 +1,6 @@
-"""Prompts of all lengths on one device: in chunks, and streamed through rings of any length, against
-one whole step of decode's kernels, which tests/parity holds to transformers.
+"""Prompts of all lengths on one device, in chunks and streamed through rings of any length.
+
+Held to one whole step of decode's kernels, which tests/parity holds to transformers.
 """
 
 from __future__ import annotations
