@@ -130,7 +130,9 @@ def _problem(model: ModelConfig, loaded: LoadedModel, devices: Sequence[Device])
     if model.linear_attention is not None:
         return f"{model.architecture}'s recurrent layers take their tokens one after the other"
     if isinstance(model.attention, MlaConfig) and model.attention.indexer is not None:
-        return f"{model.architecture}'s layers choose among all positions, of which a device has some"
+        return (
+            f"{model.architecture}'s layers choose among all positions, of which a device has some"
+        )
     if model.moe.router.num_experts < len(devices):
         return f"{model.moe.router.num_experts} experts are fewer than {len(devices)} devices"
     return None

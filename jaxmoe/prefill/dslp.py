@@ -37,7 +37,7 @@ from jaxmoe.moe.experts_streamed import GroupExperts, StreamedExperts
 from jaxmoe.moe.moe_block import MoeBlock
 from jaxmoe.moe.small_ep import Exchange, most_experts
 from jaxmoe.prefill.dslp_plan import DslpPlan
-from jaxmoe.prefill.layer_kinds import LayerKind, split_layers
+from jaxmoe.prefill.layer_kinds import LayerKind, layers_by_kind
 from jaxmoe.prefill.plan import LADDER
 from jaxmoe.prefill.rank_rings import RankRings
 
@@ -105,7 +105,7 @@ class DslpPrefill:
         self._page_size = page_size
         self._dtype, self._hidden = model.compute_dtype, model.config.hidden_size
         self._router = model.config.moe.router
-        self._layers = split_layers(model)
+        self._layers = layers_by_kind(model)
         embed_graphdef, embed_state = nnx.split(model.embedding)
         self._embed_leaves, embed_treedef = jax.tree.flatten(embed_state)
         self._compiled: dict[tuple[Any, ...], Any] = {}

@@ -1,4 +1,4 @@
-"""A model cut into layers that are compiled alone, each program serving all layers of a kind."""
+"""Layers of a model by kind: one compiled program serves all layers of a kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from jaxmoe.models.decoder import Decoder, DecoderLayer
-from jaxmoe.moe.moe_block import MoeBlock
+from jaxmoe.prefill.layer_weights import split_layers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashing a graphdef takes milliseconds a call
@@ -24,15 +24,12 @@ class LayerKind:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
 
-def split_layers(model: Decoder) -> list[tuple[LayerKind, list[jax.Array]]]:
+def layers_by_kind(model: Decoder) -> list[tuple[LayerKind, list[jax.Array]]]:
     """Of every layer its kind and its leaves."""
-    layers: list[tuple[LayerKind, list[jax.Array]]] = []
     kinds: dict[Any, LayerKind] = {}
-    for layer in model.layers:
-        if is_moe := isinstance(layer.mlp, MoeBlock):
-            layer.mlp.moe_layer_idx = 0  # the only difference between MoE layers
-        graphdef, state = nnx.split(layer)
-        leaves, treedef = jax.tree.flatten(state)
-        kind = LayerKind(graphdef, treedef, is_moe)
-        layers.append((kinds.setdefault((graphdef, treedef), kind), leaves))
+    layers = []
+    for parts in split_layers(model):
+        kind = LayerKind(parts.graphdef, parts.treedef, parts.is_moe)
+        kind = kinds.setdefault((parts.graphdef, parts.treedef), kind)
+        layers.append((kind, parts.leaves))
     return layers

@@ -12,6 +12,7 @@ import pytest
 from support import tiny_models
 
 from jaxmoe import LLM
+from jaxmoe.common.errors import ConfigError
 from jaxmoe.sampling_params import SamplingParams
 
 
@@ -47,9 +48,14 @@ def test_texts_are_those_of_chunks(case, tmp_path, caplog):
     assert texts["dslp"] == texts["chunked"]
 
 
-def test_models_that_cannot_are_refused_by_name(tmp_path):
-    from jaxmoe.common.errors import ConfigError
-
-    tiny_models.write_checkpoint(tmp_path, "qwen3_next")
-    with pytest.raises(ConfigError, match="dslp, but Qwen3Next.*recurrent layers.*prefill=slp"):
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        ("qwen3_next", "Qwen3Next.*recurrent layers"),
+        ("deepseek_v32_fp8", "DeepseekV32.*choose among all positions"),
+    ],
+)
+def test_models_that_cannot_are_refused_by_name(tmp_path, case, why):
+    tiny_models.write_checkpoint(tmp_path, case)
+    with pytest.raises(ConfigError, match=f"dslp, but {why}.*prefill=slp"):
         make(tmp_path, "dslp")
