@@ -46,10 +46,17 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize(
-    ("kv_heads", "shares_keys", "window", "shift"),
-    [(2, False, None, 0), (2, False, 9, 40), (1, True, None, -30), (4, False, None, 500)],
+    ("parts", "kv_heads", "shares_keys", "window", "shift"),
+    [
+        ("array", 2, False, None, 0),
+        ("array", 2, False, 9, 40),
+        ("array", 1, True, None, -30),
+        ("device", 2, False, 9, 40),  # interpreted, and so slow to compile
+        pytest.param("device", 2, False, None, 0, marks=pytest.mark.slow),
+        pytest.param("device", 1, True, None, -30, marks=pytest.mark.slow),
+        pytest.param("device", 4, False, None, 500, marks=pytest.mark.slow),
+    ],
 )
 def test_a_piece_is_attended_and_joined(parts, kv_heads, shares_keys, window, shift):
     """Queries before, inside and behind a piece; two pieces joined are one."""

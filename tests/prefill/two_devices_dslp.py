@@ -100,9 +100,7 @@ def runs(*ordinary: tuple) -> list:
     return [pytest.param(*run, marks=[] if run in ordinary else slow) for run in both]
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), runs(("deepseek_v3_fp8", "float32"), ("qwen3_moe_fp8", "bfloat16"))
-)
+@pytest.mark.parametrize(("case", "dtype"), runs(("deepseek_v3_fp8", "float32")))
 def test_logits_at_every_length_are_those_of_transformers(model, case, dtype):
     """Every beginning of the fixture's prompts is a prompt of its own, cut its own way."""
     fixture, it = load_fixture(case), model(case, dtype)
@@ -198,7 +196,7 @@ def test_a_prompt_goes_on_from_what_is_cached(model, case):
 @pytest.mark.parametrize(
     ("case", "rings"),
     [
-        (CASES[0], ((1, 2), (1, 12), (6, 2))),
+        (CASES[0], ((1, 2), (6, 2))),
         *(
             pytest.param(case, RINGS, marks=pytest.mark.slow)
             for case in ("deepseek_v3_fp8", "qwen3_moe")
@@ -309,7 +307,7 @@ def test_a_prompt_may_be_dropped_after_any_layer(model):
     assert live_bytes() < before
 
 
-@pytest.mark.parametrize("prompts", [6, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prompts", [5, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_delay_anywhere_changes_a_value(model, prompts):
     """Loaders and compute threads are delayed at random, each device by itself; some prompts fail,
     some are dropped. Every layer's experts differ, so weights of another one show.
