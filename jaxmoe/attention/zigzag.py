@@ -264,7 +264,7 @@ class RingOps:
         assert selected is None, "positions are chosen among all keys, the ring brings some"
 
         def attend(piece: Arrays, positions: jax.Array, count: jax.Array) -> Part:
-            keys, values = (*piece, None)[:2]
+            keys, values = piece[0], piece[1] if len(piece) > 1 else None
             return self._parts.keys(
                 q, keys, values, positions, count, scale=scale, v_dim=v_dim, window=window
             )

@@ -11,7 +11,7 @@ from support import fake_step, tiny_models
 from jaxmoe import LLM
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.scheduler.prefill_route import PrefillRoute
+from jaxmoe.scheduler.prefill_route import DslpRates, PrefillRoute
 
 GREEDY = SamplingParams(temperature=0)
 LAYERS = 3
@@ -21,7 +21,7 @@ LONG = b"a long prompt that is streamed"
 class FakeStream:
     """Writes the row's tokens to the step's memory with its last layer."""
 
-    max_tokens = 1000
+    max_tokens, path = 1000, "slp"
 
     def __init__(self, step: fake_step.FakeStep):
         self.step, self.row, self.done, self.log = step, None, 0, []
@@ -102,6 +102,21 @@ def test_the_requests_line_has_its_path_and_the_time_foreseen(caplog):
     # The clock ticks a second a look: what was waited for counts, 1 s for the pass, 0.18 s a token.
     assert "ttft 17.000 s (slp, predicted 3.000 s)" in lines["request long"]
     assert "(chunked, predicted 3.540 s)" in lines["request short"]
+
+
+def test_a_prompt_on_several_devices_is_predicted_and_corrected_as_that(caplog):
+    caplog.set_level(logging.INFO)
+    engine, _, stream = make(forced="dslp")
+    stream.path = "dslp"
+    route = engine._route
+    route.dslp = DslpRates(pass_s=2.0, token_s=1e-3, max_tokens=20, num_devices=2)
+    engine.add_request(list(LONG), GREEDY, request_id="long")
+    assert drain(engine)["long"].text == "oka"
+    begun = [entry for entry in stream.log if entry[0] == "begin"]
+    assert begun == [("begin", 0, 20), ("begin", 20, len(LONG) - 21)]
+    assert "request long: 20 prompt tokens by dslp, predicted 2.00 s" in caplog.text
+    assert "(dslp, predicted" in caplog.text
+    assert route.dslp.pass_s > 2.0 and route.pass_s == 1.0
 
 
 def test_short_prompts_and_decodes_go_on_between_layers():
