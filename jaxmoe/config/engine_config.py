@@ -65,6 +65,17 @@ class EngineConfig:
         optional=True,
     )
     max_num_seqs: int = checked(8, "int", "sequences decoded together at most", low=1, high=1024)
+    target_tpot_ms: float | None = checked(
+        None,
+        "float",
+        "longest time per output token wanted: fewer sequences are decoded together, and prompts are "
+        "computed in smaller chunks between their tokens, until measured steps keep it; default: "
+        "max_num_seqs and prefill_chunk_tokens alone limit them",
+        low=0.0,
+        high=1e6,
+        low_open=True,
+        optional=True,
+    )
     kv_cache_gb: float | None = checked(
         None,
         "float",

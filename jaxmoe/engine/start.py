@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.decode.batch import PREFILL_SIZES
 from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import calibration, compile_cache, read_ceiling
 from jaxmoe.engine.async_engine import EngineInfo
@@ -34,6 +35,7 @@ from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout, StateLayout, plan_cache, plan_states
 from jaxmoe.models import registry
 from jaxmoe.models.decoder import cache_spec, state_spec
+from jaxmoe.scheduler.tpot_target import TpotTarget
 from jaxmoe.text.chat_template import ChatTemplate
 from jaxmoe.text.tokenizer import Tokenizer
 from jaxmoe.weights import memory
@@ -173,6 +175,10 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         if prefill_runtime is not None:
             prefill_runtime.close()
         raise
+    target = None
+    if config.target_tpot_ms is not None:
+        sizes = [s for s in PREFILL_SIZES if s < config.prefill_chunk_tokens]
+        target = TpotTarget(config.target_tpot_ms / 1e3, [*sizes, config.prefill_chunk_tokens])
     engine = Engine(
         step,
         layout,
@@ -190,9 +196,12 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         streamer=long_prompts.stream if long_prompts else None,
         route=long_prompts.route if long_prompts else None,
         worker=long_prompts.worker if long_prompts else None,
+        target=target,
         throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
     )
     placed = list(describe_placement(device, long_prompts, prefill_device))
+    if target is not None:
+        placed.append(target.describe())
     if calibrated is not None:
         placed.insert(0, calibrated.describe())
     report = describe(

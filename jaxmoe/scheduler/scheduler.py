@@ -9,7 +9,10 @@ experts streamed to the device (prefill_route.py) take many steps of kind "strea
 in between come decodes, and chunks of shorter prompts. Where a worker with a device of its own
 computes them (`aside`), one step of that kind begins a pass, and everything else goes on meanwhile.
 
-Admission is first come, first served: a sequence enters when a slot is free and its known tokens
+Admission is in order of arrival plus the seconds that a prompt is expected to take (`predict`): a
+prompt is overtaken by shorter ones only, and only by those that come while it would itself have
+been computed, so its wait is bounded whatever comes. A sequence enters when a slot is free, the
+batch may grow (`limits`) and its known tokens
 and one more fit the free pages; pages of its prompt that the prefix cache knows need no room and
 no prefill, for models with recurrent state up to the last position whose state was kept. Pages for
 output are taken one by one. When none is left, the latest arrival gives all of its pages back and
@@ -24,7 +27,7 @@ import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, Protocol
 
 from jaxmoe.common.errors import CapacityError
 from jaxmoe.kv_cache.pages import PageAllocator
@@ -58,12 +61,20 @@ class StepPlan:
         return sum(row.count for row in self.rows)
 
 
+class Limits(Protocol):
+    """What a target time per token allows: tpot_target.py."""
+
+    def max_rows(self, most: int) -> int: ...
+    def chunk_tokens(self, num_decoding: int) -> int: ...
+
+
 class Scheduler:
     """Owns the queue, the slots and the pages of the sequences it was given.
 
     streams: how many of a prompt's tokens left to compute are to be streamed in one pass, 0 for
     none; None: never any. aside: whether they are computed beside the steps, until `advance` says
-    that a pass is done.
+    that a pass is done. predict: seconds that so many tokens of a prompt are expected to take;
+    None: order of arrival. limits: of the batch and of chunks beside decodes; None: none.
     prefix: where pages of prompts are shared; None: nowhere. states: where recurrent states are
     kept, which a model that has them needs beside `prefix`; None for others.
     prompt_logprobs_tokens: of a prompt whose log probabilities are wanted, in one step; such a step
@@ -81,6 +92,8 @@ class Scheduler:
         prompt_logprobs_tokens: int = 64,
         streams: Callable[[int], int] | None = None,
         aside: bool = False,
+        predict: Callable[[int], float] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.pages = pages
         self.prefix = prefix
@@ -92,6 +105,9 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs))  # a heap
         self._streams = streams or (lambda tokens: 0)
         self._aside = aside
+        self._predict = predict
+        self._limits = limits
+        self._max_num_seqs = max_num_seqs
         self._streaming: Sequence | None = None
         self._stream_count = 0
         self._last_kind = "decode"
@@ -160,8 +176,9 @@ class Scheduler:
         return StepPlan("stream", (Row(seq, seq.num_computed, self._stream_count, samples=False),))
 
     def _choose_stream(self, prefilling: list[Sequence]) -> None:
-        """The oldest whose prompt is to be streamed."""
-        self._streaming = next((s for s in prefilling if self._stream_size(s)), None)
+        """The next one whose prompt is to be streamed."""
+        streamed = [s for s in prefilling if self._stream_size(s)]
+        self._streaming = min(streamed, key=self._turn, default=None)
         self._stream_count = self._stream_size(self._streaming) if self._streaming else 0
 
     def advance(self, plan: StepPlan) -> None:
@@ -192,20 +209,40 @@ class Scheduler:
             self.pages.free(pages)
             heapq.heappush(self._free_slots, slot)
 
+    def _turn(self, seq: Sequence) -> tuple[bool, float]:
+        """Sorts sequences by whose turn it is. Who had to give way comes first."""
+        if self._predict is None:
+            return (seq.num_preemptions == 0, 0.0)
+        return (
+            seq.num_preemptions == 0,
+            seq.request.arrival_s + self._predict(seq.num_prompt),
+        )
+
     def _admit(self) -> None:
-        while self.waiting and self._free_slots:
-            seq = self.waiting[0]
+        most = self._max_num_seqs
+        if self._limits is not None:
+            most = self._limits.max_rows(most)
+        passed: set[int] = set()
+        while self._free_slots and len(self.running) < most:
+            candidates = [s for s in self.waiting if id(s) not in passed]
+            if not candidates:
+                return
+            seq = min(candidates, key=self._turn)
             need = self.pages.pages_for(seq.num_tokens + 1)
             # A prompt that fills the context has no position after its last token.
             need = min(need, self.pages.num_pages)
             found, state = self._find(seq)
-            if self._is_on_its_way(seq, len(found)):
+            computing = self._on_its_way(seq, len(found))
+            if computing is not None:
                 self.pages.free(found)
-                return
+                if computing is not self._streaming and not self._stream_size(computing):
+                    return
+                passed.add(id(seq))
+                continue
             if need - len(found) > self.pages.num_free:
                 self.pages.free(found)
                 return
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             seq.num_computed = len(found) * self.pages.page_size
             seq.pages = found + self.pages.allocate(need - len(found))
             seq.slot = heapq.heappop(self._free_slots)
@@ -241,10 +278,11 @@ class Scheduler:
         self.pages.free(rest)
         return pages, state
 
-    def _is_on_its_way(self, seq: Sequence, page_idx: int) -> bool:
-        """Whether an earlier sequence is computing the page `seq` would have to compute first.
+    def _on_its_way(self, seq: Sequence, page_idx: int) -> Sequence | None:
+        """An earlier sequence that is computing the page `seq` would have to compute first.
 
-        Waiting for it costs nothing: prompts are computed in order of arrival.
+        Waiting for it costs nothing where prompts are computed one after the other; one that is
+        streamed takes long, and those behind `seq` pass.
         """
         keys = seq.page_keys
         if (
@@ -252,13 +290,12 @@ class Scheduler:
             or seq.wants_prompt_logprobs
             or (page_idx + 1) * self.pages.page_size >= seq.num_prompt
         ):
-            return False
-        return any(
-            s.status is Status.PREFILL
-            and s.page_keys
-            and s.page_keys[page_idx:][:1] == [keys[page_idx]]
-            for s in self.running
-        )
+            return None
+        for s in self.running:
+            if s.status is Status.PREFILL and s.page_keys:
+                if s.page_keys[page_idx:][:1] == [keys[page_idx]]:
+                    return s
+        return None
 
     def _publish(self, row: Row) -> None:
         """Shares the pages whose last position this prefill has written, and the states it kept."""
@@ -323,9 +360,13 @@ class Scheduler:
             return streamed
         if self._streaming is not None and not self._aside:
             prefilling = self._chunked(prefilling)
+        prefilling = sorted(prefilling, key=self._turn)
         rows, room = [], self.prefill_chunk_tokens
+        num_decoding = sum(s.status is Status.DECODE for s in self.running)
+        if self._limits is not None and num_decoding:
+            room = min(room, self._limits.chunk_tokens(num_decoding))
         if prefilling[0].wants_prompt_logprobs:
-            prefilling, room = prefilling[:1], self._prompt_logprobs_tokens
+            prefilling, room = prefilling[:1], min(room, self._prompt_logprobs_tokens)
         else:
             prefilling = [s for s in prefilling if not s.wants_prompt_logprobs]
         for seq in prefilling:

@@ -33,7 +33,7 @@ def alone(prompt, count):
 
 class FakeEngine:
     def __init__(
-        self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8, prefix=False, states=None
+        self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8, prefix=False, states=None, **more
     ):
         self.allocator = PageAllocator(pages, page_size)
         self.prefix = PrefixCache(self.allocator) if prefix else None
@@ -43,6 +43,7 @@ class FakeEngine:
             prefill_chunk_tokens=chunk,
             prefix=self.prefix,
             states=None if states is None else StateCache(max_num_seqs, states),
+            **more,
         )
         self.num_slots = max_num_seqs
         self.states = {}  # slot -> origins of the tokens it has taken in
@@ -51,7 +52,7 @@ class FakeEngine:
         self.memory = {}
         self.plans = []
 
-    def add(self, name, prompt, max_tokens, salt=None):
+    def add(self, name, prompt, max_tokens, salt=None, arrival_s=0.0):
         request = Request(
             request_id=name,
             prompt_token_ids=tuple(prompt),
@@ -59,7 +60,7 @@ class FakeEngine:
             max_tokens=max_tokens,
             stop_ids=frozenset(),
             seed=0,
-            arrival_s=0.0,
+            arrival_s=arrival_s,
             cache_salt=salt,
         )
         seq = Sequence(request)
@@ -445,3 +446,94 @@ def test_the_only_one_that_decodes_gives_way_to_prompts_before_it():
                     scheduler.cancel(row.seq)
     assert not scheduler.has_work and preemptions
     scheduler.pages.check()
+
+
+def test_a_short_prompt_overtakes_a_long_one_that_came_a_little_earlier():
+    engine = FakeEngine(max_num_seqs=1, chunk=16, predict=lambda tokens: tokens * 1.0)
+    engine.add("running", [1], 12)
+    engine.step()
+    for name, length, at in (("long", 20, 0.0), ("soon", 2, 17.0), ("late", 2, 18.5)):
+        engine.add(name, range(length), 2, arrival_s=at)
+    engine.drain()
+    order = []
+    for _, rows in engine.plans:
+        order += [name for name, _ in rows if name not in order]
+    assert order == ["running", "soon", "long", "late"]  # 19 < 20 < 20.5
+
+
+def test_short_prompts_share_a_chunk_before_long_ones():
+    engine = FakeEngine(max_num_seqs=3, chunk=8, predict=lambda tokens: tokens * 1.0)
+    engine.add("long", range(30), 1)
+    engine.step()
+    engine.add("short", range(3), 1, arrival_s=4.0)
+    engine.step()
+    assert engine.plans[1] == ("prefill", [("short", 3), ("long", 5)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_prompt_is_overtaken_for_longer_than_it_takes_itself(seed):
+    rng = random.Random(seed)
+    engine = FakeEngine(pages=20, max_num_seqs=2, predict=lambda tokens: tokens * 2.0)
+    seqs, started = [], []
+    for i in range(60):
+        prompt = range(rng.choice([1, 2, 3, 30]))
+        seqs.append(engine.add(str(i), prompt, rng.randrange(1, 4), arrival_s=float(i)))
+        engine.step()
+        for _, rows in engine.plans[-1:]:
+            started += [name for name, _ in rows if name not in started]
+    engine.drain()
+    for _, rows in engine.plans:
+        started += [name for name, _ in rows if name not in started]
+    at = {name: k for k, name in enumerate(started)}
+    for early in range(60):
+        for late in range(early + 1, 60):
+            if at[str(late)] < at[str(early)]:
+                assert late - early <= 2.0 * seqs[early].num_prompt
+
+
+class Rows:
+    """Limits as given."""
+
+    def __init__(self, rows, tokens):
+        self.rows, self.tokens = rows, tokens
+
+    def max_rows(self, most):
+        return min(most, self.rows)
+
+    def chunk_tokens(self, num_decoding):
+        assert num_decoding > 0
+        return self.tokens
+
+
+def test_a_target_limits_the_batch_and_chunks_beside_it():
+    limits = Rows(2, 4)
+    engine = FakeEngine(max_num_seqs=3, chunk=8, limits=limits)
+    for i in range(3):
+        engine.add(str(i), range(12), 6)
+    engine.step()
+    assert engine.plans[0] == ("prefill", [("0", 8)])  # nobody decodes yet
+    engine.drain()
+    assert max(len(rows) for kind, rows in engine.plans if kind == "decode") == 2
+    decoding = False
+    for kind, rows in engine.plans:
+        if kind == "prefill" and decoding:
+            assert sum(count for _, count in rows) <= 4
+        decoding = decoding or kind == "decode"
+    limits.rows, count = 3, len(engine.plans)
+    for i in range(3):
+        engine.add(f"again {i}", [1], 6)
+    engine.drain()
+    assert max(len(rows) for _, rows in engine.plans[count:]) == 3
+
+
+def test_others_pass_who_waits_for_a_streamed_prompt():
+    engine = FakeEngine(prefix=True, aside=True, streams=lambda tokens: tokens * (tokens > 20))
+    beginning = list(range(24))
+    engine.add("long", [*beginning, 1], 2)
+    assert engine.scheduler.plan().kind == "stream"
+    same = engine.add("same", [*beginning, 2], 2)
+    engine.add("other", [5, 6], 2)
+    for _ in range(3):
+        engine.step()
+    assert same.status is Status.WAITING
+    assert [name for _, rows in engine.plans for name, _ in rows] == ["other"] * 2
