@@ -64,9 +64,7 @@ class BenchError(Exception):
     """A request of a scenario was not answered."""
 
 
-def tpot_between(
-    text: Timed, begin_s: float, end_s: float
-) -> tuple[float | None, float | None]:
+def tpot_between(text: Timed, begin_s: float, end_s: float) -> tuple[float | None, float | None]:
     """Seconds per token of a text between two moments, by all gaps that reach into that time (a
     text that stood still meanwhile shows it), and of its other tokens. None where there are none.
     """
@@ -88,7 +86,13 @@ def figures(scenario: Scenario, prompts: Sequence[Timed], texts: Sequence[Timed]
         if timed.error:
             raise BenchError(f"{scenario.name}: {timed.error}")
     found: dict[str, Any] = {"ttft_s": None, "prompt_tokens": None, "beside_tpot_s": None}
-    found |= {"apart_tpot_s": None, "rise": None, "tpot_s": None, "tok_per_s": None, "texts_ended_early": 0}
+    found |= {
+        "apart_tpot_s": None,
+        "rise": None,
+        "tpot_s": None,
+        "tok_per_s": None,
+        "texts_ended_early": 0,
+    }
     if prompts:
         found["ttft_s"] = statistics.mean(t.ttft_s for t in prompts)
         known = [t.prompt_tokens for t in prompts if t.prompt_tokens is not None]

@@ -40,7 +40,7 @@ from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.scheduler.prefill_route import Path, PrefillRoute
-from jaxmoe.scheduler.scheduler import Row, Scheduler, StepPlan
+from jaxmoe.scheduler.scheduler import Keeper, Row, Scheduler, StepPlan
 from jaxmoe.scheduler.tpot_target import TpotTarget
 from jaxmoe.text.tokenizer import Tokenizer
 
@@ -76,6 +76,7 @@ class Engine:
             it is to compute.
         worker: computes them on a device of its own meanwhile (prefill_worker.py), in the
             streamer's place.
+        keeper: of the pages of preempted sequences; None: they are computed again.
         target: of the time per token, which limits the batch; None: max_num_seqs alone does.
         throttle: told whether others decode, whenever that changes while a prompt is streamed.
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
@@ -101,6 +102,7 @@ class Engine:
         worker: Worker | None = None,
         throttle: Callable[[bool], None] | None = None,
         target: TpotTarget | None = None,
+        keeper: Keeper | None = None,
         states: StateLayout | None = None,
         counters: Callable[[], Mapping[str, int]] = dict,
         profile: StepProfile | None = None,
@@ -132,6 +134,7 @@ class Engine:
             aside=worker is not None,
             predict=self._predict_prompt,
             limits=target,
+            keeper=None if states is not None else keeper,
         )
         self._target = target
         self._aside = None if worker is None else AsidePrompt(worker)

@@ -218,7 +218,7 @@ def describe_placement(
             lines.append("long prompts and decode take turns on one device, a layer at a time")
         if long_prompts.pace:
             lines.append(
-                f"while others decode, experts stream at {long_prompts.pace / 1e9:.1f} GB/s at most "
-                "(prefill_bandwidth_share)"
+                "while others decode, experts stream at "
+                f"{long_prompts.pace / 1e9:.3g} GB/s at most (prefill_bandwidth_share)"
             )
     return lines

@@ -20,6 +20,7 @@ from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.dslp_prompts import start_dslp
 from jaxmoe.engine.engine import Engine
+from jaxmoe.engine.kept_pages import KeptPages
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
 from jaxmoe.engine.placement import (
     choose_device,
@@ -197,6 +198,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         route=long_prompts.route if long_prompts else None,
         worker=long_prompts.worker if long_prompts else None,
         target=target,
+        keeper=_keeper(config, layout, step),
         throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
     )
     placed = list(describe_placement(device, long_prompts, prefill_device))
@@ -226,8 +228,8 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
 def _runtimes(
     config: EngineConfig, device: Device, prefill_device: Device | None
 ) -> tuple[CpuRuntime, CpuRuntime | None]:
-    """The threads, and those of a CPU device that stands in for the GPU which computes prompts: half
-    of them, for a GPU would take none.
+    """The threads, and those of a CPU device that stands in for the GPU which computes prompts:
+    half of them, for a GPU would take none.
     """
     threads = num_threads(config.num_threads, device)
     if prefill_device is None or prefill_device.platform != "cpu":
@@ -240,6 +242,12 @@ def _runtimes(
         CpuRuntime(num_threads=max(threads - prefill, 1), isa=config.isa),
         CpuRuntime(num_threads=prefill, isa=config.isa),
     )
+
+
+def _keeper(config: EngineConfig, layout: CacheLayout, step: HybridStep) -> KeptPages | None:
+    budget = int(config.preempted_kv_gb * 2**30)
+    page_bytes = layout.page_size * layout.token_bytes
+    return KeptPages(budget, page_bytes, lambda: step.caches) if budget else None
 
 
 def num_threads(wanted: int | None, device: Device) -> int | None:

@@ -16,7 +16,8 @@ batch may grow (`limits`) and its known tokens
 and one more fit the free pages; pages of its prompt that the prefix cache knows need no room and
 no prefill, for models with recurrent state up to the last position whose state was kept. Pages for
 output are taken one by one. When none is left, the latest arrival gives all of its pages back and
-returns to the head of the queue; later its prompt is computed again and its output is fed again
+returns to the head of the queue. Where a `keeper` has room they are kept, and put back when there
+are pages again; else its prompt is computed again and its output is fed again
 token by token, which repeats the same arithmetic, so preemption never changes a text.
 """
 
@@ -68,13 +69,22 @@ class Limits(Protocol):
     def chunk_tokens(self, num_decoding: int) -> int: ...
 
 
+class Keeper(Protocol):
+    """Where pages of sequences that give way are kept: engine/kept_pages.py."""
+
+    def keep(self, seq: Sequence, num_pages: int) -> bool: ...
+    def restore(self, seq: Sequence, num_pages: int) -> None: ...
+    def forget(self, seq: Sequence) -> None: ...
+
+
 class Scheduler:
     """Owns the queue, the slots and the pages of the sequences it was given.
 
     streams: how many of a prompt's tokens left to compute are to be streamed in one pass, 0 for
     none; None: never any. aside: whether they are computed beside the steps, until `advance` says
     that a pass is done. predict: seconds that so many tokens of a prompt are expected to take;
-    None: order of arrival. limits: of the batch and of chunks beside decodes; None: none.
+    None: order of arrival. keeper: of preempted sequences' pages; None: they are computed again, as
+    are those with recurrent state. limits: of the batch and of chunks beside decodes; None: none.
     prefix: where pages of prompts are shared; None: nowhere. states: where recurrent states are
     kept, which a model that has them needs beside `prefix`; None for others.
     prompt_logprobs_tokens: of a prompt whose log probabilities are wanted, in one step; such a step
@@ -94,6 +104,7 @@ class Scheduler:
         aside: bool = False,
         predict: Callable[[int], float] | None = None,
         limits: Limits | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.pages = pages
         self.prefix = prefix
@@ -107,6 +118,8 @@ class Scheduler:
         self._aside = aside
         self._predict = predict
         self._limits = limits
+        self._keeper = keeper
+        self._kept: dict[int, int] = {}  # id of a sequence -> its computed tokens that are kept
         self._max_num_seqs = max_num_seqs
         self._streaming: Sequence | None = None
         self._stream_count = 0
@@ -128,6 +141,8 @@ class Scheduler:
         """Ends a sequence wherever it is; pages and slot are free at once."""
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
+            if self._kept.pop(id(seq), 0) and self._keeper is not None:
+                self._keeper.forget(seq)
         elif seq.status is not Status.FINISHED:
             self._release(seq)
         seq.status = Status.FINISHED
@@ -231,6 +246,11 @@ class Scheduler:
             need = self.pages.pages_for(seq.num_tokens + 1)
             # A prompt that fills the context has no position after its last token.
             need = min(need, self.pages.num_pages)
+            if id(seq) in self._kept:
+                if need > self.pages.num_free:
+                    return
+                self._resume(seq, need)
+                continue
             found, state = self._find(seq)
             computing = self._on_its_way(seq, len(found))
             if computing is not None:
@@ -256,6 +276,18 @@ class Scheduler:
                 seq.num_cached = seq.num_computed
                 if self.prefix is not None:
                     self.prefix.count(seq.num_prompt, seq.num_cached)
+
+    def _resume(self, seq: Sequence, num_pages: int) -> None:
+        """Lets a sequence go on whose pages were kept."""
+        assert self._keeper is not None
+        self.waiting.remove(seq)
+        seq.num_computed = self._kept.pop(id(seq))
+        seq.pages = self.pages.allocate(num_pages)
+        seq.slot = heapq.heappop(self._free_slots)
+        seq.state_from, seq.is_new = -1, True
+        self._keeper.restore(seq, self.pages.pages_for(seq.num_computed))
+        seq.status = Status.DECODE if seq.num_computed >= seq.num_prompt else Status.PREFILL
+        self.running.append(seq)
 
     def _find(self, seq: Sequence) -> tuple[list[int], int]:
         """Pages with the beginning of the prompt, held, and the slot of the state after them (-1
@@ -411,11 +443,20 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         assert len(self.running) > 1, "the pool holds at least one sequence of any admitted length"
+        if self._keeper is not None and seq.num_computed and self._is_whole(seq):
+            if self._keeper.keep(seq, self.pages.pages_for(seq.num_computed)):
+                self._kept[id(seq)] = seq.num_computed
         self._release(seq)
         seq.status = Status.WAITING
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.waiting.appendleft(seq)
+
+    def _is_whole(self, seq: Sequence) -> bool:
+        """Whether its pages are all that it goes on from: no recurrent state, and no log
+        probabilities of its prompt that are half counted.
+        """
+        return self.states is None and seq.state_from < 0 and not seq.wants_prompt_logprobs
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)

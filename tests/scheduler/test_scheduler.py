@@ -537,3 +537,70 @@ def test_others_pass_who_waits_for_a_streamed_prompt():
         engine.step()
     assert same.status is Status.WAITING
     assert [name for _, rows in engine.plans for name, _ in rows] == ["other"] * 2
+
+
+class Keeper:
+    """Keeps the fake engine's memory of a sequence's first pages; every third time it has no
+    room.
+    """
+
+    def __init__(self):
+        self.engine, self.kept, self.asked, self.restored = None, {}, 0, 0
+
+    def cells(self, pages):
+        size = self.engine.allocator.page_size
+        return [(page, offset) for page in pages for offset in range(size)]
+
+    def keep(self, seq, num_pages):
+        self.asked += 1
+        if self.asked % 3 == 0:
+            return False
+        cells = self.cells(seq.pages[:num_pages])
+        self.kept[id(seq)] = [(self.engine.memory.get(c), self.engine.origin.get(c)) for c in cells]
+        return True
+
+    def restore(self, seq, num_pages):
+        self.restored += 1
+        content = self.kept.pop(id(seq))
+        for cell, (token, origin) in zip(self.cells(seq.pages[:num_pages]), content, strict=True):
+            self.engine.memory[cell], self.engine.origin[cell] = token, origin
+
+    def forget(self, seq):
+        del self.kept[id(seq)]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_kept_pages_are_gone_on_from(seed, prefix):
+    rng, keeper = random.Random(seed), Keeper()
+    engine = FakeEngine(
+        pages=rng.choice([9, 12]), max_num_seqs=4, prefix=prefix, keeper=keeper, states=None
+    )
+    engine.move_state = lambda *args: None  # no model with such state keeps pages
+    keeper.engine, live = engine, []
+    for i in range(30):
+        prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 14))]
+        seq = engine.add(str(i), prompt, rng.randrange(1, 34 - len(prompt)))
+        live.append((seq, prompt))
+        for _ in range(rng.randrange(8)):
+            engine.step()
+        if rng.random() < 0.2:
+            engine.scheduler.cancel(live.pop(rng.randrange(len(live)))[0])
+    engine.drain()
+    for seq, prompt in live:
+        assert seq.output_token_ids == alone(prompt, seq.request.max_tokens)
+    assert engine.allocator.num_free == engine.allocator.num_pages
+    assert keeper.kept == {} and engine.scheduler._kept == {}
+    assert keeper.restored > 0 and keeper.asked > keeper.restored
+
+
+def test_a_kept_sequence_feeds_nothing_again():
+    keeper = Keeper()
+    engine = FakeEngine(pages=6, max_num_seqs=2, keeper=keeper)
+    engine.move_state = lambda *args: None
+    keeper.engine = engine
+    first, second = engine.add("a", [1, 2, 3], 16), engine.add("b", [4, 5, 6], 16)
+    engine.drain()
+    assert first.num_preemptions == 0 and second.num_preemptions > 0 and keeper.restored > 0
+    fed = sum(count for _, rows in engine.plans for name, count in rows if name == "b")
+    assert fed == 3 + 15  # each token once
