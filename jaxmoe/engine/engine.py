@@ -289,6 +289,7 @@ class Engine:
 
     def _compute(self, plan: StepPlan) -> list[Delta]:
         """A step of the compiled program, with a token for every row that draws."""
+        assert plan.kind != "stream"
         now = self._clock()
         for row in plan.rows:
             if row.seq.is_new:
