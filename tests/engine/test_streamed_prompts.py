@@ -21,7 +21,7 @@ LONG = b"a long prompt that is streamed"
 class FakeStream:
     """Writes the row's tokens to the step's memory with its last layer."""
 
-    max_tokens = 1000
+    max_tokens, path = 1000, "slp"
 
     def __init__(self, step: fake_step.FakeStep):
         self.step, self.row, self.done, self.log = step, None, 0, []
