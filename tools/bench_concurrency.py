@@ -9,8 +9,9 @@ being written; 1P+1D and 1P+2D, a long prompt that comes while one or two texts 
 2D; and batches of texts. No prompt begins like another, so that no cache of prefixes helps.
 
 ttft: to the prompt's first token. tpot: of the texts, over all of their tokens. beside: tpot from
-the moment the long prompt was sent to its first token, with the gaps that reach into that time. tok/s: of all
-texts together. Medians of --repeats. A key is read from JAXMOE_API_KEY or OPENAI_API_KEY.
+the moment the long prompt was sent to its first token, with the gaps that reach into that time;
+apart: of the same texts' other tokens, so that a machine that is busy with more meets both. tok/s:
+of all texts together. Medians of --repeats. A key is read from JAXMOE_API_KEY or OPENAI_API_KEY.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import bisect
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import statistics
 import sys
@@ -64,17 +64,20 @@ class BenchError(Exception):
     """A request of a scenario was not answered."""
 
 
-def tpot_between(text: Timed, begin_s: float, end_s: float) -> float | None:
-    """Seconds per token of a text between two moments, by all gaps that reach into that time: a
-    text that stood still meanwhile shows it. None where nothing of it was written then.
+def tpot_between(text: Timed, begin_s: float, end_s: float) -> tuple[float | None, float | None]:
+    """Seconds per token of a text between two moments, by all gaps that reach into that time (a
+    text that stood still meanwhile shows it), and of its other tokens. None where there are none.
     """
     times = text.chunk_s
     first = max(bisect.bisect_right(times, begin_s) - 1, 0)
     last = min(bisect.bisect_left(times, end_s), len(times) - 1)
     if last <= first:
-        return None
-    tokens = (last - first) * text.output_tokens / len(times)
-    return (times[last] - times[first]) / tokens
+        return None, None
+    per_piece = text.output_tokens / len(times)
+    inside, outside = last - first, len(times) - 1 - (last - first)
+    seconds = times[last] - times[first]
+    apart = times[-1] - times[0] - seconds
+    return seconds / inside / per_piece, apart / outside / per_piece if outside else None
 
 
 def figures(scenario: Scenario, prompts: Sequence[Timed], texts: Sequence[Timed]) -> dict[str, Any]:
@@ -83,7 +86,13 @@ def figures(scenario: Scenario, prompts: Sequence[Timed], texts: Sequence[Timed]
         if timed.error:
             raise BenchError(f"{scenario.name}: {timed.error}")
     found: dict[str, Any] = {"ttft_s": None, "prompt_tokens": None, "beside_tpot_s": None}
-    found |= {"tpot_s": None, "tok_per_s": None, "texts_ended_early": 0}
+    found |= {
+        "apart_tpot_s": None,
+        "rise": None,
+        "tpot_s": None,
+        "tok_per_s": None,
+        "texts_ended_early": 0,
+    }
     if prompts:
         found["ttft_s"] = statistics.mean(t.ttft_s for t in prompts)
         known = [t.prompt_tokens for t in prompts if t.prompt_tokens is not None]
@@ -95,8 +104,12 @@ def figures(scenario: Scenario, prompts: Sequence[Timed], texts: Sequence[Timed]
         found["tok_per_s"] = sum(t.output_tokens for t in texts) / (end - begin)
     if prompts and texts:
         begin, end = min(t.due_s for t in prompts), max(t.chunk_s[0] for t in prompts)
-        beside = [tpot_between(t, begin, end) for t in texts]
-        found["beside_tpot_s"] = statistics.mean([b for b in beside if b is not None] or [math.nan])
+        pairs = [tpot_between(t, begin, end) for t in texts]
+        known = [(b, a) for b, a in pairs if b is not None and a is not None]
+        if known:
+            found["beside_tpot_s"] = statistics.mean(b for b, _ in known)
+            found["apart_tpot_s"] = statistics.mean(a for _, a in known)
+            found["rise"] = statistics.mean(b / a for b, a in known) - 1
         found["texts_ended_early"] = sum(t.chunk_s[-1] < end for t in texts)
     return found
 
@@ -163,7 +176,7 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
     return {"url": url, "model": model, "scenarios": found}
 
 
-_COLUMNS = ("scenario", "prompt", "ttft s", "tpot ms", "beside ms", "tok/s")
+_COLUMNS = ("scenario", "prompt", "ttft s", "tpot ms", "beside ms", "apart ms", "tok/s")
 
 
 def row(found: dict[str, Any]) -> str:
@@ -176,6 +189,7 @@ def row(found: dict[str, Any]) -> str:
         text("ttft_s", 1, ".3f"),
         text("tpot_s", 1e3, ".2f"),
         text("beside_tpot_s", 1e3, ".2f"),
+        text("apart_tpot_s", 1e3, ".2f"),
         text("tok_per_s", 1, ".1f"),
     )
     note = "  (a text ended before the prompt: raise --output_tokens)"
@@ -194,9 +208,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     """What the scenarios say about each other."""
     of = {f["scenario"]: f for f in found["scenarios"]}
     lines = []
-    for alone, beside in (("1D", "1P+1D"), ("2D", "1P+2D")):
-        if of[alone]["tpot_s"] and of[beside]["beside_tpot_s"]:
-            rise = of[beside]["beside_tpot_s"] / of[alone]["tpot_s"] - 1
+    for beside in ("1P+1D", "1P+2D"):
+        if of[beside]["rise"] is not None:
+            rise = of[beside]["rise"]
             lines.append(f"{beside}: time per token while the prompt is computed {rise:+.1%}")
         if of["1P"]["ttft_s"] and of[beside]["ttft_s"]:
             rise = of[beside]["ttft_s"] / of["1P"]["ttft_s"] - 1

@@ -180,7 +180,7 @@ def shared_weights() -> Check:
         name,
         WARN,
         found,
-        f"{gib(sum(s.num_bytes for s in unused))} are kept for the next start of their checkpoints.",
+        f"{gib(sum(s.num_bytes for s in unused))} wait for the next start of their checkpoints.",
         "Start it again, or give the memory back: jaxmoe_doctor --remove_unused_weights",
     )
 

@@ -65,6 +65,17 @@ class EngineConfig:
         optional=True,
     )
     max_num_seqs: int = checked(8, "int", "sequences decoded together at most", low=1, high=1024)
+    target_tpot_ms: float | None = checked(
+        None,
+        "float",
+        "longest time per output token wanted: fewer sequences are decoded together, and prompts "
+        "are computed in smaller chunks between their tokens, until measured steps keep it; "
+        "default: max_num_seqs and prefill_chunk_tokens alone limit them",
+        low=0.0,
+        high=1e6,
+        low_open=True,
+        optional=True,
+    )
     kv_cache_gb: float | None = checked(
         None,
         "float",
@@ -73,6 +84,15 @@ class EngineConfig:
         high=65536.0,
         low_open=True,
         optional=True,
+    )
+    preempted_kv_gb: float = checked(
+        1.0,
+        "float",
+        "host memory in GiB, taken when it is needed, for the KV pages of sequences that have to "
+        "give them to others; what does not fit, or is under penalties, is computed again; 0: "
+        "everything",
+        low=0.0,
+        high=65536.0,
     )
     max_queued_requests: int = checked(
         256, "int", "requests a server lets wait before it refuses more", low=1, high=2**20
@@ -126,8 +146,8 @@ class EngineConfig:
     prefill_bandwidth_share: float = checked(
         1.0,
         "float",
-        "share of the rate at which the experts stream alone that they may take while others decode; "
-        "what is left of the memory's bandwidth is decode's",
+        "share of the rate at which the experts stream alone that they may take while others "
+        "decode; what is left of the memory's bandwidth is decode's",
         low=0.0,
         high=1.0,
         low_open=True,

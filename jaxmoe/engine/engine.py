@@ -40,7 +40,8 @@ from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
 from jaxmoe.scheduler.prefill_route import Path, PrefillRoute
-from jaxmoe.scheduler.scheduler import Row, Scheduler, StepPlan
+from jaxmoe.scheduler.scheduler import Keeper, Row, Scheduler, StepPlan
+from jaxmoe.scheduler.tpot_target import TpotTarget
 from jaxmoe.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Engine:
             it is to compute.
         worker: computes them on a device of its own meanwhile (prefill_worker.py), in the
             streamer's place.
+        keeper: of the pages of preempted sequences; None: they are computed again.
+        target: of the time per token, which limits the batch; None: max_num_seqs alone does.
         throttle: told whether others decode, whenever that changes while a prompt is streamed.
         prefix_cache: share pages of prompts that begin alike (kv_cache/prefix.py).
         states: slots of recurrent state, for models that have it; their prompts share pages only
@@ -98,6 +101,8 @@ class Engine:
         route: PrefillRoute | None = None,
         worker: Worker | None = None,
         throttle: Callable[[bool], None] | None = None,
+        target: TpotTarget | None = None,
+        keeper: Keeper | None = None,
         states: StateLayout | None = None,
         counters: Callable[[], Mapping[str, int]] = dict,
         profile: StepProfile | None = None,
@@ -116,6 +121,8 @@ class Engine:
             prefix_cache = prefix_cache and states.num_kept > 0
             kept = StateCache(states.num_running, states.num_kept) if prefix_cache else None
         self.prefix = PrefixCache(self.pages) if prefix_cache else None
+        self._route = route
+        self._chunk_token_s = 0.0  # measured, where no route does
         self.scheduler = Scheduler(
             self.pages,
             max_num_seqs=max_num_seqs,
@@ -125,8 +132,11 @@ class Engine:
             prompt_logprobs_tokens=LOGITS_CHUNK_TOKENS,
             streams=None if route is None else route.streams,
             aside=worker is not None,
+            predict=self._predict_prompt,
+            limits=target,
+            keeper=None if states is not None else keeper,
         )
-        self._route = route
+        self._target = target
         self._aside = None if worker is None else AsidePrompt(worker)
         self._throttle = throttle
         self._throttled = False
@@ -250,6 +260,23 @@ class Engine:
             return plan, ended + self._stream(plan)
         return plan, ended + self._compute(plan)
 
+    def _learn(self, plan: StepPlan, seconds: float) -> None:
+        """Corrects what prompts and batches are expected to take."""
+        if self._target is not None:
+            self._target.observe(plan.kind, plan.num_tokens, seconds)
+        # Small chunks mislead.
+        if plan.kind == "prefill" and plan.num_tokens == self.scheduler.prefill_chunk_tokens:
+            if self._route is not None:
+                self._route.observe("chunked", plan.num_tokens, seconds)
+            old, new = self._chunk_token_s, seconds / plan.num_tokens
+            self._chunk_token_s = new if not old else old + 0.3 * (new - old)
+
+    def _predict_prompt(self, num_tokens: int) -> float:
+        """Seconds that a prompt is expected to take; 0 before anything was measured."""
+        if self._route is not None:
+            return self._route.predict_s(self._route.choose(num_tokens), num_tokens)
+        return num_tokens * self._chunk_token_s
+
     def _set_throttle(self) -> None:
         """Streaming leaves bandwidth to those who decode, if it was asked to."""
         if self._throttle is None:
@@ -262,6 +289,7 @@ class Engine:
 
     def _compute(self, plan: StepPlan) -> list[Delta]:
         """A step of the compiled program, with a token for every row that draws."""
+        assert plan.kind != "stream"
         now = self._clock()
         for row in plan.rows:
             if row.seq.is_new:
@@ -284,9 +312,8 @@ class Engine:
         started, now = now, self._clock()
         compiled = self._runner.last_compiled
         self._stats.note_step(plan, now - started, self._counters(), compiled=compiled)
-        if self._route is not None and plan.kind == "prefill" and not compiled:
-            if plan.num_tokens == self.scheduler.prefill_chunk_tokens:  # small ones mislead
-                self._route.observe("chunked", plan.num_tokens, now - started)
+        if not compiled:
+            self._learn(plan, now - started)
         return [
             self._take(row, result, now)
             for row, result in zip(plan.rows, results, strict=True)

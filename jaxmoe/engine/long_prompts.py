@@ -88,7 +88,8 @@ def start_streaming(
     wanted = "disaggregate: on" if aside else "prefill: slp" if config.prefill == "slp" else None
     if config.prefill == "chunked" or (wanted is None and on_cpu):
         return None, ()
-    if loaded.host_store is None:
+    host_store = loaded.host_store
+    if host_store is None:
         return None, ()
     problem = None
     if model.linear_attention is not None:
@@ -107,7 +108,7 @@ def start_streaming(
     on_stage("page-locking the experts", 0.0)
     try:
         driver.lock_store(
-            loaded.host_store.native,
+            host_store.native,
             lambda done, total: on_stage("page-locking the experts", 100 * done / max(total, 1)),
         )
         if aside:
@@ -132,9 +133,7 @@ def start_streaming(
             raise
         return None, (f"long prompts are computed in chunks: {error}",)
     assert loaded.host_store is not None
-    route = make_route(
-        config, model, device, runtime, loaded.host_store, ring, plan.max_tokens, on_stage
-    )
+    route = make_route(config, model, device, runtime, host_store, ring, plan.max_tokens, on_stage)
     stream = worker = None
     if decode_device is None:
         stream = PromptStream(slp, caches)
@@ -218,7 +217,7 @@ def describe_placement(
             lines.append("long prompts and decode take turns on one device, a layer at a time")
         if long_prompts.pace:
             lines.append(
-                f"while others decode, experts stream at {long_prompts.pace / 1e9:.1f} GB/s at most "
-                "(prefill_bandwidth_share)"
+                "while others decode, experts stream at "
+                f"{long_prompts.pace / 1e9:.3g} GB/s at most (prefill_bandwidth_share)"
             )
     return lines

@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.decode.batch import PREFILL_SIZES
 from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import calibration, compile_cache, read_ceiling
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.dslp_prompts import start_dslp, unused_devices
 from jaxmoe.engine.engine import Engine
+from jaxmoe.engine.kept_pages import KeptPages
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
 from jaxmoe.engine.placement import (
     choose_device,
@@ -34,6 +36,7 @@ from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout, StateLayout, plan_cache, plan_states
 from jaxmoe.models import registry
 from jaxmoe.models.decoder import cache_spec, state_spec
+from jaxmoe.scheduler.tpot_target import TpotTarget
 from jaxmoe.text.chat_template import ChatTemplate
 from jaxmoe.text.tokenizer import Tokenizer
 from jaxmoe.weights import memory
@@ -173,6 +176,10 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         if prefill_runtime is not None:
             prefill_runtime.close()
         raise
+    target = None
+    if config.target_tpot_ms is not None:
+        sizes = [s for s in PREFILL_SIZES if s < config.prefill_chunk_tokens]
+        target = TpotTarget(config.target_tpot_ms / 1e3, [*sizes, config.prefill_chunk_tokens])
     engine = Engine(
         step,
         layout,
@@ -190,9 +197,13 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         streamer=long_prompts.stream if long_prompts else None,
         route=long_prompts.route if long_prompts else None,
         worker=long_prompts.worker if long_prompts else None,
+        target=target,
+        keeper=_keeper(config, layout, step),
         throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
     )
     placed = list(describe_placement(device, long_prompts, prefill_device))
+    if target is not None:
+        placed.append(target.describe())
     if calibrated is not None:
         placed.insert(0, calibrated.describe())
     report = describe(
@@ -217,8 +228,8 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
 def _runtimes(
     config: EngineConfig, device: Device, prefill_device: Device | None
 ) -> tuple[CpuRuntime, CpuRuntime | None]:
-    """The threads, and those of a CPU device that stands in for the GPU which computes prompts: half
-    of them, for a GPU would take none.
+    """The threads, and those of a CPU device that stands in for the GPU which computes prompts:
+    half of them, for a GPU would take none.
     """
     threads = num_threads(config.num_threads, device)
     if prefill_device is None or prefill_device.platform != "cpu":
@@ -231,6 +242,12 @@ def _runtimes(
         CpuRuntime(num_threads=max(threads - prefill, 1), isa=config.isa),
         CpuRuntime(num_threads=prefill, isa=config.isa),
     )
+
+
+def _keeper(config: EngineConfig, layout: CacheLayout, step: HybridStep) -> KeptPages | None:
+    budget = int(config.preempted_kv_gb * 2**30)
+    page_bytes = layout.page_size * layout.token_bytes
+    return KeptPages(budget, page_bytes, lambda: step.caches) if budget else None
 
 
 def num_threads(wanted: int | None, device: Device) -> int | None:

@@ -20,7 +20,7 @@ Cache = tuple[jax.Array, ...]  # the page arrays of a layer, `[P, Z, K, H]` each
 Block = tuple[jax.Array, ...]  # `[n, Z, K, H]` each, n at least as many as the pages
 
 
-def _size(num_pages: int) -> int:
+def padded_pages(num_pages: int) -> int:
     """Pages of a block: few sizes, so that few programs are ever compiled."""
     return 1 << max(num_pages - 1, 0).bit_length()
 
@@ -40,14 +40,14 @@ _put_pages = jax.jit(_put, donate_argnums=0)
 
 def take(cache: Cache, pages: Sequence[int]) -> Block:
     """What the pages of a layer hold now, on the same device."""
-    ids = np.zeros(_size(len(pages)), np.int32)
+    ids = np.zeros(padded_pages(len(pages)), np.int32)
     ids[: len(pages)] = pages
     return _take_pages(cache, ids)
 
 
 def put(cache: Cache, pages: Sequence[int], block: Block) -> Cache:
     """The layer's arrays, which are donated, with the block in the pages; both on one device."""
-    ids = np.full(_size(len(pages)), cache[0].shape[0], np.int32)
+    ids = np.full(padded_pages(len(pages)), cache[0].shape[0], np.int32)
     assert len(ids) == block[0].shape[0], (len(pages), block[0].shape)
     ids[: len(pages)] = pages
     return _put_pages(cache, ids, block)

@@ -9,11 +9,15 @@ experts streamed to the device (prefill_route.py) take many steps of kind "strea
 in between come decodes, and chunks of shorter prompts. Where a worker with a device of its own
 computes them (`aside`), one step of that kind begins a pass, and everything else goes on meanwhile.
 
-Admission is first come, first served: a sequence enters when a slot is free and its known tokens
+Admission is in order of arrival plus the seconds that a prompt is expected to take (`predict`): a
+prompt is overtaken by shorter ones only, and only by those that come while it would itself have
+been computed, so its wait is bounded whatever comes. A sequence enters when a slot is free, the
+batch may grow (`limits`) and its known tokens
 and one more fit the free pages; pages of its prompt that the prefix cache knows need no room and
 no prefill, for models with recurrent state up to the last position whose state was kept. Pages for
 output are taken one by one. When none is left, the latest arrival gives all of its pages back and
-returns to the head of the queue; later its prompt is computed again and its output is fed again
+returns to the head of the queue. Where a `keeper` has room they are kept, and put back when there
+are pages again; else its prompt is computed again and its output is fed again
 token by token, which repeats the same arithmetic, so preemption never changes a text.
 """
 
@@ -24,7 +28,7 @@ import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, Protocol
 
 from jaxmoe.common.errors import CapacityError
 from jaxmoe.kv_cache.pages import PageAllocator
@@ -58,12 +62,29 @@ class StepPlan:
         return sum(row.count for row in self.rows)
 
 
+class Limits(Protocol):
+    """What a target time per token allows: tpot_target.py."""
+
+    def max_rows(self, most: int) -> int: ...
+    def chunk_tokens(self, num_decoding: int) -> int: ...
+
+
+class Keeper(Protocol):
+    """Where pages of sequences that give way are kept: engine/kept_pages.py."""
+
+    def keep(self, seq: Sequence, num_pages: int) -> bool: ...
+    def restore(self, seq: Sequence, num_pages: int) -> None: ...
+    def forget(self, seq: Sequence) -> None: ...
+
+
 class Scheduler:
     """Owns the queue, the slots and the pages of the sequences it was given.
 
     streams: how many of a prompt's tokens left to compute are to be streamed in one pass, 0 for
     none; None: never any. aside: whether they are computed beside the steps, until `advance` says
-    that a pass is done.
+    that a pass is done. predict: seconds that so many tokens of a prompt are expected to take;
+    None: order of arrival. keeper: of preempted sequences' pages; None: they are computed again, as
+    are those with recurrent state. limits: of the batch and of chunks beside decodes; None: none.
     prefix: where pages of prompts are shared; None: nowhere. states: where recurrent states are
     kept, which a model that has them needs beside `prefix`; None for others.
     prompt_logprobs_tokens: of a prompt whose log probabilities are wanted, in one step; such a step
@@ -81,6 +102,9 @@ class Scheduler:
         prompt_logprobs_tokens: int = 64,
         streams: Callable[[int], int] | None = None,
         aside: bool = False,
+        predict: Callable[[int], float] | None = None,
+        limits: Limits | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.pages = pages
         self.prefix = prefix
@@ -92,6 +116,11 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs))  # a heap
         self._streams = streams or (lambda tokens: 0)
         self._aside = aside
+        self._predict = predict
+        self._limits = limits
+        self._keeper = keeper
+        self._kept: dict[int, int] = {}  # id of a sequence -> its computed tokens that are kept
+        self._max_num_seqs = max_num_seqs
         self._streaming: Sequence | None = None
         self._stream_count = 0
         self._last_kind = "decode"
@@ -112,6 +141,8 @@ class Scheduler:
         """Ends a sequence wherever it is; pages and slot are free at once."""
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
+            if self._kept.pop(id(seq), 0) and self._keeper is not None:
+                self._keeper.forget(seq)
         elif seq.status is not Status.FINISHED:
             self._release(seq)
         seq.status = Status.FINISHED
@@ -160,8 +191,9 @@ class Scheduler:
         return StepPlan("stream", (Row(seq, seq.num_computed, self._stream_count, samples=False),))
 
     def _choose_stream(self, prefilling: list[Sequence]) -> None:
-        """The oldest whose prompt is to be streamed."""
-        self._streaming = next((s for s in prefilling if self._stream_size(s)), None)
+        """The next one whose prompt is to be streamed."""
+        streamed = [s for s in prefilling if self._stream_size(s)]
+        self._streaming = min(streamed, key=self._turn, default=None)
         self._stream_count = self._stream_size(self._streaming) if self._streaming else 0
 
     def advance(self, plan: StepPlan) -> None:
@@ -192,20 +224,45 @@ class Scheduler:
             self.pages.free(pages)
             heapq.heappush(self._free_slots, slot)
 
+    def _turn(self, seq: Sequence) -> tuple[bool, float]:
+        """Sorts sequences by whose turn it is. Who had to give way comes first."""
+        if self._predict is None:
+            return (seq.num_preemptions == 0, 0.0)
+        return (
+            seq.num_preemptions == 0,
+            seq.request.arrival_s + self._predict(seq.num_prompt),
+        )
+
     def _admit(self) -> None:
-        while self.waiting and self._free_slots:
-            seq = self.waiting[0]
+        most = self._max_num_seqs
+        if self._limits is not None:
+            most = self._limits.max_rows(most)
+        passed: set[int] = set()
+        while self._free_slots and len(self.running) < most:
+            candidates = [s for s in self.waiting if id(s) not in passed]
+            if not candidates:
+                return
+            seq = min(candidates, key=self._turn)
             need = self.pages.pages_for(seq.num_tokens + 1)
             # A prompt that fills the context has no position after its last token.
             need = min(need, self.pages.num_pages)
+            if id(seq) in self._kept:
+                if need > self.pages.num_free:
+                    return
+                self._resume(seq, need)
+                continue
             found, state = self._find(seq)
-            if self._is_on_its_way(seq, len(found)):
+            computing = self._on_its_way(seq, len(found))
+            if computing is not None:
                 self.pages.free(found)
-                return
+                if computing is not self._streaming and not self._stream_size(computing):
+                    return
+                passed.add(id(seq))
+                continue
             if need - len(found) > self.pages.num_free:
                 self.pages.free(found)
                 return
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             seq.num_computed = len(found) * self.pages.page_size
             seq.pages = found + self.pages.allocate(need - len(found))
             seq.slot = heapq.heappop(self._free_slots)
@@ -219,6 +276,18 @@ class Scheduler:
                 seq.num_cached = seq.num_computed
                 if self.prefix is not None:
                     self.prefix.count(seq.num_prompt, seq.num_cached)
+
+    def _resume(self, seq: Sequence, num_pages: int) -> None:
+        """Lets a sequence go on whose pages were kept."""
+        assert self._keeper is not None
+        self.waiting.remove(seq)
+        seq.num_computed = self._kept.pop(id(seq))
+        seq.pages = self.pages.allocate(num_pages)
+        seq.slot = heapq.heappop(self._free_slots)
+        seq.state_from, seq.is_new = -1, True
+        self._keeper.restore(seq, self.pages.pages_for(seq.num_computed))
+        seq.status = Status.DECODE if seq.num_computed >= seq.num_prompt else Status.PREFILL
+        self.running.append(seq)
 
     def _find(self, seq: Sequence) -> tuple[list[int], int]:
         """Pages with the beginning of the prompt, held, and the slot of the state after them (-1
@@ -241,10 +310,11 @@ class Scheduler:
         self.pages.free(rest)
         return pages, state
 
-    def _is_on_its_way(self, seq: Sequence, page_idx: int) -> bool:
-        """Whether an earlier sequence is computing the page `seq` would have to compute first.
+    def _on_its_way(self, seq: Sequence, page_idx: int) -> Sequence | None:
+        """An earlier sequence that is computing the page `seq` would have to compute first.
 
-        Waiting for it costs nothing: prompts are computed in order of arrival.
+        Waiting for it costs nothing where prompts are computed one after the other; one that is
+        streamed takes long, and those behind `seq` pass.
         """
         keys = seq.page_keys
         if (
@@ -252,13 +322,12 @@ class Scheduler:
             or seq.wants_prompt_logprobs
             or (page_idx + 1) * self.pages.page_size >= seq.num_prompt
         ):
-            return False
-        return any(
-            s.status is Status.PREFILL
-            and s.page_keys
-            and s.page_keys[page_idx:][:1] == [keys[page_idx]]
-            for s in self.running
-        )
+            return None
+        for s in self.running:
+            if s.status is Status.PREFILL and s.page_keys:
+                if s.page_keys[page_idx:][:1] == [keys[page_idx]]:
+                    return s
+        return None
 
     def _publish(self, row: Row) -> None:
         """Shares the pages whose last position this prefill has written, and the states it kept."""
@@ -323,9 +392,13 @@ class Scheduler:
             return streamed
         if self._streaming is not None and not self._aside:
             prefilling = self._chunked(prefilling)
+        prefilling = sorted(prefilling, key=self._turn)
         rows, room = [], self.prefill_chunk_tokens
+        num_decoding = sum(s.status is Status.DECODE for s in self.running)
+        if self._limits is not None and num_decoding:
+            room = min(room, self._limits.chunk_tokens(num_decoding))
         if prefilling[0].wants_prompt_logprobs:
-            prefilling, room = prefilling[:1], self._prompt_logprobs_tokens
+            prefilling, room = prefilling[:1], min(room, self._prompt_logprobs_tokens)
         else:
             prefilling = [s for s in prefilling if not s.wants_prompt_logprobs]
         for seq in prefilling:
@@ -370,11 +443,20 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         assert len(self.running) > 1, "the pool holds at least one sequence of any admitted length"
+        if self._keeper is not None and seq.num_computed and self._is_whole(seq):
+            if self._keeper.keep(seq, self.pages.pages_for(seq.num_computed)):
+                self._kept[id(seq)] = seq.num_computed
         self._release(seq)
         seq.status = Status.WAITING
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.waiting.appendleft(seq)
+
+    def _is_whole(self, seq: Sequence) -> bool:
+        """Whether its pages are all that it goes on from: no recurrent state, and no log
+        probabilities of its prompt that are half counted.
+        """
+        return self.states is None and seq.state_from < 0 and not seq.wants_prompt_logprobs
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)

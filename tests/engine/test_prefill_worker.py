@@ -77,7 +77,7 @@ def row(tokens, pages, start=0):
 def finish(worker):
     fractions = []
     while not fractions or fractions[-1] < 1:
-        worker.wait(5.0)
+        worker.wait(60.0)
         fractions.append(worker.poll())
     assert fractions == sorted(fractions)
     return fractions
@@ -103,7 +103,7 @@ def test_layers_are_there_before_the_prompt_is_computed(made):
 def test_a_worker_waits_for_an_engine_that_takes_nothing_in(made):
     worker, programs, decode = made
     worker.begin(row([1, 2], [3]))
-    worker.wait(5.0)  # one layer is there: one on its way, and one that is computed, are behind it
+    worker.wait(60.0)  # one layer is there: one on its way, and one that is computed, are behind it
     assert programs.done < LAYERS
     fraction = worker.poll()
     assert 0 < fraction < 1 and held(decode, 0, [3])[:2] == [1, 2]
@@ -128,7 +128,7 @@ def test_a_dropped_prompt_leaves_the_pages_alone(made):
     worker, programs, decode = made
     programs.gate = threading.Semaphore(2)
     worker.begin(row([1, 2], [3]))
-    worker.wait(5.0)
+    worker.wait(60.0)
     worker.stop()
     programs.gate.release(100)
     worker.begin(row([7], [4]))

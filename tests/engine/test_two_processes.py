@@ -110,7 +110,7 @@ def test_either_may_be_killed(tmp_path, prefix, capsys):
 
 @pytest.mark.slow
 def test_what_others_may_read_or_is_too_small_is_not_used(tmp_path, prefix):
-    """A segment of that name that somebody else prepared is refused, and the weights are private."""
+    """A segment that is not as its owner made it is refused, and the weights are private."""
     tiny_models.write_checkpoint(tmp_path, CASE)
     with contextlib.closing(Child("decode", tmp_path, prefix)) as child:
         want, store = child.next(), child.started["store"]

@@ -214,6 +214,32 @@ def test_stats_count_each_distinct_expert_once():
     assert stats["experts_weight_bytes"] == 2 * 3 * (128 * 256 + 4 * 2)
 
 
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_a_step_reads_its_distinct_experts_and_no_more(handed_over):
+    """Bytes counted at batch 1 to 16: of a merged step those of the union, of an overlapped one
+    those of each microbatch's.
+    """
+    rng = np.random.default_rng(4)
+    layer = Layer.random(rng, "fp8_block", 24, 128, 256)
+    expert_bytes = 3 * (128 * 256 + 4 * 2)
+    with CpuRuntime(num_threads=2) as runtime, make_store(runtime, layer) as store:
+        ops = NativeOps(runtime, store, "vector")
+        for batch in range(1, 17):
+            x, ids, weights = inputs(batch, batch, 256, 24, 4)
+            before = runtime.stats()["experts_weight_bytes"]
+            if handed_over:
+                halves = [(x[m::2], ids[m::2], weights[m::2]) for m in range(min(batch, 2))]
+                for half in halves:
+                    ticket, *_ = ops.experts_submit(*half, 0)
+                    jax.block_until_ready(ops.experts_wait(ticket, len(half[0]), 256))
+            else:
+                halves = [(x, ids, weights)]
+                jax.block_until_ready(ops.experts(x, ids, weights, 0))
+            read = runtime.stats()["experts_weight_bytes"] - before
+            distinct = sum(len(np.unique(i[i >= 0])) for i in (np.asarray(h[1]) for h in halves))
+            assert read == distinct * expert_bytes, batch
+
+
 def test_submit_and_wait_give_what_experts_gives(runtime):
     """Two microbatches in flight, twice the same operands, several layers, one jit."""
     rng = np.random.default_rng(5)

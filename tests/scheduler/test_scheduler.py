@@ -33,7 +33,7 @@ def alone(prompt, count):
 
 class FakeEngine:
     def __init__(
-        self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8, prefix=False, states=None
+        self, *, pages=64, page_size=4, max_num_seqs=3, chunk=8, prefix=False, states=None, **more
     ):
         self.allocator = PageAllocator(pages, page_size)
         self.prefix = PrefixCache(self.allocator) if prefix else None
@@ -43,6 +43,7 @@ class FakeEngine:
             prefill_chunk_tokens=chunk,
             prefix=self.prefix,
             states=None if states is None else StateCache(max_num_seqs, states),
+            **more,
         )
         self.num_slots = max_num_seqs
         self.states = {}  # slot -> origins of the tokens it has taken in
@@ -51,7 +52,7 @@ class FakeEngine:
         self.memory = {}
         self.plans = []
 
-    def add(self, name, prompt, max_tokens, salt=None):
+    def add(self, name, prompt, max_tokens, salt=None, arrival_s=0.0):
         request = Request(
             request_id=name,
             prompt_token_ids=tuple(prompt),
@@ -59,7 +60,7 @@ class FakeEngine:
             max_tokens=max_tokens,
             stop_ids=frozenset(),
             seed=0,
-            arrival_s=0.0,
+            arrival_s=arrival_s,
             cache_salt=salt,
         )
         seq = Sequence(request)
@@ -445,3 +446,161 @@ def test_the_only_one_that_decodes_gives_way_to_prompts_before_it():
                     scheduler.cancel(row.seq)
     assert not scheduler.has_work and preemptions
     scheduler.pages.check()
+
+
+def test_a_short_prompt_overtakes_a_long_one_that_came_a_little_earlier():
+    engine = FakeEngine(max_num_seqs=1, chunk=16, predict=lambda tokens: tokens * 1.0)
+    engine.add("running", [1], 12)
+    engine.step()
+    for name, length, at in (("long", 20, 0.0), ("soon", 2, 17.0), ("late", 2, 18.5)):
+        engine.add(name, range(length), 2, arrival_s=at)
+    engine.drain()
+    order = []
+    for _, rows in engine.plans:
+        order += [name for name, _ in rows if name not in order]
+    assert order == ["running", "soon", "long", "late"]  # 19 < 20 < 20.5
+
+
+def test_short_prompts_share_a_chunk_before_long_ones():
+    engine = FakeEngine(max_num_seqs=3, chunk=8, predict=lambda tokens: tokens * 1.0)
+    engine.add("long", range(30), 1)
+    engine.step()
+    engine.add("short", range(3), 1, arrival_s=4.0)
+    engine.step()
+    assert engine.plans[1] == ("prefill", [("short", 3), ("long", 5)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_prompt_is_overtaken_for_longer_than_it_takes_itself(seed):
+    rng = random.Random(seed)
+    engine = FakeEngine(pages=20, max_num_seqs=2, predict=lambda tokens: tokens * 2.0)
+    seqs, started = [], []
+    for i in range(60):
+        prompt = range(rng.choice([1, 2, 3, 30]))
+        seqs.append(engine.add(str(i), prompt, rng.randrange(1, 4), arrival_s=float(i)))
+        engine.step()
+        for _, rows in engine.plans[-1:]:
+            started += [name for name, _ in rows if name not in started]
+    engine.drain()
+    for _, rows in engine.plans:
+        started += [name for name, _ in rows if name not in started]
+    at = {name: k for k, name in enumerate(started)}
+    for early in range(60):
+        for late in range(early + 1, 60):
+            if at[str(late)] < at[str(early)]:
+                assert late - early <= 2.0 * seqs[early].num_prompt
+
+
+class Rows:
+    """Limits as given."""
+
+    def __init__(self, rows, tokens):
+        self.rows, self.tokens = rows, tokens
+
+    def max_rows(self, most):
+        return min(most, self.rows)
+
+    def chunk_tokens(self, num_decoding):
+        assert num_decoding > 0
+        return self.tokens
+
+
+def test_a_target_limits_the_batch_and_chunks_beside_it():
+    limits = Rows(2, 4)
+    engine = FakeEngine(max_num_seqs=3, chunk=8, limits=limits)
+    for i in range(3):
+        engine.add(str(i), range(12), 6)
+    engine.step()
+    assert engine.plans[0] == ("prefill", [("0", 8)])  # nobody decodes yet
+    engine.drain()
+    assert max(len(rows) for kind, rows in engine.plans if kind == "decode") == 2
+    decoding = False
+    for kind, rows in engine.plans:
+        if kind == "prefill" and decoding:
+            assert sum(count for _, count in rows) <= 4
+        decoding = decoding or kind == "decode"
+    limits.rows, count = 3, len(engine.plans)
+    for i in range(3):
+        engine.add(f"again {i}", [1], 6)
+    engine.drain()
+    assert max(len(rows) for _, rows in engine.plans[count:]) == 3
+
+
+def test_others_pass_who_waits_for_a_streamed_prompt():
+    engine = FakeEngine(prefix=True, aside=True, streams=lambda tokens: tokens * (tokens > 20))
+    beginning = list(range(24))
+    engine.add("long", [*beginning, 1], 2)
+    assert engine.scheduler.plan().kind == "stream"
+    same = engine.add("same", [*beginning, 2], 2)
+    engine.add("other", [5, 6], 2)
+    for _ in range(3):
+        engine.step()
+    assert same.status is Status.WAITING
+    assert [name for _, rows in engine.plans for name, _ in rows] == ["other"] * 2
+
+
+class Keeper:
+    """Keeps the fake engine's memory of a sequence's first pages; every third time it has no
+    room.
+    """
+
+    def __init__(self):
+        self.engine, self.kept, self.asked, self.restored = None, {}, 0, 0
+
+    def cells(self, pages):
+        size = self.engine.allocator.page_size
+        return [(page, offset) for page in pages for offset in range(size)]
+
+    def keep(self, seq, num_pages):
+        self.asked += 1
+        if self.asked % 3 == 0:
+            return False
+        cells = self.cells(seq.pages[:num_pages])
+        self.kept[id(seq)] = [(self.engine.memory.get(c), self.engine.origin.get(c)) for c in cells]
+        return True
+
+    def restore(self, seq, num_pages):
+        self.restored += 1
+        content = self.kept.pop(id(seq))
+        for cell, (token, origin) in zip(self.cells(seq.pages[:num_pages]), content, strict=True):
+            self.engine.memory[cell], self.engine.origin[cell] = token, origin
+
+    def forget(self, seq):
+        del self.kept[id(seq)]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_kept_pages_are_gone_on_from(seed, prefix):
+    rng, keeper = random.Random(seed), Keeper()
+    engine = FakeEngine(
+        pages=rng.choice([9, 12]), max_num_seqs=4, prefix=prefix, keeper=keeper, states=None
+    )
+    engine.move_state = lambda *args: None  # no model with such state keeps pages
+    keeper.engine, live = engine, []
+    for i in range(30):
+        prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 14))]
+        seq = engine.add(str(i), prompt, rng.randrange(1, 34 - len(prompt)))
+        live.append((seq, prompt))
+        for _ in range(rng.randrange(8)):
+            engine.step()
+        if rng.random() < 0.2:
+            engine.scheduler.cancel(live.pop(rng.randrange(len(live)))[0])
+    engine.drain()
+    for seq, prompt in live:
+        assert seq.output_token_ids == alone(prompt, seq.request.max_tokens)
+    assert engine.allocator.num_free == engine.allocator.num_pages
+    assert keeper.kept == {} and engine.scheduler._kept == {}
+    assert keeper.restored > 0 and keeper.asked > keeper.restored
+
+
+def test_a_kept_sequence_feeds_nothing_again():
+    keeper = Keeper()
+    engine = FakeEngine(pages=6, max_num_seqs=2, keeper=keeper)
+    engine.move_state = lambda *args: None
+    keeper.engine = engine
+    first, second = engine.add("a", [1, 2, 3], 16), engine.add("b", [4, 5, 6], 16)
+    engine.drain()
+    assert first.num_preemptions == 0 and second.num_preemptions > 0 and keeper.restored > 0
+    fed = sum(count for _, rows in engine.plans for name, count in rows if name == "b")
+    assert fed == 3 + 15  # each token once

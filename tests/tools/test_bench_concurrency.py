@@ -35,12 +35,13 @@ def timed(times, tokens_each=1, due_s=0.0):
 @pytest.mark.parametrize(
     "times, begin, end, want",
     [
-        ([0, 1, 2, 3, 4], 1, 3, 1.0),
+        ([0, 1, 2, 3, 4], 1, 3, (1.0, 1.0)),
         # Stood still from 2 to 8, in the middle of which the window lies.
-        ([0, 1, 2, 8, 9], 4, 6, 6.0),
-        ([0, 1, 2, 8, 9], 1.5, 8.5, 8 / 3),
-        ([0, 1, 2], 5, 6, None),
-        ([0, 1, 2], 1.5, 9, 1.0),
+        ([0, 1, 2, 8, 9], 4, 6, (6.0, 1.0)),
+        ([0, 1, 2, 8, 9], 1.5, 8.5, (8 / 3, 1.0)),
+        ([0, 1, 2], 5, 6, (None, None)),
+        ([0, 1, 2], 1.5, 9, (1.0, 1.0)),
+        ([0, 1, 2], -1, 9, (1.0, None)),
     ],
 )
 def test_time_per_token_in_a_window(bench, times, begin, end, want):
@@ -48,7 +49,7 @@ def test_time_per_token_in_a_window(bench, times, begin, end, want):
 
 
 def test_pieces_of_several_tokens(bench):
-    assert bench.tpot_between(timed([0, 1, 2, 3], tokens_each=4), 0, 3) == 0.25
+    assert bench.tpot_between(timed([0, 1, 2, 3], tokens_each=4), 1, 2) == (0.25, 0.25)
 
 
 def test_figures(bench):
@@ -60,6 +61,7 @@ def test_figures(bench):
     found = bench.figures(scenario, [prompt], texts)
     assert found["ttft_s"] == 2.0 and found["prompt_tokens"] == 900
     assert found["beside_tpot_s"] == pytest.approx((2.0 + 0.75) / 2)
+    assert found["apart_tpot_s"] == 1.0 and found["rise"] == pytest.approx(0.375)
     assert found["tok_per_s"] == 2.0
     assert found["texts_ended_early"] == 1
     assert "raise --output_tokens" in bench.row({"scenario": "1P+2D", **found})

@@ -373,14 +373,15 @@ JAXMOE_TEST(the_rate_limit_holds_and_is_what_stats_say) {
   JAXMOE_CHECK(stats.copy_s >= least * 0.999 && stats.copy_s <= seconds, "%g s", stats.copy_s);
 }
 
-// Counted, without a clock: in no stretch of time do more copies begin than the rate allows and one.
+// Counted, without a clock: in no stretch of time do more copies begin than the rate allows and
+// one.
 JAXMOE_TEST(a_pacer_keeps_its_rate_in_every_stretch_of_time) {
   using std::chrono::nanoseconds;
   Pacer pacer;
   Random random(3);
   JAXMOE_CHECK(pacer.book(1 << 30, Pacer::Time(nanoseconds(5))) == Pacer::Time(nanoseconds(5)),
                "no limit, no waiting");
-  pacer.set_rate(1e9);  // a byte a nanosecond
+  pacer.set_rate(1e9);                             // a byte a nanosecond
   std::vector<std::pair<int64_t, int64_t>> begun;  // when, bytes
   Pacer::Time now(nanoseconds(1000));
   int64_t idle = 0;
