@@ -12,10 +12,10 @@ With --compute_ms the experts' products are replaced by as much sleep a layer, a
 takes no time of the CPUs': what is left is how well events, loader and programs keep both busy.
 
     tools/bench_prefill.py --config=configs/bench/deepseek_v3.json --tokens 4096 32768
-    tools/bench_prefill.py --config=configs/bench/overlap.json --tokens 1024 --free_gb=2 --threads=1 \\
-        --ratios 0.25 0.5 1 2 4
-    tools/bench_prefill.py --config=configs/bench/overlap.json --moe_layers=8 --tokens 16 --free_gb=2 \\
-        --compute_ms=200 --ratios 0.25 0.5 1 2 4
+    tools/bench_prefill.py --config=configs/bench/overlap.json --free_gb=2 --tokens 512 \\
+        --threads=1 --ratios 0.25 0.5 1 2 4
+    tools/bench_prefill.py --config=configs/bench/overlap.json --free_gb=2 --tokens 16 \\
+        --moe_layers=8 --compute_ms=200 --ratios 0.25 0.5 1 2 4
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from jaxmoe.ffi.device_driver import DeviceDriver
 from jaxmoe.models import registry
 from jaxmoe.prefill.device import SlpDevice, prompt_row
 from jaxmoe.weights.random_init import random_model
-
 
 NUM_GROUPS = 8  # of a layer's experts, where memory is no bound (prefill/plan.py)
 

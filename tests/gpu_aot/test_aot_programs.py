@@ -43,7 +43,8 @@ def test_what_is_wrong_is_found():
 ENTRY %main {
   %a = (f32[8]) custom-call(%x), custom_call_target="jaxmoe_slot_acquire", slot = 0
   %r = (f32[8]) custom-call(%a), custom_call_target="jaxmoe_slot_release", slot = 0
-  %w = (s32[], f32[8]) while(%r), condition=%c, body=%b
+  %s = (s32[], f32[8]) while(%r), condition=%c, body=%b
+  %w = (s32[], f8e4m3fn[8]) while(%s), condition=%c, body=%b
   %c = f8e4m3fn[2048,7168]{1,0} copy(%p)
 }
 """

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,10 +257,10 @@ class PrefillPrograms:
 
 def event_order(experts: Compiled) -> list[str]:
     """acquire and release with their slots, and "products" with the slot of the acquire before
-    where something that loops over windows or calls a kernel lies between."""
+    where a loop that takes experts' weights lies."""
     order: list[str] = []
     slot = "?"
-    pattern = r'jaxmoe_slot_(acquire|release)"|= \S.* while\('
+    pattern = r'jaxmoe_slot_(acquire|release)"|= \S.*f8e4m3fn\[.* while\('
     for line in experts.calls(pattern):
         event = re.search(r"jaxmoe_slot_(acquire|release)", line)
         if event is None:
@@ -385,14 +384,13 @@ def compile_decode(
     *,
     pages: int = 4096,
     pages_per_sequence: int = 512,
-    make_ops: Callable[[Any], Any] = functools.partial(DeviceOps, kind="decode"),
 ) -> DecodeProgram:
     """The whole step, all layers, its routed experts on the CPU beside the device."""
     graphdef, state = abstract_model(config)
     caches = abstract_caches(config, pages)
     inputs = abstract_step(rows, rows, pages_per_sequence)
     with CpuRuntime(num_threads=1) as runtime:
-        ops = make_ops(NativeOps(runtime, SimpleNamespace(id=0), "vector"))
+        ops = DeviceOps(NativeOps(runtime, SimpleNamespace(id=0), "vector"), "decode")
 
         def step(state: Any, inputs: StepInputs, caches: Any) -> Any:
             model: Any = nnx.merge(graphdef, state)
