@@ -34,7 +34,7 @@ def test_decode_of_all_layers(target, n):
     config = aot.bench_config("deepseek_v3", 61, dense=3)
     found = aot.compile_decode(target, config, 8, n)
     print(target.name, n, f"temp {found.step.temp / 2**20:.1f} MiB, {found.step.seconds:.0f} s")
-    assert found.problems(64 << 20) == []
+    assert found.problems(aot.DECODE_TEMP_BYTES) == []
 
 
 def test_what_is_wrong_is_found():

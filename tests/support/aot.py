@@ -45,6 +45,7 @@ TARGETS = {path.stem: path for path in (ROOT / "tests/gpu_aot/targets").glob("*.
 PAGE_SIZE = 16
 # Arrays from here on are weights, caches or what a prompt streams; below, activations of a step.
 LARGE_BYTES = 1 << 20
+DECODE_TEMP_BYTES = 64 << 20  # that a decode step of 8 rows may take
 
 
 class ToolsMissing(Exception):
