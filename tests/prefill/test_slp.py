@@ -206,7 +206,8 @@ def test_a_run_that_ends_early_leaves_a_ring_that_works(case):
 def test_memory_stays_within_the_plan(case, weights):
     """All arrays that a run holds between and within layers, and every program's temporaries."""
     device = jax.local_devices(backend="cpu")[0]
-    before = {id(a) for a in jax.live_arrays()}
+    others = jax.live_arrays()  # kept, so that their ids stay theirs
+    before = {id(a) for a in others}
     config = case[2]
     slp = _slp(case, weights=weights, max_prompt_tokens=4 * CHUNK)
     caches = {id(a) for a in jax.tree.leaves(slp._caches)}
