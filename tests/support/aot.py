@@ -104,6 +104,8 @@ class Target:
 
         prepare_environment()
         register_cuda_targets()
+        # Programs for devices that are not here cannot be read back from it.
+        jax.config.update("jax_enable_compilation_cache", False)
         text = path.read_text()
         self.name = re.search(r'name: "(.*)"', text)[1]
         self.memory_bytes = int(re.search(r"device_memory_size: (\d+)", text)[1])
