@@ -1,155 +1,66 @@
-"""Compiles the decode step for a GPU on a machine without one and reads the schedule: are submit,
-attention and wait in order, merged and in microbatches, and is the cache updated in place.
+"""Compiles prefill and decode programs for GPUs on a machine without one and reads them: are the
+events of streamed layers and the experts' calls in order, are caches and slots used in place, is no
+weight copied, are temporaries what the plan says. The tests of `pytest -m gpu_aot` for a target of
+one's own, or with other sizes.
 
-    python tools/aot_check.py TARGET_CONFIG [--case=deepseek_v3] [--layers=4]
+    python tools/aot_check.py [TARGET_CONFIG ...] [--model=deepseek_v3] [--layers=61]
 
-TARGET_CONFIG: a GpuTargetConfigProto as text; XLA ships some in
-xla/backends/gpu/target_config/specs. Needs the extra `gpu_aot`: the CUDA plugin and ptxas, but no
-driver. What is not right ends the program with exit code 1.
-
-Attention and linear maps are the reference's here, so memory and kernels say nothing about what a
-GPU would run; the order of the experts' calls, and aliasing, do.
+TARGET_CONFIG: a GpuTargetConfigProto as text (default: those of tests/gpu_aot/targets); XLA ships
+some in xla/backends/gpu/target_config/specs. Needs the extra `gpu_aot`: the CUDA plugin and ptxas,
+but no driver. What is not right ends the program with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import pathlib
-import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOKENS, PAGE_SIZE = 8, 16
-
-
-def find_toolkit() -> pathlib.Path:
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations if spec else ():
-        if (pathlib.Path(folder) / "cu13" / "bin" / "ptxas").exists():
-            return pathlib.Path(folder) / "cu13"
-    sys.exit("no ptxas found in the package nvidia-cuda-nvcc: install the extra gpu_aot")
-
-
-def wanted_order(num_layers: int, num_dense: int, n: int) -> list[str]:
-    order = []
-    for layer in range(num_layers - num_dense):
-        for slot in range(n):
-            order += [f"wait {slot}"] * (layer > 0) + [f"submit {slot}"]
-    return order + [f"wait {slot}" for slot in range(n)]
-
-
-def scheduled_calls(text: str) -> list[str]:
-    """submit and wait, with their slots, in the order of the entry computation."""
-    calls = []
-    for line in text[text.index("\nENTRY") :].splitlines():
-        found = re.search(r'custom_call_target="jaxmoe_experts_(submit|wait)', line)
-        if found:
-            slot = re.search(r"slot = (\d)", line)
-            calls.append(f"{found[1]} {slot[1] if slot else '?'}")
-    return calls
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target_config", type=pathlib.Path)
-    parser.add_argument("--case", default="deepseek_v3", help="of configs/tiny")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("target_config", type=pathlib.Path, nargs="*")
+    parser.add_argument("--model", default="deepseek_v3", help="of configs/bench")
+    parser.add_argument("--layers", type=int, default=61, help="of the decode step")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a streamed prompt")
+    parser.add_argument("--rows", type=int, default=8, help="of the decode step")
     args = parser.parse_args()
-    toolkit = find_toolkit()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_gpu_cuda_data_dir={toolkit} --xla_gpu_autotune_level=0"
-    os.environ["PATH"] = f"{toolkit / 'bin'}:{os.environ['PATH']}"
     sys.path.insert(0, str(ROOT / "tests"))
+    from support import aot
 
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-    from support import tiny_engine
+    wrong = 0
 
-    from jaxmoe.decode import dual_batch
-    from jaxmoe.ffi.cpu_runtime import CpuRuntime
-    from jaxmoe.ffi.host_store import native_host_store
-    from jaxmoe.ffi.native_ops import NativeOps
-    from jaxmoe.ffi.ops import StepInputs
-    from jaxmoe.ffi.reference import ReferenceOps
-    from jaxmoe.ffi.registry import register_cuda_targets
-    from jaxmoe.models.decoder import cache_spec
-
-    class DeviceOps(ReferenceOps):
-        """The reference, with the experts on the CPU."""
-
-        splits_experts = True
-
-        def __init__(self, native: NativeOps) -> None:
-            super().__init__()
-            self.experts = native.experts
-            self.experts_submit = native.experts_submit
-            self.experts_wait = native.experts_wait
-
-    register_cuda_targets()
-    device = topologies.get_topology_desc(
-        platform="cuda", target_config=args.target_config.read_text(), topology="1x1x1"
-    ).devices[0]
-    sharding = SingleDeviceSharding(device)
-    config = tiny_engine.config(args.case, num_hidden_layers=args.layers)
-    tiny = tiny_engine.model(config)
-    moe = config.moe
-    runtime = CpuRuntime(num_threads=1)
-    layer = (moe.router.num_experts, moe.expert_intermediate, config.hidden_size, "bf16")
-    store = native_host_store(runtime, [layer] * len(config.moe_layers), "arena")
-
-    def there(tree):
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-        )
-
-    def shape(*dims):
-        return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=sharding)
-
-    inputs = StepInputs(*[shape(TOKENS)] * 4, shape(TOKENS, 4))  # pyright: ignore
-    caches = [
-        tuple(
-            jax.ShapeDtypeStruct(
-                (4 * TOKENS, PAGE_SIZE, a.num_heads, a.head_dim), a.dtype, sharding=sharding
-            )
-            for a in arrays
-        )
-        for arrays in cache_spec(config, "float32")
-    ]
-    cache_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(caches))
-    wrong = []
-    for packed in (False, True):
-        ops = DeviceOps(NativeOps(runtime, store, "vector", packed=packed))
-        for n in (1, 2, 4):
-
-            def step(state, step, caches, ops=ops, n=n):
-                model = nnx.merge(tiny.graphdef, state)
-                if n == 1:
-                    return model(step, caches, ops, jnp.arange(TOKENS))
-                return dual_batch.forward(model, step, caches, ops, jnp.arange(TOKENS), n)
-
-            traced = jax.jit(step, donate_argnums=2).trace(there(tiny.state), inputs, caches)
-            compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-            calls = scheduled_calls(compiled.as_text())
-            want = wanted_order(config.num_layers, config.num_layers - len(config.moe_layers), n)
-            # The last waits may come in any order.
-            same = calls[:-n] == want[:-n] and sorted(calls[-n:]) == sorted(want[-n:])
-            memory = compiled.memory_analysis()
-            in_place = memory.alias_size_in_bytes >= cache_bytes
+    def tell(what: str, programs: dict[str, aot.Compiled], problems: list[str]) -> None:
+        nonlocal wrong
+        wrong += len(problems)
+        for name, program in programs.items():
             print(
-                f"{n} microbatches, {packed=}: order {'kept' if same else 'CHANGED'}, cache "
-                f"{'in place' if in_place else 'COPIED'}, temp "
-                f"{memory.temp_size_in_bytes / 2**20:.1f} MiB",
-                flush=True,
+                f"{what}, {name}: temporaries {program.temp / 2**20:.1f} MiB, in place "
+                f"{program.aliased / 2**20:.1f} MiB, compiled in {program.seconds:.0f} s"
             )
-            if not same:
-                print("  wanted", want, "\n  got   ", calls)
-            if not (same and in_place):
-                wrong.append((n, packed))
+        print("\n".join(f"  WRONG: {problem}" for problem in problems) or "  as it must be")
+        sys.stdout.flush()
+
+    try:
+        for path in args.target_config or aot.TARGETS.values():
+            target = aot.Target(path)
+            prefill = aot.compile_prefill(
+                target, aot.bench_config(args.model, 2, dense=1), args.tokens
+            )
+            print(f"{target.name}: {prefill.plan.describe()}")
+            programs = {**prefill.chunks, "experts of a layer": prefill.experts}
+            tell(target.name, programs, prefill.problems())
+            config = aot.bench_config(args.model, args.layers, dense=3)
+            for n in (1, 2):
+                decode = aot.compile_decode(target, config, args.rows, n)
+                name = f"decode of {args.rows} rows in {n} microbatches"
+                tell(target.name, {name: decode.step}, decode.problems(aot.DECODE_TEMP_BYTES))
+    except aot.ToolsMissing as error:
+        sys.exit(str(error))
     sys.exit(1 if wrong else 0)
 
 

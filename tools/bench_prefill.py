@@ -4,18 +4,30 @@ Weights are random, at the dimensions of --config cut to --moe_layers; experts l
 in a server. Beside the whole prefill it measures, in the same run, its two halves alone: the same
 programs with the weights already there (compute), and the same copies with nothing computed (copy).
 The overlap ratio is the whole over the larger of the two. --layers says what depth to extrapolate
-to. On the CPU platform --copy_gb_per_s limits the copies, so that any ratio can be set.
+to. On the CPU platform --copy_gb_per_s limits the copies; --ratios sets the limit so that a layer's
+copies take so many times what computing it takes, and gives for each ratio the time of a layer (all
+but the first, whose copies nothing can hide) over the larger of the two.
+
+With --compute_ms the experts' products are replaced by as much sleep a layer, as of a device that
+takes no time of the CPUs': what is left is how well events, loader and programs keep both busy.
 
     tools/bench_prefill.py --config=configs/bench/deepseek_v3.json --tokens 4096 32768
+    tools/bench_prefill.py --config=configs/bench/overlap.json --free_gb=2 --tokens 512 \\
+        --threads=1 --ratios 0.25 0.5 1 2 4
+    tools/bench_prefill.py --config=configs/bench/overlap.json --free_gb=2 --tokens 16 \\
+        --moe_layers=8 --compute_ms=200 --ratios 0.25 0.5 1 2 4
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +39,81 @@ from jaxmoe.models import registry
 from jaxmoe.prefill.device import SlpDevice, prompt_row
 from jaxmoe.weights.random_init import random_model
 
+NUM_GROUPS = 8  # of a layer's experts, where memory is no bound (prefill/plan.py)
+
+
+class SleepingGroups:
+    """`moe.experts_streamed.GroupExperts` that takes time and adds nothing."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def route(self, expert_ids: jax.Array, combine_weights: jax.Array, num_experts: int) -> None:
+        return None
+
+    def add(self, y: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        def wait(y: jax.Array) -> jax.Array:
+            time.sleep(self._seconds)
+            return y
+
+        return jax.pure_callback(wait, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+
+def layer_seconds(run: Iterator[int]) -> list[float]:
+    """What each layer took."""
+    times = [time.perf_counter()]
+    for _ in run:
+        times.append(time.perf_counter())
+    return [end - begin for begin, end in itertools.pairwise(times)]
+
+
+def overlap_table(
+    slp: SlpDevice, driver: DeviceDriver, config: ModelConfig, args: argparse.Namespace
+) -> list[dict[str, float]]:
+    """A row for each ratio: medians over MoE layers but the first, and over repeats."""
+    later = config.moe_layers[1:]
+    layer_bytes = slp.streamed_bytes / len(config.moe_layers)
+    count = max(args.tokens)
+    ids = np.random.default_rng(0).integers(1, config.vocab_size, count).tolist()
+    row = prompt_row(ids, slp.page_size)
+
+    def seconds(*, streamed: bool) -> float:
+        found = layer_seconds(slp.layers(row, streamed=streamed))
+        return statistics.median(found[i] for i in later)
+
+    seconds(streamed=False)  # compiles
+    slp.prefill(row)
+    rows = []
+    for ratio in args.ratios:
+        found = []
+        for _ in range(args.repeats):
+            compute_s = seconds(streamed=False)
+            copy_s = ratio * compute_s
+            driver.limit_rate(layer_bytes / copy_s)
+            whole_s = seconds(streamed=True)
+            driver.limit_rate(None)
+            compute_s = statistics.mean((compute_s, seconds(streamed=False)))
+            found.append((whole_s / max(copy_s, compute_s), compute_s, copy_s, whole_s))
+        found.sort()
+        over, compute_s, copy_s, whole_s = found[len(found) // 2]
+        rows.append(
+            {
+                "ratio": ratio,
+                "compute_s": compute_s,
+                "copy_s": copy_s,
+                "layer_s": whole_s,
+                "over_longer": over,
+                "least_over_longer": found[0][0],
+            }
+        )
+        print(
+            f"copy : compute {ratio:g}: a layer {whole_s * 1e3:.1f} ms, computing alone "
+            f"{compute_s * 1e3:.1f}, copying alone {copy_s * 1e3:.1f}: {over:.3f} of the longer "
+            f"(least of {len(found)}: {found[0][0]:.3f})",
+            flush=True,
+        )
+    return rows
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -37,6 +124,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--free_gb", type=float, default=None, help="device memory to use at most")
     parser.add_argument("--copy_gb_per_s", type=float, default=None, help="CPU platform only")
+    parser.add_argument("--ratios", type=float, nargs="+", help="copy : compute; CPU platform only")
+    parser.add_argument("--compute_ms", type=float, help="of a layer's experts, slept")
+    parser.add_argument("--threads", type=int, help="of the CPU kernels; default: all cores")
+    parser.add_argument("--weights", choices=("auto", "resident", "streamed"), default="resident")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
 
@@ -46,7 +137,7 @@ def main() -> None:
     hf |= {"first_k_dense_replace": dense, "num_hidden_layers": dense + args.moe_layers}
     config = ModelConfig.from_hf(hf)
     device = jax.devices()[0]
-    runtime = CpuRuntime()
+    runtime = CpuRuntime(num_threads=args.threads)
     begin = time.perf_counter()
     loaded = random_model(config, registry, runtime)
     print(f"weights made in {time.perf_counter() - begin:.1f} s", flush=True)
@@ -58,9 +149,27 @@ def main() -> None:
     lock_s = time.perf_counter() - begin
     free = args.free_gb and int(args.free_gb * 2**30)
     slp = SlpDevice(
-        loaded, config, device, driver, runtime, max_prompt_tokens=max(args.tokens), free_bytes=free
+        loaded,
+        config,
+        device,
+        driver,
+        runtime,
+        max_prompt_tokens=max(args.tokens),
+        free_bytes=free,
+        chunk_tokens=min(max(args.tokens), 4096),
+        weights=args.weights,
+        groups=args.compute_ms and SleepingGroups(args.compute_ms / 1e3 / NUM_GROUPS),
     )
+    groups = config.moe.router.num_experts // slp.plan.group_experts
+    if args.compute_ms and groups != NUM_GROUPS:
+        raise SystemExit("--compute_ms: wanted memory for a whole layer in 8 slots (--free_gb)")
     print(f"page-locked in {lock_s:.1f} s; {slp.plan.describe()}", flush=True)
+    if args.ratios:
+        rows = overlap_table(slp, driver, config, args)
+        if args.json:
+            plan = slp.plan.describe()
+            args.json.write_text(json.dumps({"plan": plan, "overlap": rows}, indent=1))
+        return
     copy_rate = max(slp.copy_alone() for _ in range(3))
     print(f"copies alone: {copy_rate / 1e9:.2f} GB/s", flush=True)
     results = []

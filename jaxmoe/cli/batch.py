@@ -64,7 +64,7 @@ def _run(values: flags.FlagValues, rest: list[str]) -> int:
         raise ConfigError(f"--{'output' if in_path else 'input'}: missing; wanted {wanted}")
     config, sampling = command.collect(values, {"max_num_seqs": MAX_NUM_SEQS})
     if values["plan_only"].value:
-        return command.print_plan(config)
+        return command.print_plan(config, values["gpu_memory_gb"].value)
     errors_path = Path(errors) if errors else None
     return command.run_batch(values, config, sampling, Path(in_path), Path(out_path), errors_path)
 

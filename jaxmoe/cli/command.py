@@ -41,6 +41,20 @@ def define_plan_only(values: flags.FlagValues) -> None:
         "nothing; the exit code is 0 if it fits and 3 if not",
         flag_values=values,
     )
+    flags.DEFINE_float(
+        "gpu_memory_gb",
+        None,
+        "with --plan_only: memory in GiB of a GPU to plan for that is not here",
+        lower_bound=0.1,
+        flag_values=values,
+    )
+
+
+def check_plan_flags(values: flags.FlagValues) -> None:
+    if values["gpu_memory_gb"].value is not None and not values["plan_only"].value:
+        raise ConfigError(
+            "gpu_memory_gb: wanted --plan_only beside it; a start asks the GPU itself"
+        )
 
 
 def define_model_flags(values: flags.FlagValues) -> None:
@@ -108,6 +122,7 @@ def collect(
 
     defaults: engine options that this command has other defaults for.
     """
+    check_plan_flags(values)
     given = option_flags.collect(values, os.environ)
     quiet, verbose = values["quiet"].value, values["verbose"].value
     logging.basicConfig(
@@ -135,11 +150,11 @@ def load(values: flags.FlagValues, config: EngineConfig) -> LLM:
     return llm
 
 
-def print_plan(config: EngineConfig) -> int:
+def print_plan(config: EngineConfig, gpu_memory_gb: float | None = None) -> int:
     """What --plan_only does; the exit code."""
     from jaxmoe.engine.plan import make_plan
 
-    plan = make_plan(config)
+    plan = make_plan(config, gpu_memory_gb)
     print(plan.describe())
     return 0 if plan.fits else DOES_NOT_FIT
 

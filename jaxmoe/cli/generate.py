@@ -80,7 +80,7 @@ def _run(values: flags.FlagValues, rest: list[str]) -> int:
             "logprobs: the text of a --prompt has no place for them; use --input and --output"
         )
     if plan_only:
-        return command.print_plan(config)
+        return command.print_plan(config, values["gpu_memory_gb"].value)
     if prompts is None:
         return command.run_batch(values, config, sampling, Path(in_path), Path(out_path))
     return _run_prompts(values, config, sampling, prompts)

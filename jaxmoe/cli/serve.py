@@ -56,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(values: flags.FlagValues, rest: list[str]) -> int:
     command.no_arguments(rest, "options; see --help")
+    command.check_plan_flags(values)
     given = option_flags.collect(values, os.environ, TABLES)
     engine_config = EngineConfig.of({"show_progress": sys.stderr.isatty(), **given.engine})
     config = ServerConfig.of(given.server)
     if values["plan_only"].value:
-        return command.print_plan(engine_config)
+        return command.print_plan(engine_config, values["gpu_memory_gb"].value)
     return _serve(engine_config, config, quiet=bool(values["quiet"].value))
 
 

@@ -115,8 +115,8 @@ def _optional(read: Callable[[Any], T], value: Any) -> T | None:
 def _list(read: Callable[[Any], T], value: Any) -> tuple[T, ...]:
     if not isinstance(value, list) or len(value) > MAX_ITEMS:
         raise ValueError(f"got {shown(value)}, wanted a list of at most {MAX_ITEMS}")
-    # Of a list: a tuple made of an iterator grows by steps and is cut at the end, and the holes that
-    # leaves in the heap add up over thousands of requests.
+    # Of a list: a tuple made of an iterator grows by steps and is cut at the end, and the holes
+    # that leaves in the heap add up over thousands of requests.
     return tuple([read(v) for v in value])
 
 

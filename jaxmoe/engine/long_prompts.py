@@ -28,7 +28,7 @@ from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.memory import gib
 
 # Of what XLA may take: the rest is for programs' temporaries outside the plan.
-_SHARE = 0.9
+SHARE = 0.9
 
 
 @dataclasses.dataclass
@@ -113,7 +113,7 @@ def start_streaming(
         )
         if aside:
             loaded, own = _second_copy(config, model, layout, device, loaded)
-        available = memory.available_bytes() // 2 if on_cpu else int(free_bytes(device) * _SHARE)
+        available = memory.available_bytes() // 2 if on_cpu else int(free_bytes(device) * SHARE)
         slp, ring, plan, _ = make_slp(
             loaded,
             model,

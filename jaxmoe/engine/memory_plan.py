@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from jaxmoe.engine.gpu_plan import GpuPlan
 from jaxmoe.weights.memory import Room, gib
 
 When = Literal["always", "loading", "running"]
@@ -38,7 +39,7 @@ class MemoryPlan:
     """What a start with these options takes at its peak, and what there is.
 
     reclaimable_bytes: page cache beside it (experts mapped from files), which the kernel drops when
-    memory runs short; not part of the peak.
+    memory runs short; not part of the peak. gpu: of its memory, where there is or would be one.
     """
 
     model: str
@@ -47,6 +48,7 @@ class MemoryPlan:
     changes: tuple[Change, ...] = ()
     reclaimable_bytes: int = 0
     notes: tuple[str, ...] = ()
+    gpu: GpuPlan | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -64,7 +66,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        return self.short_bytes <= 0
+        return self.short_bytes <= 0 and (self.gpu is None or self.gpu.fits)
 
     def describe(self) -> str:
         """For people: the items, the peak, the verdict and what to change."""
@@ -82,6 +84,9 @@ class MemoryPlan:
         for room in sorted(self.rooms, key=lambda room: room.free_bytes):
             lines.append(f"available  {gib(room.free_bytes)}: {room.source}")
         lines += [f"note       {note}" for note in self.notes]
+        lines += [] if self.gpu is None else self.gpu.describe()
+        if self.short_bytes <= 0 and not self.fits:
+            return "\n".join(lines)
         if self.fits:
             lines.append(f"FITS: {gib(-self.short_bytes)} to spare.")
             return "\n".join(lines)

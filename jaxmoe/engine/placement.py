@@ -26,7 +26,7 @@ from jaxmoe.weights.memory import gib
 from jaxmoe.weights.param_spec import ParamSpec, num_blocks
 
 # Of the device's memory that XLA may take. The rest is for CUDA's own context and libraries.
-_MEMORY_FRACTION = "0.92"
+MEMORY_FRACTION = "0.92"
 
 
 def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[Device, tuple[str, ...]]:
@@ -37,7 +37,7 @@ def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[Device, tup
     cpu = jax.local_devices(backend="cpu")[0]
     if config.device == "cpu":
         return cpu, ()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _MEMORY_FRACTION)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
     try:
         gpus = jax.local_devices(backend="cuda")
     except RuntimeError:
@@ -49,7 +49,7 @@ def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[Device, tup
                 '(pip install "jax[cuda13]"), or use device=cpu'
             )
         return cpu, ()
-    problem = _unsupported(model, config)
+    problem = unsupported(model, config)
     if problem is None:
         return gpus[0], ()
     if config.device == "gpu":
@@ -94,7 +94,7 @@ def choose_prefill_device(
     return others[0], ()
 
 
-def _unsupported(model: ModelConfig, config: EngineConfig) -> str | None:
+def unsupported(model: ModelConfig, config: EngineConfig) -> str | None:
     """Why the GPU's kernels cannot run the model, or None."""
     if not isinstance(model.attention, MlaConfig | GqaConfig):
         return f"{model.architecture}'s attention has no GPU kernel yet"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 
@@ -18,13 +19,18 @@ from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.decode.batch import step_shapes
 from jaxmoe.engine.directory import Directory, model_path, read_directory
+from jaxmoe.engine.gpu_plan import GpuPlan, plan_gpu
 from jaxmoe.engine.memory_plan import Change, Item, MemoryPlan, peak_bytes
+from jaxmoe.engine.placement import check_leaves, choose_device, unsupported
 from jaxmoe.engine.start import cache_layout, state_layout
+from jaxmoe.ffi.device_driver import DeviceDriver
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.models import registry
 from jaxmoe.weights import memory
 from jaxmoe.weights.format_summary import format_summary
+from jaxmoe.weights.host_store import ExpertLayout
 from jaxmoe.weights.loader import leaf_bytes, plan_load
+from jaxmoe.weights.param_spec import ParamSpec
 from jaxmoe.weights.read_pool import default_threads
 from jaxmoe.weights.safetensors_reader import Checkpoint
 from jaxmoe.weights.tensor_table import expert_layouts
@@ -41,7 +47,7 @@ MLA_LAYER_BYTES = 3_000_000  # its text is longer
 class WeightSizes:
     """Bytes of a checkpoint in memory. mapped: the part of `experts` that backing="mmap" leaves in
     the files. transient: see `LoadPlan`. formats: how the weights are held, in words. notes: what
-    the checkpoint has to say of itself.
+    the checkpoint has to say of itself. layouts, specs: of the experts, and of all other weights.
     """
 
     experts: int
@@ -50,10 +56,16 @@ class WeightSizes:
     transient: int
     formats: str = ""
     notes: tuple[str, ...] = ()
+    layouts: tuple[ExpertLayout, ...] = ()
+    specs: Mapping[str, ParamSpec] = dataclasses.field(default_factory=dict)
 
 
-def make_plan(config: EngineConfig) -> MemoryPlan:
-    """What `start(config)` would take. Raises what it would: ConfigError, CheckpointError."""
+def make_plan(config: EngineConfig, gpu_memory_gb: float | None = None) -> MemoryPlan:
+    """What `start(config)` would take. Raises what it would: ConfigError, CheckpointError.
+
+    gpu_memory_gb: of a GPU that is not here, in GiB; by default that of the one that the start
+    would use, if any.
+    """
     jax.local_devices(backend="cpu")  # so that what is measured below is there
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
     sizes = weight_sizes(config, directory)
@@ -72,7 +84,30 @@ def make_plan(config: EngineConfig) -> MemoryPlan:
         changes=_changes(config, directory.model_config, sizes, layout, process, room_bytes),
         reclaimable_bytes=mapped,
         notes=(*directory.notes, *sizes.notes),
+        gpu=_gpu_plan(config, directory.model_config, sizes, layout, gpu_memory_gb),
     )
+
+
+def _gpu_plan(
+    config: EngineConfig,
+    model: ModelConfig,
+    sizes: WeightSizes,
+    layout: CacheLayout,
+    gpu_memory_gb: float | None,
+) -> GpuPlan | None:
+    if gpu_memory_gb is not None:
+        memory_bytes = int(gpu_memory_gb * 2**30)
+    else:
+        device, _ = choose_device(config, model)
+        if device.platform == "cpu":
+            return None
+        memory_bytes = DeviceDriver.for_device(device).memory_info()[1]
+    problem = unsupported(model, config) or check_leaves(sizes.specs)
+    if problem is not None:
+        raise ConfigError(f"gpu_memory_gb: {problem}; plan without a GPU")
+    if not sizes.layouts:
+        raise ConfigError("gpu_memory_gb: a model without routed experts; plan without a GPU")
+    return plan_gpu(config, model, layout, sizes.layouts, sizes.specs, memory_bytes)
 
 
 def weight_sizes(config: EngineConfig, directory: Directory) -> WeightSizes:
@@ -86,7 +121,8 @@ def weight_sizes(config: EngineConfig, directory: Directory) -> WeightSizes:
         layouts = expert_layouts(model, formats)
         experts = sum(layout.total_bytes for layout in layouts)
         others = sum(map(leaf_bytes, specs.values()))
-        return WeightSizes(experts, 0, others, 0, format_summary(specs, layouts))
+        summary = format_summary(specs, layouts)
+        return WeightSizes(experts, 0, others, 0, summary, (), tuple(layouts), specs)
     with Checkpoint.open(directory.path) as checkpoint:
         load = plan_load(checkpoint, model, registry, config.compute_dtype, default_threads())
     mapped = sum(matrix.weight.nbytes for matrix in load.table.matrices)
@@ -97,6 +133,8 @@ def weight_sizes(config: EngineConfig, directory: Directory) -> WeightSizes:
         load.transient_bytes,
         format_summary(load.description.specs, load.table.layouts),
         checkpoint.notes,
+        tuple(load.table.layouts),
+        load.description.specs,
     )
 
 

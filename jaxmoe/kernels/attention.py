@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxmoe.kernels.grouped_matmul import Tiles
+from jaxmoe.kernels.shared_memory import num_stages
 
 QUERY_ROWS = 128  # tokens of a tile
 _KV_ROWS = 64  # positions of a block: keys, values and scores of one fit the shared memory
@@ -162,7 +163,12 @@ def flash_attention(
     for source in keys:
         q_parts.append((sum(n for _, n in q_parts), source.size))
     v_dim = sum(s.size for s in values)
-    stages = _FLASH_STAGES if q.shape[2] + v_dim < _WIDE else _WIDE_STAGES
+    stages = num_stages(
+        _FLASH_STAGES if q.shape[2] + v_dim < _WIDE else _WIDE_STAGES,
+        QUERY_ROWS * q.shape[2] * q.dtype.itemsize,
+        _KV_ROWS * (q.shape[2] + v_dim) * values[0].array.dtype.itemsize,
+        interpret=interpret,
+    )
     arrays = [s.array for s in (*keys, *values)]
     if span is None:
         span = jnp.array([0, 2**30], jnp.int32)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxmoe.kernels.shared_memory import num_stages
+
 BLOCK = 128  # columns of a step, and the side of a scale block
 # Rows of a tile. Tensor cores take 16 at least; 128 reuse a weight tile often enough that the
 # products, not the reads of weights from L2, bound the kernel.
@@ -70,7 +72,7 @@ def _one(*products: jax.Array) -> jax.Array:
 class Tiling:
     """Sizes of a program, chosen per kind of step.
 
-    rows, outputs: of a tile. num_warps, num_stages: of Triton.
+    rows, outputs: of a tile. num_warps, num_stages: of Triton, the latter where they fit.
     """
 
     rows: int
@@ -184,14 +186,16 @@ def grouped_matmul(
                 mask=row_mask & (outputs < n)[None],
             )
 
+    stage_bytes = BLOCK * (
+        block_m * x.dtype.itemsize + block_n * sum(w.dtype.itemsize for w in weights)
+    )
+    stages = num_stages(tiling.num_stages, 0, stage_bytes, interpret=interpret)
     operands = [tiles.expert, tiles.row, tiles.end, x, *weights, *(scales or ()), *columns]
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(n, block_n), tiles.row.shape[0]),
         out_shape=jax.ShapeDtypeStruct((num_rows, n), out_dtype),
-        compiler_params=plgpu.CompilerParams(
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages
-        ),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.num_warps, num_stages=stages),
         interpret=interpret,
         name="grouped_matmul",
     )(*operands)

@@ -175,9 +175,10 @@ class SlpDevice:
         slp = self._slp if streamed else self._resident
         return slp.prefill(row, lambda: self._caches)
 
-    def layers(self, row: StepRow) -> Generator[int, None, jax.Array]:
-        """`SlpPrefill.layers` of the row, streamed."""
-        return self._slp.layers(row, lambda: self._caches)
+    def layers(self, row: StepRow, *, streamed: bool = True) -> Generator[int, None, jax.Array]:
+        """`SlpPrefill.layers` of the row."""
+        slp = self._slp if streamed else self._resident
+        return slp.layers(row, lambda: self._caches)
 
     def copy_alone(self) -> float:
         """Bytes per second of one run's copies with nothing computed."""

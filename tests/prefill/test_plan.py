@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from jaxmoe.common.errors import CapacityError
-from jaxmoe.prefill.plan import PromptShape, activation_bytes, plan_slp
+from jaxmoe.prefill.plan import OtherWeights, PromptShape, activation_bytes, plan_slp
 
 GB = 10**9
 V3 = PromptShape(
@@ -63,3 +63,39 @@ def test_buffers_come_in_few_sizes():
     sizes = {plan.buffer_tokens(n) for n in range(1, 65537, 97)}
     assert len(sizes) <= 9
     assert all(plan.buffer_tokens(n) >= n for n in range(1, 65537, 97))
+
+
+# DeepSeek-V3 but for its experts: 17.8 GiB, 583 MB of a dense layer, 240 MB of one with experts.
+OTHERS = OtherWeights(19_100_000_000, (583_000_000, 240_000_000))
+
+
+@pytest.mark.parametrize(
+    "free_gb, weight_slots, tokens, slots",
+    [
+        (60, 0, 32768, 8),
+        (30, 0, 32768, 8),
+        (23.5, 0, 32768, 4),  # resident as long as the ring has four slots
+        (23.2, 2, 32768, 8),
+        (14, 2, 32768, 8),  # what a card of 16 GB has to give
+        (5.9, 2, 32768, 4),
+        (5.7, 1, 32768, 8),  # rather one slot for a layer than two for experts
+        (5.0, 1, 32768, 2),
+        (4.5, 1, 16384, 4),
+    ],
+)
+def test_other_weights_are_resident_where_that_costs_little(free_gb, weight_slots, tokens, slots):
+    plan = plan_slp(V3, int(free_gb * GB), 32768, others=OTHERS)
+    assert (plan.weight_slots, plan.max_tokens, plan.num_slots) == (weight_slots, tokens, slots)
+    assert plan.device_bytes <= free_gb * GB
+    want = weight_slots * sum(OTHERS.layer_bytes) if weight_slots else OTHERS.all_bytes
+    assert plan.weight_bytes == want
+    how = "streamed through" if weight_slots else "resident"
+    assert how in plan.describe() and f"{want / 2**30:.2f} GiB" in plan.describe()
+
+
+def test_how_other_weights_go_may_be_said():
+    assert plan_slp(V3, 60 * GB, 32768, others=OTHERS, weights="streamed").weight_slots == 2
+    with pytest.raises(CapacityError, match=r"needs 20\.\d\d GiB of its memory, 13"):
+        plan_slp(V3, 14 * GB, 32768, others=OTHERS, weights="resident")
+    with pytest.raises(CapacityError, match="GiB are free"):
+        plan_slp(V3, 2 * GB, 32768, others=OTHERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import time
 from functools import partial
 
@@ -198,4 +199,40 @@ def test_a_run_that_ends_early_leaves_a_ring_that_works(case):
     with pytest.raises(NATIVE_ERRORS, match="the cable was pulled"):
         slp.prefill(row)
     np.testing.assert_array_equal(np.asarray(slp.prefill(row)), want)
+    slp.close()
+
+
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+def test_memory_stays_within_the_plan(case, weights):
+    """All arrays that a run holds between and within layers, and every program's temporaries."""
+    device = jax.local_devices(backend="cpu")[0]
+    others = jax.live_arrays()  # kept, so that their ids stay theirs
+    before = {id(a) for a in others}
+    config = case[2]
+    slp = _slp(case, weights=weights, max_prompt_tokens=4 * CHUNK)
+    caches = {id(a) for a in jax.tree.leaves(slp._caches)}
+
+    def held() -> int:
+        arrays = [a for a in jax.live_arrays() if id(a) not in before | caches]
+        addresses = {a.unsafe_buffer_pointer(): a.nbytes for a in arrays if device in a.devices()}
+        return sum(addresses.values())
+
+    at_rest = held()
+    row = StepRow(list(range(1, 80)) * 2, 0, list(range(10)), 0, settings=None)
+    row = dataclasses.replace(row, token_ids=row.token_ids[: 4 * CHUNK - 1], pages=row.pages[:8])
+    most = 0
+    run = slp.layers(row)
+    for _ in range(config.num_layers):
+        next(run)
+        most = max(most, held())
+    run.close()
+    temporaries = 0
+    for program in slp._slp._compiled.values():
+        memory = program.memory_analysis()
+        new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporaries = max(temporaries, new)
+    # On the CPU resident weights are the loader's own arrays, which no copy was made of.
+    own = slp.plan.weight_bytes if weights == "streamed" else 0
+    assert slp.plan.ring_bytes + own <= at_rest < most
+    assert most + temporaries <= slp.plan.device_bytes - slp.plan.weight_bytes + own
     slp.close()

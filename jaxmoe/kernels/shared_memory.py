@@ -1,0 +1,43 @@
+"""How deep a kernel may load ahead in a GPU's shared memory. The depth changes speed only."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+
+# Bytes that a block may have. Consumer cards since Ampere: 99 KiB.
+_CONSUMER = 101_376
+_KNOWN = (
+    (re.compile(r"\b(A100|A800|A30)\b"), 166_912),
+    (re.compile(r"\bG?(H100|H200|H800|H20|B100|B200|B300)\b"), 232_448),
+)
+
+
+def block_bytes(device_kind: str) -> int:
+    """Of a GPU by its name; of one that is not known, what every one has."""
+    return next((size for name, size in _KNOWN if name.search(device_kind)), _CONSUMER)
+
+
+def num_stages(most: int, fixed_bytes: int, stage_bytes: int, *, interpret: bool) -> int:
+    """At most `most` of Triton's stages for the GPU that is traced for: of s stages s - 1 are in
+    shared memory, `stage_bytes` each, beside `fixed_bytes`.
+    """
+    if interpret:
+        return most
+    room = block_bytes(_device_kind())
+    stages = most
+    while stages > 1 and fixed_bytes + (stages - 1) * stage_bytes > room:
+        stages -= 1
+    return stages
+
+
+def _device_kind() -> str:
+    """Of the GPU that is compiled for, here or (kernels compiled ahead) elsewhere."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.device_kind
+    try:
+        return jax.local_devices(backend="cuda")[0].device_kind
+    except RuntimeError:
+        return ""
