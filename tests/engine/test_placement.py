@@ -9,7 +9,7 @@ from support import tiny_models
 
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
-from jaxmoe.engine.placement import _unsupported
+from jaxmoe.engine.placement import unsupported
 
 UNSUPPORTED = [
     ("deepseek_v32_fp8", {}, ["beyond index_topk = 80", "max_model_len=80"]),
@@ -27,11 +27,11 @@ SUPPORTED = [
 @pytest.mark.parametrize(("case", "options", "words"), UNSUPPORTED)
 def test_what_has_no_kernel_is_named(case: str, options: dict[str, Any], words: list[str]):
     model = ModelConfig.from_hf(tiny_models.hf_config(case))
-    problem = _unsupported(model, EngineConfig(**options))
+    problem = unsupported(model, EngineConfig(**options))
     assert problem is not None and all(word in problem for word in words)
 
 
 @pytest.mark.parametrize(("case", "options"), SUPPORTED)
 def test_what_has_one_is_let_in(case: str, options: dict[str, Any]):
     model = ModelConfig.from_hf(tiny_models.hf_config(case))
-    assert _unsupported(model, EngineConfig(**options)) is None
+    assert unsupported(model, EngineConfig(**options)) is None

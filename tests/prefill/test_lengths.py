@@ -57,6 +57,7 @@ class Model:
         shape = prompt_shape(self.config, expert, 4)
         tokens = next(n * CHUNK for n in LADDER if n * CHUNK >= max_tokens)
         used = activation_bytes(shape, tokens, CHUNK, WINDOW)
+        used += sum(leaf.nbytes for leaf in self.loaded.leaves)  # weights beside the experts
         return SlpDevice(
             self.loaded,
             self.config,
