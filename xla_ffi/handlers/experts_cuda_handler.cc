@@ -5,6 +5,7 @@
 // captured with. Inside a program with CUDA graphs they merely split the graph.
 #include "handlers/checks.h"
 #include "handlers/experts_binding.h"
+#include "handlers/experts_signatures.h"
 #include "handlers/handlers.h"
 #include "moe/experts_device.h"
 
@@ -101,62 +102,13 @@ auto device_binding() {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsCuda, experts_impl,
-                              device_binding()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("runtime_id")
-                                  .Attr<int64_t>("store_id")
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("family")
-                                  .Attr<float>("alpha")
-                                  .Attr<float>("limit"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsCuda, experts_impl, bind_experts(device_binding()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmitCuda, submit_impl,
-                              device_binding()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("runtime_id")
-                                  .Attr<int64_t>("store_id")
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("family")
-                                  .Attr<float>("alpha")
-                                  .Attr<float>("limit")
-                                  .Attr<bool>("has_biases")
-                                  .Attr<int64_t>("slot"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmitCuda, submit_impl, bind_submit(device_binding()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmitPackedCuda, submit_packed_impl,
-                              device_binding()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("runtime_id")
-                                  .Attr<int64_t>("store_id")
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("family")
-                                  .Attr<float>("alpha")
-                                  .Attr<float>("limit")
-                                  .Attr<bool>("has_biases")
-                                  .Attr<int64_t>("slot")
-                                  .Attr<int64_t>("num_tokens")
-                                  .Attr<int64_t>("per_token")
-                                  .Attr<bool>("x_is_bf16"));
+                              bind_submit_packed(device_binding()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsWaitCuda, wait_impl,
-                              device_binding()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("runtime_id")
-                                  .Attr<int64_t>("slot"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsWaitCuda, wait_impl, bind_wait(device_binding()));
 
 }  // namespace jaxmoe

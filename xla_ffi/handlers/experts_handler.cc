@@ -2,6 +2,7 @@
 
 #include "handlers/checks.h"
 #include "handlers/experts_binding.h"
+#include "handlers/experts_signatures.h"
 #include "handlers/handlers.h"
 #include "moe/experts.h"
 
@@ -80,62 +81,13 @@ ffi::Error wait_impl(ffi::AnyBuffer ticket, ffi::RemainingArgs others,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExperts, experts_impl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("runtime_id")
-                                  .Attr<int64_t>("store_id")
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("family")
-                                  .Attr<float>("alpha")
-                                  .Attr<float>("limit"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExperts, experts_impl, bind_experts(ffi::Ffi::Bind()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmit, submit_impl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("runtime_id")
-                                  .Attr<int64_t>("store_id")
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("family")
-                                  .Attr<float>("alpha")
-                                  .Attr<float>("limit")
-                                  .Attr<bool>("has_biases")
-                                  .Attr<int64_t>("slot"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmit, submit_impl, bind_submit(ffi::Ffi::Bind()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsSubmitPacked, submit_packed_impl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("runtime_id")
-                                  .Attr<int64_t>("store_id")
-                                  .Attr<int64_t>("layer")
-                                  .Attr<int64_t>("family")
-                                  .Attr<float>("alpha")
-                                  .Attr<float>("limit")
-                                  .Attr<bool>("has_biases")
-                                  .Attr<int64_t>("slot")
-                                  .Attr<int64_t>("num_tokens")
-                                  .Attr<int64_t>("per_token")
-                                  .Attr<bool>("x_is_bf16"));
+                              bind_submit_packed(ffi::Ffi::Bind()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsWait, wait_impl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("runtime_id")
-                                  .Attr<int64_t>("slot"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsWait, wait_impl, bind_wait(ffi::Ffi::Bind()));
 
 }  // namespace jaxmoe
