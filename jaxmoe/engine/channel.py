@@ -16,6 +16,7 @@ from jaxmoe.request import Delta
 
 MAX_FRAME_BYTES = 1 << 28  # a context of 2**24 tokens takes less than half of it
 _HEADER_BYTES = 4
+READ_BYTES = 1 << 16
 
 
 def frame(message: Message) -> bytes:
@@ -85,6 +86,6 @@ class Channel:
     def receive(self) -> Iterator[Message]:
         """Messages until the other end closes."""
         # One buffer for all: pieces of this size, cut to what came, leave the heap in holes.
-        buffer = memoryview(bytearray(1 << 16))
+        buffer = memoryview(bytearray(READ_BYTES))
         while size := self._socket.recv_into(buffer):
             yield from self._reader.feed(buffer[:size])

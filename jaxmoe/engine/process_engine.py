@@ -31,7 +31,7 @@ from jaxmoe.common.fields import rules, shown
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.engine.admission import QueueBounds
 from jaxmoe.engine.async_engine import EngineInfo, EngineStatus, PrefillProgress
-from jaxmoe.engine.channel import FrameReader, frame
+from jaxmoe.engine.channel import READ_BYTES, FrameReader, frame
 from jaxmoe.engine.codec import MAX_ID_CHARS, ChannelError
 from jaxmoe.engine.mailboxes import Mailboxes
 from jaxmoe.engine.messages import (
@@ -336,7 +336,7 @@ class ProcessEngine:
             hold.release(remove=True)
 
 
-class _Child(asyncio.Protocol):
+class _Child(asyncio.BufferedProtocol):
     """One engine process and the front's end of its socket."""
 
     def __init__(self, process: subprocess.Popen[bytes], pulse: Pulse, on_message: Any) -> None:
@@ -347,6 +347,7 @@ class _Child(asyncio.Protocol):
         self._on_message = on_message
         self._stat_names: tuple[str, ...] = ()
         self._reader = FrameReader()
+        self._received = memoryview(bytearray(READ_BYTES))  # as in Channel.receive
         self._transport: asyncio.WriteTransport | None = None
         self._ended = asyncio.Event()
         self._gone = False  # the process is, and what belonged to it is given back
@@ -442,9 +443,12 @@ class _Child(asyncio.Protocol):
         assert isinstance(transport, asyncio.WriteTransport)
         self._transport = transport
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._received
+
+    def buffer_updated(self, nbytes: int) -> None:
         try:
-            for message in self._reader.feed(data):
+            for message in self._reader.feed(self._received[:nbytes]):
                 if isinstance(message, Fatal):
                     self.fatal = message
                 elif isinstance(message, Started):
