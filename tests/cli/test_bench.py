@@ -255,7 +255,8 @@ def test_missing_extras_are_named_before_any_load(run, server, monkeypatch, tmp_
     [
         (
             [],
-            "got nothing, wanted one of machine, kernel, layer, decode, prefill, serve, throughput, latency",
+            "got nothing, wanted one of machine, kernel, layer, decode, prefill, serve, "
+            "throughput, latency",
         ),
         (["serv"], "got serv, wanted one of"),
         (["serve", "--concurrency=0"], "--concurrency: got '0', wanted numbers above 0"),
