@@ -14,6 +14,7 @@ from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.engine.long_prompts import LongPrompts, streaming_pace
 from jaxmoe.engine.placement import free_bytes
+from jaxmoe.engine.prompt_rates import DEVICE_FLOPS, token_flops
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.kv_cache.layout import CacheLayout
@@ -23,9 +24,9 @@ from jaxmoe.scheduler.prefill_route import DslpRates, PrefillRoute
 from jaxmoe.weights import memory
 from jaxmoe.weights.loaded_model import LoadedModel
 
-# Of what XLA may take, and FLOP/s of a GPU and of a CPU thread: guesses as in long_prompts.py,
-# which the first prompts correct.
-_SHARE, _DEVICE_FLOPS, _THREAD_FLOPS = 0.9, 2e14, 1e11
+# Of what XLA may take, and FLOP/s of a CPU thread: a guess, as in prompt_rates.py, which the first
+# prompts correct.
+_SHARE, _THREAD_FLOPS = 0.9, 1e11
 
 
 def all_devices(home: Device) -> list[Device]:
@@ -88,12 +89,11 @@ def start_dslp(
     )
     try:
         on_stage("measuring the buses", 0.0)
-        flops = model.moe.expert_intermediate * model.hidden_size * 6
-        flops *= model.moe.router.experts_per_token * len(model.moe_layers)
+        flops = token_flops(model)
         rates = DslpRates(
             pass_s=rings.measure_pass_s(),
             # Everything else of a token is about as much again.
-            token_s=2 * flops / _DEVICE_FLOPS / len(devices),
+            token_s=2 * flops / DEVICE_FLOPS / len(devices),
             max_tokens=plan.max_tokens,
             num_devices=len(devices),
         )

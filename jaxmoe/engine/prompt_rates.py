@@ -23,7 +23,13 @@ OnStage = Callable[[str, float], None]
 # of jaxmoe_bench found them; the first prompts correct the guess.
 _FLOPS = {"scalar": 2e9, "avx2": 6e10, "avx512": 8e10, "avx512_bf16": 1.2e11, "amx": 8e11}
 # Of the GPU at large prompts, likewise.
-_DEVICE_FLOPS = 2e14
+DEVICE_FLOPS = 2e14
+
+
+def token_flops(model: ModelConfig) -> int:
+    """Of a token's routed experts in all layers."""
+    expert = model.moe.expert_intermediate * model.hidden_size * 6
+    return expert * model.moe.router.experts_per_token * len(model.moe_layers)
 
 
 def make_route(
@@ -38,8 +44,7 @@ def make_route(
 ) -> PrefillRoute:
     """For prompts of up to `max_tokens` a pass over `ring`, or in chunks by `runtime`."""
     forced = "slp" if config.prefill == "slp" else None
-    expert = model.moe.expert_intermediate * model.hidden_size * 6
-    flops = expert * model.moe.router.experts_per_token * len(model.moe_layers)
+    flops = token_flops(model)
     known = None
     if config.stand_in_copy_gb_s is None:  # else the bus is slower than what the machine can
         known = rates_for(config, device, runtime, store, on_stage)
@@ -48,7 +53,7 @@ def make_route(
         return PrefillRoute(
             pass_s=ring.measure_pass_s(),
             # Everything else of a token is about as much again.
-            streamed_token_s=2 * flops / _DEVICE_FLOPS,
+            streamed_token_s=2 * flops / DEVICE_FLOPS,
             chunked_token_s=flops / (_FLOPS[runtime.isa] * runtime.num_threads),
             max_tokens=max_tokens,
             forced=forced,
