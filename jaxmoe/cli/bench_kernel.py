@@ -172,7 +172,7 @@ def layers(
         with closing(_store(runtime, dims, weight_format, num_experts)) as store:
             for count in tokens:
                 family: Family = "vector" if count <= MOST_VECTOR_ROWS else "matrix"
-                ids = _chosen(rng, num_experts, count, dims.per_token)
+                ids = chosen_experts(rng, num_experts, count, dims.per_token)
 
                 def work(
                     family: Family = family,
@@ -203,7 +203,7 @@ def layers(
                 )
 
 
-def _chosen(rng: np.random.Generator, num_experts: int, tokens: int, per_token: int) -> np.ndarray:
+def chosen_experts(rng: np.random.Generator, num_experts: int, tokens: int, per_token: int) -> np.ndarray:
     """ids [calls, tokens, per_token]: each call's first token walks on through a permutation of
     all, so that it meets experts that left the caches; the others choose at random.
     """

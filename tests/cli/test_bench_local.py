@@ -84,7 +84,7 @@ def test_layers(run):
 def test_calls_of_one_token_walk_through_all_experts():
     import numpy as np
 
-    ids = bench_kernel._chosen(np.random.default_rng(0), 20, 3, 4)
+    ids = bench_kernel.chosen_experts(np.random.default_rng(0), 20, 3, 4)
     assert ids.shape == (5, 3, 4)
     assert sorted(ids[:, 0].reshape(-1)) == list(range(20))
     assert all(len(set(row)) == 4 for row in ids.reshape(-1, 4).tolist())
