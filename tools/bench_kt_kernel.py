@@ -142,9 +142,7 @@ def _compare(
     repeats: int,
 ) -> dict[str, Any]:
     family = "vector" if tokens <= bench_kernel.MOST_VECTOR_ROWS else "matrix"
-    ids = bench_kernel.chosen_experts(
-        np.random.default_rng(0), num_experts, tokens, dims.per_token
-    )
+    ids = bench_kernel.chosen_experts(np.random.default_rng(0), num_experts, tokens, dims.per_token)
     ours, theirs, reads = [], [], []
     for _ in range(repeats):
         found = measure.experts(runtime, store, family, ids, 1)

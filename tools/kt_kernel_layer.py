@@ -87,11 +87,11 @@ def main() -> None:
         ids = np.asarray(asked["ids"], np.int64)
         size[0] = ids.shape[1]
 
-        def forward(call: np.ndarray) -> None:
+        def forward(call: np.ndarray, per_token: int = ids.shape[2]) -> None:
             infer.submit(
                 moe.forward_task(
                     size.ctypes.data,
-                    ids.shape[2],
+                    per_token,
                     call.ctypes.data,
                     combine.ctypes.data,
                     bf16.ctypes.data,

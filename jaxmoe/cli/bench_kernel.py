@@ -203,7 +203,9 @@ def layers(
                 )
 
 
-def chosen_experts(rng: np.random.Generator, num_experts: int, tokens: int, per_token: int) -> np.ndarray:
+def chosen_experts(
+    rng: np.random.Generator, num_experts: int, tokens: int, per_token: int
+) -> np.ndarray:
     """ids [calls, tokens, per_token]: each call's first token walks on through a permutation of
     all, so that it meets experts that left the caches; the others choose at random.
     """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from support import tiny_models
 from jaxmoe import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
+EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 CASES = ["deepseek_v3", "deepseek_v3_fp8", "qwen3_moe_fp8", "gpt_oss", "glm4_moe_lite"]
 
 
@@ -17,6 +21,22 @@ CASES = ["deepseek_v3", "deepseek_v3_fp8", "qwen3_moe_fp8", "gpt_oss", "glm4_moe
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     tiny_models.write_checkpoint(path, request.param)
+    return path
+
+
+@pytest.fixture(scope="module")
+def every_expert(folder, tmp_path_factory):
+    """The same model with every expert chosen: with BF16 activations a router near a tie decides
+    by the last bit, on one CPU's kernels against another's too, and then all that follows differs.
+    """
+    path = tmp_path_factory.mktemp("every_expert")
+    shutil.copytree(folder, path, dirs_exist_ok=True)
+    config = json.loads((path / "config.json").read_text())
+    (count,) = (config[k] for k in EXPERTS if k in config)
+    config["num_experts_per_tok"] = count
+    if "topk_group" in config:
+        config["topk_group"] = config["n_group"]
+    (path / "config.json").write_text(json.dumps(config))
     return path
 
 
@@ -34,22 +54,23 @@ def _llm(folder, device: str, prefill: str = "chunked") -> LLM:
     )
 
 
+PROMPTS = [np.random.default_rng(n).integers(1, 90, n).tolist() for n in (1, 17, 60)]
+
+
 @pytest.mark.parametrize("prefill", ["chunked", "slp"])
-def test_logits_and_texts_are_those_of_the_cpu(folder, prefill):
-    rng = np.random.default_rng(7)
-    prompts = [rng.integers(1, 90, n).tolist() for n in (1, 17, 60)]
-    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, ignore_eos=True)
-    with _llm(folder, "cpu") as cpu, _llm(folder, "gpu", prefill) as gpu:
+def test_logits_are_those_of_the_cpu(every_expert, prefill):
+    with _llm(every_expert, "cpu") as cpu, _llm(every_expert, "gpu", prefill) as gpu:
         assert jax.devices()[0].platform == "gpu"
-        for prompt in prompts:
+        for prompt in PROMPTS:
             want, got = cpu.logits(prompt), gpu.logits(prompt)
-            scale = np.abs(want).max()
-            # BF16 activations: a router near a tie may choose another expert now and then.
-            close = np.abs(got - want).max(axis=-1) < 4e-2 * scale
-            assert close.mean() > 0.9, (close, np.abs(got - want).max(axis=-1) / scale)
-        alone = [gpu.generate(p, params)[0].outputs[0] for p in prompts]
-        together = [o.outputs[0] for o in gpu.generate(prompts, params)]
-        wanted = [o.outputs[0] for o in cpu.generate(prompts, params)]
-        assert [o.token_ids for o in alone] == [o.token_ids for o in together]
-        same = [a.token_ids[0] == w.token_ids[0] for a, w in zip(alone, wanted, strict=True)]
-        assert sum(same) >= len(same) - 1, (alone, wanted)
+            error = np.abs(got - want).max(axis=-1) / np.abs(want).max()
+            assert error.max() < 4e-2, error
+
+
+@pytest.mark.parametrize("prefill", ["chunked", "slp"])
+def test_texts_do_not_depend_on_what_runs_beside_them(folder, prefill):
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, ignore_eos=True)
+    with _llm(folder, "gpu", prefill) as gpu:
+        alone = [gpu.generate(p, params)[0].outputs[0] for p in PROMPTS]
+        together = [o.outputs[0] for o in gpu.generate(PROMPTS, params)]
+    assert [o.token_ids for o in alone] == [o.token_ids for o in together]

@@ -51,10 +51,12 @@ def _tests(sanitizer: str) -> Goal:
         text=True,
         env={**os.environ, "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"},
     )
-    found = re.search(r"(\d+)% tests passed, (\d+) tests failed out of (\d+)", done.stdout)
+    # "100% tests passed out of 18", and before CMake 4.4 "100% tests passed, 0 tests failed out of 18".
+    found = re.search(r"tests passed(?:, (\d+) tests? failed)? out of (\d+)", done.stdout)
     if found is None:
         return Goal(what, "0 reports", f"no tests ran: {done.stdout[-200:]}", False)
-    failed, total = int(found.group(2)), int(found.group(3))
+    failed, total = int(found.group(1) or 0), int(found.group(2))
+    failed = failed or int(done.returncode != 0)
     return Goal(what, "0 reports", f"{failed} of {total} tests failed", failed == 0 and total > 5)
 
 

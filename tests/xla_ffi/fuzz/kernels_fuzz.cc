@@ -54,7 +54,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (float& v : x) v = static_cast<float>(static_cast<int8_t>(input.byte())) / 16 + 0.25f;
   WeightView w;
   w.data = codes.data();
-  w.scale = scales.data();
+  w.scale = reinterpret_cast<const uint8_t*>(scales.data());
   w.n = n;
   w.k = k;
   w.row_stride_bytes = k;
