@@ -29,9 +29,9 @@ _BACKLOG = 512
 # What a connection may hold of an answer that its client has not taken yet.
 _WRITE_BUFFER_BYTES = 256 << 10
 _SOCKET_BUFFER_BYTES = 256 << 10  # the kernel's part; by itself it grows to megabytes
-# What asyncio asks for in one read. By itself it takes a block of 256 KiB from the heap for each and
-# gives most of it back, which leaves holes between the objects that live on: the front grew by
-# 2 MiB an hour. hypercorn takes 64 KiB at a time; requests are a few.
+# What asyncio asks for in one read. By itself it takes a block of 256 KiB from the heap for each
+# and gives most of it back, which leaves holes between the objects that live on: the front grew by
+# 2 MiB an hour. Most requests are a few KiB.
 _READ_BYTES = 16 << 10
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"

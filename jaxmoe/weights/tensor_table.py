@@ -32,6 +32,9 @@ from jaxmoe.weights.stored_form import StoredForm
 
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
 _LISTED = 8  # problems named in full; the rest are counted
+# Missing tensors after which no more are looked for: a config of a far larger model would have
+# millions, each with its words, before it is refused.
+_ENOUGH = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +269,8 @@ class _Finder:
             if scale_of in self._checkpoint.tensors:
                 problem += f": the scales of {show(scale_of)}"
             self._problems.append(problem)
+            if len(self._problems) >= _ENOUGH:
+                self.refuse()
             return None
         if info.dtype not in wanted.dtypes:
             self._complain(info, f"stored as {info.dtype}, wanted {' or '.join(wanted.dtypes)}")
@@ -304,6 +309,8 @@ class _Finder:
         more = len(self._problems) - _LISTED
         rest = f"\n  and {more} more" if more > 0 else ""
         count = len(self._problems)
+        least = "at least " if count >= _ENOUGH else ""
         raise CheckpointError(
-            f"{self._checkpoint.directory}: {count} tensors do not fit the model:\n  {shown}{rest}"
+            f"{self._checkpoint.directory}: {least}{count} tensors do not fit the model:\n"
+            f"  {shown}{rest}"
         )

@@ -330,6 +330,21 @@ def test_config_of_another_model(tmp_path: Path, runtime: CpuRuntime) -> None:
         load_case(tmp_path, runtime)
 
 
+def test_config_of_a_far_larger_model_is_refused_before_all_is_looked_for(
+    tmp_path: Path, runtime: CpuRuntime
+) -> None:
+    tiny_models.write_checkpoint(tmp_path, "qwen3_moe")
+    config = tiny_models.hf_config("qwen3_moe") | {"num_experts": 1 << 20}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="at least 4000 tensors do not fit the model"):
+            load_case(tmp_path, runtime)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
 # --- damage and shortage while loading ----------------------------------------------------------
 
 

@@ -69,7 +69,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
           break;
         case 1: {
           std::vector<float> scale(16, 1.0f);
-          (void)store->set_scale(layer, e, matrix, scale.data(), input.between(0, 4),
+          const auto type = static_cast<ScaleType>(input.index(4));
+          (void)store->set_scale(layer, e, matrix, type, scale.data(), input.between(0, 4),
                                  input.between(0, 4));
           break;
         }
