@@ -58,20 +58,24 @@ constexpr int flush_vecs() {
 // How weight rows are fetched ahead. kOneStream: the next groups of rows, in the order of their
 // addresses, into the second-level cache; else each row for itself, into the first. Zen reads one
 // stream at nearly the rate of its memory and several at half of it (measured on Zen 4); on Intel's
-// it is the other way round (Sapphire and Emerald Rapids).
+// it is the other way round (Sapphire and Emerald Rapids). There the few-row form takes rows that lie
+// a share of the range apart, each of which then goes on through memory from row to row: the
+// prefetcher follows one run a page, and loses them where rows are shorter than pages and
+// neighbours are read together.
 template <class Base, int R, bool OneStream>
 struct Fetched : Base {
   static constexpr int kRows = R;
   static constexpr bool kOneStream = OneStream;
 };
 
-// A group of kRows weight rows (the last one repeated past the end of the range).
+// A group of kRows weight rows, `step` apart (the range's last one repeated past its end).
 template <class Ops>
 struct RowGroup {
   static constexpr int kRows = Ops::kRows;
   static constexpr int64_t kBlockBytes = kBlock * Ops::kWeightBits / 8;
   // Far enough ahead to cover DRAM latency at one thread's bandwidth, shared among kRows streams.
   static constexpr int64_t kAheadBytes = 1024;
+  static constexpr int64_t kScaleAheadBytes = 256;
   // One stream: at least 16 KiB, 0.5 us at 30 GB/s; a whole number of groups.
   static constexpr int64_t kStreamAheadBytes = 16 << 10;
 
@@ -84,7 +88,7 @@ struct RowGroup {
   const uint8_t* row[kRows];
   const uint8_t* scale[kRows];
   int64_t row_bytes;
-  int64_t next_group_bytes;
+  int64_t next_row_bytes;  // from a row's end to the same place's next row
   int64_t stream_ahead_bytes;
   int64_t scale_ahead_bytes;
   int64_t full_blocks;
@@ -92,9 +96,9 @@ struct RowGroup {
   alignas(64) uint8_t tail[kRows][kBlockBytes];
   alignas(16) uint8_t tail_scale[kRows][16];
 
-  RowGroup(const WeightView& w, int64_t n_begin, int64_t n_end) {
+  RowGroup(const WeightView& w, int64_t n_begin, int64_t n_end, int64_t step = 1) {
     row_bytes = w.k * Ops::kWeightBits / 8;
-    next_group_bytes = kRows * w.row_stride_bytes - row_bytes;
+    next_row_bytes = (step == 1 ? kRows : 1) * w.row_stride_bytes - row_bytes;
     const int64_t group_bytes = kRows * w.row_stride_bytes;
     const int64_t groups_ahead = ceil_div(kStreamAheadBytes, group_bytes);
     stream_ahead_bytes = groups_ahead * group_bytes;
@@ -104,7 +108,7 @@ struct RowGroup {
     full_blocks = w.k / kBlock;
     tail_bytes = (w.k % kBlock) * Ops::kWeightBits / 8;
     for (int r = 0; r < kRows; ++r) {
-      const int64_t n = min_of(n_begin + r, n_end - 1);
+      const int64_t n = min_of(n_begin + r * step, n_end - 1);
       row[r] = w.data + n * w.row_stride_bytes;
       if constexpr (Ops::kRowScaled) scale[r] = w.scale + n * w.scale_stride * 4;
       if constexpr (Ops::kGroupScaled) {
@@ -145,7 +149,14 @@ struct RowGroup {
   // Asks for bytes that will be wanted later than block b. A prefetch of an address outside the
   // matrix does nothing.
   void prefetch(int64_t b) const {
-    if constexpr (kScalesOfRows) {
+    if constexpr (kScalesOfRows && !Ops::kOneStream) {
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* at = scale[r] + kScaleAheadBytes + b * Ops::kBlockScaleBytes;
+        if ((reinterpret_cast<uintptr_t>(at) & 63) < Ops::kBlockScaleBytes) {
+          __builtin_prefetch(at, 0, 2);
+        }
+      }
+    } else if constexpr (kScalesOfRows) {
       const uint8_t* at = scale[0] + scale_ahead_bytes + b * kRows * Ops::kBlockScaleBytes;
       // Once a line.
       if ((reinterpret_cast<uintptr_t>(at) & 63) < kRows * Ops::kBlockScaleBytes) {
@@ -167,7 +178,7 @@ struct RowGroup {
       }
     } else {
       int64_t offset = b * kBlockBytes + kAheadBytes;
-      if (offset >= row_bytes) offset += next_group_bytes;
+      if (offset >= row_bytes) offset += next_row_bytes;
       for (int r = 0; r < kRows; ++r) {
         for (int64_t line = 0; line < kBlockBytes; line += 64) {
           __builtin_prefetch(row[r] + offset + line, 0, 3);
@@ -188,10 +199,10 @@ struct RowGroup {
 // patched.
 template <class Ops>
 __attribute__((noinline, cold)) void patch_nan(const RowGroup<Ops>& group, int64_t rows, int64_t m,
-                                               float* y, int64_t ldy) {
+                                               float* y, int64_t ldy, int64_t step = 1) {
   for (int64_t r = 0; r < rows; ++r) {
     if (!group.row_has_nan(static_cast<int>(r))) continue;
-    for (int64_t i = 0; i < m; ++i) y[i * ldy + r] = __builtin_nanf("");
+    for (int64_t i = 0; i < m; ++i) y[i * ldy + r * step] = __builtin_nanf("");
   }
 }
 
@@ -269,9 +280,12 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
   constexpr int kRows = Ops::kRows;
   constexpr int kVecs = kBlock / Ops::kElems;
   using Acc = typename Ops::Acc;
-  for (int64_t n = n_begin; n < n_end; n += kRows) {
-    const RowGroup<Ops> group(w, n, n_end);
-    const int64_t rows = min_of(kRows, n_end - n);
+  // Rows of a group, and groups, follow each other in memory either way round.
+  const int64_t step = Ops::kOneStream ? 1 : ceil_div(n_end - n_begin, kRows);
+  const int64_t first_end = Ops::kOneStream ? n_end : n_begin + step;
+  for (int64_t n = n_begin; n < first_end; n += Ops::kOneStream ? kRows : 1) {
+    const RowGroup<Ops> group(w, n, n_end, step);
+    const int64_t rows = min_of(kRows, ceil_div(n_end - n, step));
     Acc sum[kRows][M];
     for (int r = 0; r < kRows; ++r) {
       for (int i = 0; i < M; ++i) sum[r][i] = Ops::zero();
@@ -305,10 +319,10 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
     }
     for (int r = 0; r < rows; ++r) {
       for (int i = 0; i < M; ++i) {
-        y[i * ldy + (n - n_begin) + r] = group.finish(r, Ops::reduce(sum[r][i]));
+        y[i * ldy + (n - n_begin) + r * step] = group.finish(r, Ops::reduce(sum[r][i]));
       }
     }
-    if (Ops::any_nan(flag)) patch_nan<Ops>(group, rows, M, y + (n - n_begin), ldy);
+    if (Ops::any_nan(flag)) patch_nan<Ops>(group, rows, M, y + (n - n_begin), ldy, step);
   }
 }
 
