@@ -5,7 +5,7 @@ order, aliasing, copies, temporaries. `pytest -m gpu_aot`, with the extra gpu_ao
 from __future__ import annotations
 
 import pytest
-from support import aot
+from support import aot, aot_dslp
 
 pytestmark = pytest.mark.gpu_aot
 # jax says of its Triton backend that it will go.
@@ -27,6 +27,29 @@ def test_streamed_layers(target, model):
           found.experts.temp)  # fmt: skip
     assert found.problems() == []
     assert len(found.chunks) == len({layer in config.moe_layers for layer in range(2)})
+
+
+@ignore
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("model", "prefix", "exchange"),
+    [
+        ("deepseek_v3", 0, "small_ep"),
+        ("deepseek_v3", 0, "all_to_all"),
+        pytest.param("deepseek_v3", 3000, "small_ep", marks=pytest.mark.slow),
+        pytest.param("qwen3_30b_a3b_cut", 3000, "small_ep", marks=pytest.mark.slow),
+    ],
+)
+def test_a_prompt_on_two_devices(target, model, prefix, exchange):
+    config = aot.bench_config(model, 2, dense=1)
+    only = None if exchange == "small_ep" else ("send", "back")
+    found = aot_dslp.compile_dslp(
+        target, config, 16384, prefix=prefix, exchange=exchange, only=only
+    )
+    for name, program in found.programs.items():
+        print(target.name, name, program.temp, found.sends(name))
+    assert found.problems() == []
+    assert {"send", "back"} <= set(found.programs)
 
 
 @ignore

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import topologies
 
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode import dual_batch
@@ -72,12 +73,29 @@ def prepare_environment() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program for a target: its text as scheduled, and what it says of memory, in bytes."""
+    """A program for a target: its text as scheduled, and what it says of memory, in bytes on each
+    device.
+    """
 
     text: str
     temp: int
     aliased: int
     seconds: float
+    arguments: int = 0
+    results: int = 0
+
+    @classmethod
+    def of(cls, program: Any, seconds: float) -> Compiled:
+        """program: what jax compiled."""
+        memory = program.memory_analysis()
+        return cls(
+            program.as_text(),
+            memory.temp_size_in_bytes,
+            memory.alias_size_in_bytes,
+            seconds,
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes,
+        )
 
     def copies_of(self, shapes: set[tuple[str, tuple[int, ...]]]) -> list[str]:
         """Instructions that copy an array of one of these types and shapes."""
@@ -100,8 +118,6 @@ class Target:
     """One kind of GPU, by its GpuTargetConfigProto as text."""
 
     def __init__(self, path: Path) -> None:
-        from jax.experimental import topologies
-
         prepare_environment()
         register_cuda_targets()
         # Programs for devices that are not here cannot be read back from it.
@@ -110,9 +126,16 @@ class Target:
         self.name = re.search(r'name: "(.*)"', text)[1]
         self.memory_bytes = int(re.search(r"device_memory_size: (\d+)", text)[1])
         self._cores = int(re.search(r"core_count: (\d+)", text)[1])
-        self._device = topologies.get_topology_desc(
-            platform="cuda", target_config=text, topology="1x1x1"
-        ).devices[0]
+        self._text = text
+        self._device = self.devices(1)[0]
+
+    def devices(self, count: int) -> list[Any]:
+        """So many of one host."""
+        return list(
+            topologies.get_topology_desc(
+                platform="cuda", target_config=self._text, topology=f"1x1x{count}"
+            ).devices
+        )
 
     @contextlib.contextmanager
     def _mesh(self) -> Iterator[None]:
@@ -135,13 +158,7 @@ class Target:
         begin = time.perf_counter()
         with self._mesh():
             done = program.trace(*args).lower(lowering_platforms=("cuda",)).compile()
-        memory = done.memory_analysis()
-        return Compiled(
-            done.as_text(),
-            memory.temp_size_in_bytes,
-            memory.alias_size_in_bytes,
-            time.perf_counter() - begin,
-        )
+        return Compiled.of(done, time.perf_counter() - begin)
 
 
 def hlo_shapes(tree: Any, least_bytes: int = LARGE_BYTES) -> set[tuple[str, tuple[int, ...]]]:
@@ -238,8 +255,7 @@ class PrefillPrograms:
         """What is not as it must be."""
         found = []
         order = event_order(self.experts)
-        want = [f"{event} {g % self.plan.num_slots}" for g in range(self.num_groups)
-                for event in ("acquire", "products", "release")]  # fmt: skip
+        want = wanted_events(self.num_groups, self.plan.num_slots)
         if order != want:
             found.append(f"order of the experts' events: {order}, wanted {want}")
         if self.experts.aliased < self.buffer_bytes:
@@ -272,6 +288,12 @@ def event_order(experts: Compiled) -> list[str]:
         slot = re.search(r"slot = (\d+)", line)[1]
         order.append(f"{event[1]} {slot}")
     return order
+
+
+def wanted_events(num_groups: int, num_slots: int) -> list[str]:
+    """Of a layer, as `event_order` reads them."""
+    events = ("acquire", "products", "release")
+    return [f"{event} {g % num_slots}" for g in range(num_groups) for event in events]
 
 
 def compile_prefill(
