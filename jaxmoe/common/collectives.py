@@ -62,13 +62,12 @@ def count_arrays(program: str) -> Counter[str]:
 
 
 def _result_bytes(call: re.Match[str]) -> list[int]:
-    sizes = [_num_bytes(*shape) for shape in _SHAPE.findall(call["result"])]
-    if not call["start"]:
-        return sizes
-    # Operands come first, then results, then words of its own.
-    if call["kind"] == "collective-permute":
-        return sizes[1:2]
-    return sizes[len(sizes) // 2 :] if len(sizes) % 2 == 0 else sizes[1:2]
+    text = call["result"]
+    if call["start"] and call["kind"] != "all-reduce":
+        # Operands, results, then words of its own; where there are several, in parentheses.
+        operands, text = text.split("), " if text.startswith("((") else ", ", 1)
+        return [_num_bytes(*s) for s in _SHAPE.findall(text)][: len(_SHAPE.findall(operands))]
+    return [_num_bytes(*shape) for shape in _SHAPE.findall(text)]
 
 
 def _num_bytes(dtype: str, dims: str) -> int:

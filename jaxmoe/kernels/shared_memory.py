@@ -1,4 +1,6 @@
-"""How deep a kernel may load ahead in a GPU's shared memory. The depth changes speed only."""
+"""What a kernel may keep in a GPU's shared memory: how deep it loads ahead, which changes speed
+only, and rows of a block, which change the order of additions too.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,19 @@ def num_stages(most: int, fixed_bytes: int, stage_bytes: int, *, interpret: bool
     while stages > 1 and fixed_bytes + (stages - 1) * stage_bytes > room:
         stages -= 1
     return stages
+
+
+def fitting_rows(
+    most: int, least: int, fixed_bytes: int, row_bytes: int, *, interpret: bool
+) -> int:
+    """Of a block, at most `most`, halved down to `least` until `row_bytes` each fit beside
+    `fixed_bytes` on the GPU that is traced for.
+    """
+    rows = most
+    room = None if interpret else block_bytes(_device_kind())
+    while room is not None and rows > least and fixed_bytes + rows * row_bytes > room:
+        rows //= 2
+    return rows
 
 
 def _device_kind() -> str:

@@ -32,6 +32,14 @@ from jaxmoe.common.collectives import count_arrays, count_collectives, exchanged
             64,
         ),
         (
+            "%p = ((u16[8,1,4]{2,1,0}, u16[2,1,4]{2,1,0}), (u16[8,1,4]{2,1,0}, u16[2,1,4]{2,1,0})) "
+            "collective-permute-start(%x, %y), source_target_pairs={{0,1},{1,0}}",
+            "collective-permute",
+            2,
+            64 + 16,
+        ),
+        ("%r = f32[8,4]{1,0} all-reduce-start(%x), to_apply=%add", "all-reduce", 1, 128),
+        (
             "%t = (u16[4,2]{1,0}, s32[4,1]{1,0}) all-to-all(%x, %y), dimensions={0}",
             "all-to-all",
             2,

@@ -40,6 +40,7 @@ from jaxmoe.prefill.device import prompt_shape
 from jaxmoe.prefill.layer_weights import other_weights, split_layers
 from jaxmoe.prefill.plan import SlpPlan, plan_slp
 from jaxmoe.prefill.slp import SlpPrefill
+from jaxmoe.quant.formats import WeightFormat
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {path.stem: path for path in (ROOT / "tests/gpu_aot/targets").glob("*.txtpb")}
@@ -185,6 +186,16 @@ def bench_config(name: str, layers: int, dense: int = 0) -> ModelConfig:
     return ModelConfig.from_hf(hf)
 
 
+def experts_format(config: ModelConfig) -> WeightFormat:
+    """As a checkpoint of this configuration has them."""
+    (form,) = {
+        form.format
+        for path, form in registry.configured_formats(config).items()
+        if path.endswith(".mlp.experts")
+    }
+    return form
+
+
 def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     """graphdef and a state of shapes."""
     formats = registry.configured_formats(config)
@@ -220,7 +231,10 @@ class AbstractRing:
 
     def __init__(self, config: ModelConfig, plan: SlpPlan) -> None:
         shapes = slot_ring.expert_buffers(
-            plan.group_experts, config.moe.expert_intermediate, config.hidden_size, "fp8_block"
+            plan.group_experts,
+            config.moe.expert_intermediate,
+            config.hidden_size,
+            experts_format(config),
         )
         arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
         self.groups = [ExpertGroup(*arrays) for _ in range(plan.num_slots)]
@@ -302,7 +316,7 @@ def compile_prefill(
     """config: of a model with layers of each kind, which are compiled once each."""
     graphdef, state = abstract_model(config)
     layout = slot_ring.expert_buffers(
-        1, config.moe.expert_intermediate, config.hidden_size, "fp8_block"
+        1, config.moe.expert_intermediate, config.hidden_size, experts_format(config)
     )
     expert_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout)
     model: Any = nnx.merge(graphdef, state)
