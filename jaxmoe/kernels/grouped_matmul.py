@@ -153,7 +153,8 @@ def grouped_matmul(
             def of_rows(ref, *column):
                 """A number for each output, as a row."""
                 at = ref.at[expert, pl.ds(n_block * block_n, block_n), *column]
-                return plgpu.load(at, mask=outputs < n, other=0)[None]
+                nothing = 0 if ref.dtype == jnp.uint8 else 0.0
+                return plgpu.load(at, mask=outputs < n, other=nothing)[None]
 
             def scaled(product, ref, b):
                 if weight_format == "fp8_block":
@@ -180,7 +181,7 @@ def grouped_matmul(
                             expert, pl.ds(n_block * block_n, block_n), pl.ds(b * stored, stored)
                         ],
                         mask=jnp.broadcast_to(w_mask, (block_n, stored)),
-                        other=0,
+                        other=0 if packed else 0.0,
                     )
                     product = jax.lax.dot_general(
                         a,

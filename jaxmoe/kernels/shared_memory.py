@@ -10,9 +10,12 @@ import jax
 
 # Bytes that a block may have. Consumer cards since Ampere: 99 KiB.
 _CONSUMER = 101_376
+# Tensor cores that read shared memory while the next loads run (wgmma, tcgen05) keep all stages
+# there; others have one of them in registers.
+_ALL_STAGES = 232_448
 _KNOWN = (
     (re.compile(r"\b(A100|A800|A30)\b"), 166_912),
-    (re.compile(r"\bG?(H100|H200|H800|H20|B100|B200|B300)\b"), 232_448),
+    (re.compile(r"\bG?(H100|H200|H800|H20|B100|B200|B300)\b"), _ALL_STAGES),
 )
 
 
@@ -22,14 +25,15 @@ def block_bytes(device_kind: str) -> int:
 
 
 def num_stages(most: int, fixed_bytes: int, stage_bytes: int, *, interpret: bool) -> int:
-    """At most `most` of Triton's stages for the GPU that is traced for: of s stages s - 1 are in
-    shared memory, `stage_bytes` each, beside `fixed_bytes`.
+    """At most `most` of Triton's stages for the GPU that is traced for: `stage_bytes` each, beside
+    `fixed_bytes`.
     """
     if interpret:
         return most
     room = block_bytes(_device_kind())
+    elsewhere = 0 if room == _ALL_STAGES else 1
     stages = most
-    while stages > 1 and fixed_bytes + (stages - 1) * stage_bytes > room:
+    while stages > 1 and fixed_bytes + (stages - elsewhere) * stage_bytes > room:
         stages -= 1
     return stages
 

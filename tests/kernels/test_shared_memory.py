@@ -23,6 +23,8 @@ def test_as_many_stages_as_fit(kind, pair, flash, latents, monkeypatch):
     # Gate and up of FP8 experts beside BF16 rows; DeepSeek's keys and values.
     assert shared_memory.num_stages(3, 0, 65536, interpret=False) == pair
     assert shared_memory.num_stages(3, 49152, 40960, interpret=False) == flash
+    # Of BF16 experts: 288 KiB in three stages, which no GPU holds where all of them lie there.
+    assert shared_memory.num_stages(3, 0, 98304, interpret=False) == 2
     assert shared_memory.num_stages(3, 0, 1 << 30, interpret=True) == 3
     assert shared_memory.num_stages(3, 0, 1 << 30, interpret=False) == 1
     # 32 of DeepSeek's heads in decode: queries of 576, latents twice, weights.
