@@ -198,7 +198,9 @@ def grouped_matmul(
             zeros = tuple(jnp.zeros((block_m, block_n), jnp.float32) for _ in range(num_w))
             sums = jax.lax.fori_loop(0, pl.cdiv(k, columns_a_step), step, zeros)
             if weight_format == "fp8_channel":
-                sums = [s * of_rows(ref, jnp.int32(0)) for s, ref in zip(sums, scale_refs, strict=True)]
+                sums = [
+                    s * of_rows(ref, jnp.int32(0)) for s, ref in zip(sums, scale_refs, strict=True)
+                ]
             extra = [of_rows(ref) for ref in column_refs]
             plgpu.store(
                 y_ref.at[pl.ds(row, block_m), pl.ds(n_block * block_n, block_n)],

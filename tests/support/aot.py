@@ -41,6 +41,7 @@ from jaxmoe.prefill.layer_weights import other_weights, split_layers
 from jaxmoe.prefill.plan import SlpPlan, plan_slp
 from jaxmoe.prefill.slp import SlpPrefill
 from jaxmoe.quant.formats import WeightFormat
+from jaxmoe.weights.tensor_table import expert_layouts
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {path.stem: path for path in (ROOT / "tests/gpu_aot/targets").glob("*.txtpb")}
@@ -181,6 +182,8 @@ def bench_config(name: str, layers: int, dense: int = 0) -> ModelConfig:
     """A config of configs/bench with so many layers, the first `dense` without experts."""
     hf = json.loads((ROOT / f"configs/bench/{name}.json").read_text())
     hf["num_hidden_layers"] = layers
+    if "layer_types" in hf:
+        hf["layer_types"] = hf["layer_types"][:layers]
     if "first_k_dense_replace" in hf:
         hf["first_k_dense_replace"] = dense
     return ModelConfig.from_hf(hf)
@@ -188,12 +191,7 @@ def bench_config(name: str, layers: int, dense: int = 0) -> ModelConfig:
 
 def experts_format(config: ModelConfig) -> WeightFormat:
     """As a checkpoint of this configuration has them."""
-    (form,) = {
-        form.format
-        for path, form in registry.configured_formats(config).items()
-        if path.endswith(".mlp.experts")
-    }
-    return form
+    return expert_layouts(config, registry.configured_formats(config))[0].format
 
 
 def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
@@ -259,7 +257,7 @@ class PrefillPrograms:
     plan: SlpPlan
     num_groups: int
     chunks: dict[str, Compiled]
-    experts: Compiled
+    experts: Compiled  # of a MoE layer
     chunk_bytes: int  # of the residual part and the layer's cache, which a chunk updates
     buffer_bytes: int
     weights: set[tuple[str, tuple[int, ...]]]
@@ -293,7 +291,8 @@ def event_order(experts: Compiled) -> list[str]:
     where a loop that takes experts' weights lies."""
     order: list[str] = []
     slot = "?"
-    pattern = r'jaxmoe_slot_(acquire|release)"|= \S.*f8e4m3fn\[.* while\('
+    # Weights of a group are the only arrays of these types with three dims.
+    pattern = r'jaxmoe_slot_(acquire|release)"|= \S.*(f8e4m3fn|u8)\[\d+,\d+,\d+\].* while\('
     for line in experts.calls(pattern):
         event = re.search(r"jaxmoe_slot_(acquire|release)", line)
         if event is None:
@@ -359,7 +358,8 @@ def compile_prefill(
         chunks[name] = target.compile(slp._chunk, *args, static=(0, 1))
         if kind.is_moe:
             slots = tuple(ring.groups)
-            experts = target.compile(slp._experts, kind, [], buffers, slots, static=(0,))
+            biases = leaves if kind.has_biases else []
+            experts = target.compile(slp._experts, kind, biases, buffers, slots, static=(0,))
     assert experts is not None
     return PrefillPrograms(
         plan,
