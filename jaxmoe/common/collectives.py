@@ -36,11 +36,7 @@ def exchanged_bytes(program: str, num_devices: int) -> Counter[str]:
     sent: Counter[str] = Counter()
     others = num_devices - 1
     for call in _CALL.finditer(program):
-        sizes = [_num_bytes(*shape) for shape in _SHAPE.findall(call["result"])]
-        if call["start"]:  # operands come first, then results, then words of its own
-            results = sizes[len(sizes) // 2 :] if len(sizes) % 2 == 0 else sizes[1:2]
-            sizes = results if call["kind"] != "collective-permute" else sizes[1:2]
-        total = sum(sizes)
+        total = sum(_result_bytes(call))
         if call["kind"] == "collective-permute":
             sent[call["kind"]] += total
         elif call["kind"] == "reduce-scatter":
@@ -55,6 +51,23 @@ def exchanged_bytes(program: str, num_devices: int) -> Counter[str]:
 def count_collectives(program: str) -> Counter[str]:
     """How many of each kind there are."""
     return Counter(call["kind"] for call in _CALL.finditer(program))
+
+
+def count_arrays(program: str) -> Counter[str]:
+    """Arrays that they send, by kind: XLA may send several with one."""
+    arrays: Counter[str] = Counter()
+    for call in _CALL.finditer(program):
+        arrays[call["kind"]] += len(_result_bytes(call))
+    return arrays
+
+
+def _result_bytes(call: re.Match[str]) -> list[int]:
+    text = call["result"]
+    if call["start"] and call["kind"] != "all-reduce":
+        # Operands, results, then words of its own; where there are several, in parentheses.
+        operands, text = text.split("), " if text.startswith("((") else ", ", 1)
+        return [_num_bytes(*s) for s in _SHAPE.findall(text)][: len(_SHAPE.findall(operands))]
+    return [_num_bytes(*shape) for shape in _SHAPE.findall(text)]
 
 
 def _num_bytes(dtype: str, dims: str) -> int:

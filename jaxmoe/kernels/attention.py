@@ -19,10 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxmoe.kernels.grouped_matmul import Tiles
-from jaxmoe.kernels.shared_memory import num_stages
+from jaxmoe.kernels.shared_memory import fitting_rows, num_stages
 
 QUERY_ROWS = 128  # tokens of a tile
 _KV_ROWS = 64  # positions of a block: keys, values and scores of one fit the shared memory
+# Of `paged_decode` on a GPU whose shared memory does not hold 64 positions of wide latents
+# (DeepSeek's on consumer cards); tensor cores take no fewer.
+_LEAST_KV_ROWS = 16
 _FLASH_WARPS = 8
 # Keys and values of 64 positions in flight; wide heads leave room for two.
 _FLASH_STAGES, _WIDE_STAGES, _WIDE = 3, 2, 384
@@ -92,18 +95,19 @@ def _attend_blocks(
     window: int | None,
     begin: Any,
     end: Any,
+    kv_rows: int = _KV_ROWS,
 ):
     """Running softmax over blocks `[first, last)`: sums of each value part, maxima, denominators.
 
     row_positions: `[M]` last position each row of the tile sees. load(kind, part, block):
-    `[BKV, size]` of keys ("k") or values ("v"). begin, end: positions outside take no part.
+    `[kv_rows, size]` of keys ("k") or values ("v"). begin, end: positions outside take no part.
     """
     num_rows = row_positions.shape[0]
 
     def step(block, state):
         sums, top, total = state
-        at = block * _KV_ROWS + jnp.arange(_KV_ROWS)
-        scores = jnp.zeros((num_rows, _KV_ROWS), jnp.float32)
+        at = block * kv_rows + jnp.arange(kv_rows)
+        scores = jnp.zeros((num_rows, kv_rows), jnp.float32)
         keys = [load("k", i, block) for i in range(num_keys)]
         for q, key in zip(queries, keys, strict=True):
             scores += _dot(q, key, (1, 1))
@@ -285,12 +289,13 @@ def paged_decode(
     num_splits: int,
     scale: float,
     window: int | None = None,
+    kv_rows: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of single tokens, each over its own row's pages, the context cut in `num_splits`.
 
     Returns float32 `[splits, T, N, V]` and `[splits, T, N]` for `merge`; tokens whose `token_rows`
-    is -1 get zeros.
+    is -1 get zeros. kv_rows: positions of a block, a power of two up to 64; None: what fits.
     """
     num_tokens, num_heads, _ = q.shape
     shared = keys[0].heads  # query heads of one key head
@@ -300,6 +305,15 @@ def paged_decode(
     context = block_tables.shape[1] * page_size
     split_len = pl.cdiv(pl.cdiv(context, num_splits), _KV_ROWS) * _KV_ROWS
     arrays = [s.array for s in (*keys, *values)]
+    if kv_rows is None:
+        q_bytes = q.dtype.itemsize
+        kv_rows = fitting_rows(
+            _KV_ROWS,
+            _LEAST_KV_ROWS,
+            tile * q.shape[2] * q_bytes,
+            (q.shape[2] + v_dim) * values[0].array.dtype.itemsize + tile * q_bytes,
+            interpret=interpret,
+        )
 
     def kernel(row_ref, position_ref, table_ref, q_ref, *refs):
         o_ref, lse_ref = refs[-2:]
@@ -325,7 +339,7 @@ def paged_decode(
             start += source.size
 
         def load(kind, i, block):
-            where = block * _KV_ROWS + jnp.arange(_KV_ROWS)
+            where = block * kv_rows + jnp.arange(kv_rows)
             source = (keys if kind == "k" else values)[i]
             ref = (key_refs if kind == "k" else value_refs)[i]
             used = where < most
@@ -338,7 +352,7 @@ def paged_decode(
             slots = jnp.where(used, page * page_size + where % page_size, 0)
             return plgpu.load(
                 ref.at[_grid(slots, source.start, source.size, last=kv_head)],
-                mask=jnp.broadcast_to(used[:, None], (_KV_ROWS, source.size)),
+                mask=jnp.broadcast_to(used[:, None], (kv_rows, source.size)),
                 other=0.0,
             )
 
@@ -352,11 +366,12 @@ def paged_decode(
             len(keys),
             len(values),
             [s.size for s in values],
-            (low // _KV_ROWS, pl.cdiv(most, _KV_ROWS)),
+            (low // kv_rows, pl.cdiv(most, kv_rows)),
             scale,
             window,
             begin,
             end,
+            kv_rows,
         )
         start = 0
         for source, part in zip(values, sums, strict=True):

@@ -1,9 +1,9 @@
-"""Products of rows with the weights of their own expert, FP8 block-scaled or float.
+"""Products of rows with the weights of their own expert, in every format of quant/formats.py.
 
 Rows of one expert lie together. Work is cut into tiles of rows that share an expert; a tile reads
-the expert's weights as they are stored and decodes them in registers (E4M3 is exact in BF16), so no
-dequantized copy of a weight ever exists in device memory. The sum over each block of 128 columns is
-multiplied by its scale in float32, as on the CPU.
+the expert's weights as they are stored and decodes them in registers (E4M3, E2M1 and 4-bit integers
+are exact in BF16), so no dequantized copy of a weight ever exists in device memory. The sum over
+the columns that share a scale is multiplied by it in float32, as on the CPU.
 
 An output's additions depend on the shape of the weights alone, not on how many rows there are: a
 token's result is the same alone and in company, for one `block_rows`.
@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxmoe.kernels.shared_memory import num_stages
+from jaxmoe.quant.formats import FORMATS, WeightFormat, format_of
 
-BLOCK = 128  # columns of a step, and the side of a scale block
+BLOCK = 128  # columns of a step where scales do not want fewer, and the side of a scale block
 # Rows of a tile. Tensor cores take 16 at least; 128 reuse a weight tile often enough that the
 # products, not the reads of weights from L2, bound the kernel.
 DECODE_ROWS = 16
@@ -113,8 +114,10 @@ def grouped_matmul(
 
     Args:
         x: rows sorted as `tiles` says; rows of no tile give rows that were never written.
-        weights: one, or several of one shape whose products `combine` joins (gate and up).
-        scales: float32 `[E, ceil(N/128), ceil(K/128)]` of each weight; None for float weights.
+        weights: one, or several of one shape whose products `combine` joins (gate and up); of
+            four-bit formats uint8 `[E, N, K/2]`.
+        scales: of each weight, with E before the shape that quant/formats.py has; None for float
+            weights.
         columns: float32 `[E, N]` each, handed to `combine` after the products as `[1, N]` parts
             (biases).
     """
@@ -123,7 +126,12 @@ def grouped_matmul(
     block_m, block_n = tiling.rows, tiling.outputs
     assert BLOCK % block_n == 0, "a tile must not cross a scale block"
     num_w = len(weights)
-    ragged_k = k % BLOCK != 0
+    weight_format = _format(weights[0], None if scales is None else scales[0])
+    info = FORMATS[weight_format]
+    # Every step has one scale a row.
+    columns_a_step = info.group_cols or BLOCK
+    packed = info.bits == 4
+    ragged_k = k % columns_a_step != 0
 
     def kernel(expert_ref, row_ref, end_ref, x_ref, *refs):
         weight_refs, rest = refs[:num_w], refs[num_w:]
@@ -142,53 +150,65 @@ def grouped_matmul(
             output_mask = (outputs < n)[:, None]
             scale_row = n_block * block_n // BLOCK
 
+            def of_rows(ref, *column):
+                """A number for each output, as a row."""
+                at = ref.at[expert, pl.ds(n_block * block_n, block_n), *column]
+                nothing = 0 if ref.dtype == jnp.uint8 else 0.0
+                return plgpu.load(at, mask=outputs < n, other=nothing)[None]
+
+            def scaled(product, ref, b):
+                if weight_format == "fp8_block":
+                    return product * ref[expert, scale_row, b]
+                if info.group_cols == 0:
+                    return product  # one for all columns: at the end
+                return product * _scale_values(of_rows(ref, b))
+
             def step(b, sums):
-                cols = b * BLOCK + jnp.arange(BLOCK)
+                cols = b * columns_a_step + jnp.arange(columns_a_step)
                 x_mask, w_mask = row_mask, output_mask
                 if ragged_k:
                     x_mask, w_mask = x_mask & (cols < k)[None], w_mask & (cols < k)[None]
-                at = pl.ds(b * BLOCK, BLOCK)
                 a = plgpu.load(
-                    x_ref.at[pl.ds(row, block_m), at],
-                    mask=jnp.broadcast_to(x_mask, (block_m, BLOCK)),
+                    x_ref.at[pl.ds(row, block_m), pl.ds(b * columns_a_step, columns_a_step)],
+                    mask=jnp.broadcast_to(x_mask, (block_m, columns_a_step)),
                     other=0.0,
                 )
+                stored = columns_a_step // 2 if packed else columns_a_step
                 out = []
                 for i, w_ref in enumerate(weight_refs):
                     w = plgpu.load(
-                        w_ref.at[expert, pl.ds(n_block * block_n, block_n), at],
-                        mask=jnp.broadcast_to(w_mask, (block_n, BLOCK)),
-                        other=0.0,
-                    ).astype(a.dtype)
+                        w_ref.at[
+                            expert, pl.ds(n_block * block_n, block_n), pl.ds(b * stored, stored)
+                        ],
+                        mask=jnp.broadcast_to(w_mask, (block_n, stored)),
+                        other=0 if packed else 0.0,
+                    )
                     product = jax.lax.dot_general(
                         a,
-                        w,
+                        _nibbles(w, weight_format, a.dtype) if packed else w.astype(a.dtype),
                         (((1,), (1,)), ((), ())),
                         precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
                         preferred_element_type=jnp.float32,
                     )
                     if scale_refs:
-                        product = product * scale_refs[i][expert, scale_row, b]
+                        product = scaled(product, scale_refs[i], b)
                     out.append(sums[i] + product)
                 return tuple(out)
 
             zeros = tuple(jnp.zeros((block_m, block_n), jnp.float32) for _ in range(num_w))
-            sums = jax.lax.fori_loop(0, pl.cdiv(k, BLOCK), step, zeros)
-            extra = [
-                plgpu.load(
-                    ref.at[expert, pl.ds(n_block * block_n, block_n)], mask=outputs < n, other=0.0
-                )[None]
-                for ref in column_refs
-            ]
+            sums = jax.lax.fori_loop(0, pl.cdiv(k, columns_a_step), step, zeros)
+            if weight_format == "fp8_channel":
+                sums = [
+                    s * of_rows(ref, jnp.int32(0)) for s, ref in zip(sums, scale_refs, strict=True)
+                ]
+            extra = [of_rows(ref) for ref in column_refs]
             plgpu.store(
                 y_ref.at[pl.ds(row, block_m), pl.ds(n_block * block_n, block_n)],
                 combine(*sums, *extra).astype(y_ref.dtype),
                 mask=row_mask & (outputs < n)[None],
             )
 
-    stage_bytes = BLOCK * (
-        block_m * x.dtype.itemsize + block_n * sum(w.dtype.itemsize for w in weights)
-    )
+    stage_bytes = columns_a_step * (block_m * x.dtype.itemsize + block_n * num_w * info.bits // 8)
     stages = num_stages(tiling.num_stages, 0, stage_bytes, interpret=interpret)
     operands = [tiles.expert, tiles.row, tiles.end, x, *weights, *(scales or ()), *columns]
     return pl.pallas_call(
@@ -199,3 +219,33 @@ def grouped_matmul(
         interpret=interpret,
         name="grouped_matmul",
     )(*operands)
+
+
+def _format(weight: jax.Array, scale: jax.Array | None) -> WeightFormat:
+    return format_of(
+        str(weight.dtype),
+        weight.shape,
+        None if scale is None else str(scale.dtype),
+        None if scale is None else scale.shape,
+    )
+
+
+def _scale_values(scale: jax.Array) -> jax.Array:
+    """Float32; bytes are exponents of two, of which 0 is float32's largest subnormal power."""
+    if scale.dtype != jnp.uint8:
+        return scale.astype(jnp.float32)
+    bits = jnp.where(scale == 0, 1 << 22, scale.astype(jnp.int32) << 23)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _nibbles(packed: jax.Array, weight_format: WeightFormat, dtype: Any) -> jax.Array:
+    """uint8 `[N, S]` to the values `[N, 2 S]` without scales: the low nibble is the first."""
+    packed = packed.astype(jnp.int32)
+    # Two arrays with one element in the last dim: the one concatenation that Triton has.
+    codes = jnp.concatenate([(packed & 15)[..., None], (packed >> 4)[..., None]], axis=-1)
+    codes = codes.reshape(packed.shape[0], -1)
+    if weight_format != "mxfp4":
+        return (codes - 8).astype(jnp.float32).astype(dtype)
+    size = (codes & 7).astype(jnp.float32)  # of E2M1: 0 0.5 1 1.5 2 3 4 6
+    size = jnp.where(size < 4, size * 0.5, jnp.where(size < 6, size - 2, size * 2 - 8))
+    return jnp.where(codes >= 8, -size, size).astype(dtype)

@@ -1,4 +1,6 @@
-"""How deep a kernel may load ahead in a GPU's shared memory. The depth changes speed only."""
+"""What a kernel may keep in a GPU's shared memory: how deep it loads ahead, which changes speed
+only, and rows of a block, which change the order of additions too.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ import jax
 
 # Bytes that a block may have. Consumer cards since Ampere: 99 KiB.
 _CONSUMER = 101_376
+# Tensor cores that read shared memory while the next loads run (wgmma, tcgen05) keep all stages
+# there; others have one of them in registers.
+_ALL_STAGES = 232_448
 _KNOWN = (
     (re.compile(r"\b(A100|A800|A30)\b"), 166_912),
-    (re.compile(r"\bG?(H100|H200|H800|H20|B100|B200|B300)\b"), 232_448),
+    (re.compile(r"\bG?(H100|H200|H800|H20|B100|B200|B300)\b"), _ALL_STAGES),
 )
 
 
@@ -20,16 +25,30 @@ def block_bytes(device_kind: str) -> int:
 
 
 def num_stages(most: int, fixed_bytes: int, stage_bytes: int, *, interpret: bool) -> int:
-    """At most `most` of Triton's stages for the GPU that is traced for: of s stages s - 1 are in
-    shared memory, `stage_bytes` each, beside `fixed_bytes`.
+    """At most `most` of Triton's stages for the GPU that is traced for: `stage_bytes` each, beside
+    `fixed_bytes`.
     """
     if interpret:
         return most
     room = block_bytes(_device_kind())
+    elsewhere = 0 if room == _ALL_STAGES else 1
     stages = most
-    while stages > 1 and fixed_bytes + (stages - 1) * stage_bytes > room:
+    while stages > 1 and fixed_bytes + (stages - elsewhere) * stage_bytes > room:
         stages -= 1
     return stages
+
+
+def fitting_rows(
+    most: int, least: int, fixed_bytes: int, row_bytes: int, *, interpret: bool
+) -> int:
+    """Of a block, at most `most`, halved down to `least` until `row_bytes` each fit beside
+    `fixed_bytes` on the GPU that is traced for.
+    """
+    rows = most
+    room = None if interpret else block_bytes(_device_kind())
+    while room is not None and rows > least and fixed_bytes + rows * row_bytes > room:
+        rows //= 2
+    return rows
 
 
 def _device_kind() -> str:

@@ -168,12 +168,15 @@ class DslpPrefill:
                     buffers = program(leaves, buffers, held, prompt.where, begin, prompt.cut)
                 if kind.is_moe:
                     sent = get["send", rows](*buffers[1:])
-                    y, _ = get["experts", kind, rows](
+                    y, passed = get["experts", kind, rows](
                         leaves, sent.x, sent.expert_ids, sent.combine_weights, slots
                     )
                     # Here a failed load shows, while no rank waits for another.
                     jax.block_until_ready(y)
                     buffers = (get["back", rows](buffers[0], y, sent.kept), *buffers[1:])
+                    # The plan has room for what is exchanged once, not for the next layer's beside.
+                    del sent, passed
+                    y = None
                 jax.block_until_ready(buffers)
                 yield i + 1
             last = self._last(buffers[0], prompt)
@@ -272,6 +275,22 @@ class DslpPrefill:
 
     def _prepare(self, prompt: _Prompt, slots: Any, caches: Sequence[Cache]) -> None:
         """Compiles what the prompt needs and was not compiled yet."""
+        wanted = self.lower(prompt, slots, caches)
+        missing = {key: lower for key, lower in wanted.items() if key not in self._compiled}
+        if not missing:
+            return
+        self.on_compile(True)
+        for key, lower in missing.items():
+            self._compiled[key] = lower().compile()
+        self.on_compile(False)
+
+    def lower(
+        self, prompt: _Prompt, slots: Any, caches: Sequence[Cache]
+    ) -> dict[tuple[Any, ...], Callable[[], Any]]:
+        """What a prompt needs, by name, kind and sizes; each is lowered when it is called.
+
+        Shapes do for `slots`, `caches` and the prompt's arrays.
+        """
         rows, prefix_rows = prompt.rows, self._prefix_rows(prompt)
         ranks, per_token = len(self._devices), self._router.experts_per_token
 
@@ -337,13 +356,7 @@ class DslpPrefill:
             )
             y = like(x.shape, jnp.float32)
             wanted["back", rows] = lambda y=y, kept=kept: back.lower(h, y, kept)
-        missing = {key: lower for key, lower in wanted.items() if key not in self._compiled}
-        if not missing:
-            return
-        self.on_compile(True)
-        for key, lower in missing.items():
-            self._compiled[key] = lower().compile()
-        self.on_compile(False)
+        return wanted
 
     # The programs: what each rank does with its own arrays; leaves and scalars are the same on all.
 

@@ -20,7 +20,17 @@ from jaxmoe.prefill.layer_weights import LayerParts, WeightSlots
 from jaxmoe.prefill.plan import SlpPlan
 from jaxmoe.weights.host_store import ExpertLayout, HostStore
 
-DEVICE_FORMATS = ("bf16", "f32", "fp8_block")  # that the GPU's kernels read
+# That the GPU's kernels read.
+DEVICE_FORMATS = (
+    "bf16",
+    "f32",
+    "fp8_block",
+    "fp8_channel",
+    "int4_g32",
+    "int4_g128",
+    "mxfp4",
+    "mxfp8",
+)
 
 
 def slot_arrays(layout: ExpertLayout, group: int, device: Device) -> tuple[jax.Array, ...]:

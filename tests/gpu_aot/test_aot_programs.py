@@ -4,8 +4,13 @@ order, aliasing, copies, temporaries. `pytest -m gpu_aot`, with the extra gpu_ao
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import pytest
-from support import aot
+from support import aot, aot_dslp
+
+from jaxmoe.ffi.slot_ring import expert_buffers
+from jaxmoe.kernels.experts import ExpertGroup, add_group, sort_by_expert
 
 pytestmark = pytest.mark.gpu_aot
 # jax says of its Triton backend that it will go.
@@ -19,7 +24,9 @@ def target(request):
 
 @ignore
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("model", ["deepseek_v3", "qwen3_30b_a3b_cut"])
+@pytest.mark.parametrize(
+    "model", ["deepseek_v3", "qwen3_30b_a3b_cut", "kimi_k2_thinking", "gpt_oss_120b"]
+)
 def test_streamed_layers(target, model):
     config = aot.bench_config(model, 2, dense=1)
     found = aot.compile_prefill(target, config, 8192)
@@ -27,6 +34,65 @@ def test_streamed_layers(target, model):
           found.experts.temp)  # fmt: skip
     assert found.problems() == []
     assert len(found.chunks) == len({layer in config.moe_layers for layer in range(2)})
+
+
+@ignore
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("weight_format", "f", "d"),
+    [
+        ("bf16", 768, 2048),
+        ("f32", 768, 2048),
+        ("fp8_channel", 1536, 3072),
+        ("int4_g128", 768, 2048),
+        ("mxfp8", 1536, 3072),
+    ],
+)
+def test_experts_in_formats_of_other_models(target, weight_format, f, d):
+    """No weight is copied, decoded or not, beyond a window's rows."""
+    group = ExpertGroup(
+        *(jax.ShapeDtypeStruct(*buffer) for buffer in expert_buffers(8, f, d, weight_format))
+    )
+    tokens, per_token, window = 4096, 8, 16384
+
+    def program(y, x, ids, weights, group):
+        routing = sort_by_expert(ids, weights, 8, window)
+        return add_group(y, x, routing, group, 0, window=window)
+
+    found = target.compile(
+        jax.jit(program, donate_argnums=0),
+        jax.ShapeDtypeStruct((tokens, d), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens, per_token), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, per_token), jnp.float32),
+        group,
+    )
+    assert found.copies_of(aot.hlo_shapes(group)) == []
+    assert found.temp <= window * (6 * d + 2 * f) + (1 << 20) * 4
+    assert found.aliased == tokens * d * 4
+
+
+@ignore
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("model", "prefix", "exchange"),
+    [
+        ("deepseek_v3", 0, "small_ep"),
+        ("deepseek_v3", 0, "all_to_all"),
+        pytest.param("deepseek_v3", 3000, "small_ep", marks=pytest.mark.slow),
+        pytest.param("qwen3_30b_a3b_cut", 3000, "small_ep", marks=pytest.mark.slow),
+    ],
+)
+def test_a_prompt_on_two_devices(target, model, prefix, exchange):
+    config = aot.bench_config(model, 2, dense=1)
+    only = None if exchange == "small_ep" else ("send", "back")
+    found = aot_dslp.compile_dslp(
+        target, config, 16384, prefix=prefix, exchange=exchange, only=only
+    )
+    for name, program in found.programs.items():
+        print(target.name, name, program.temp, found.sends(name))
+    assert found.problems() == []
+    assert {"send", "back"} <= set(found.programs)
 
 
 @ignore
@@ -47,7 +113,7 @@ ENTRY %main {
   %a = (f32[8]) custom-call(%x), custom_call_target="jaxmoe_slot_acquire", slot = 0
   %r = (f32[8]) custom-call(%a), custom_call_target="jaxmoe_slot_release", slot = 0
   %s = (s32[], f32[8]) while(%r), condition=%c, body=%b
-  %w = (s32[], f8e4m3fn[8]) while(%s), condition=%c, body=%b
+  %w = (s32[], f8e4m3fn[8,2,2]) while(%s), condition=%c, body=%b
   %c = f8e4m3fn[2048,7168]{1,0} copy(%p)
 }
 """

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.native import random_weight
 
 from jaxmoe.config.model_config import ClampedSwiglu
 from jaxmoe.ffi.ops import Weight
@@ -15,10 +16,14 @@ from jaxmoe.kernels.experts import ExpertGroup, add_group, sort_by_expert
 T, A, E = 37, 3, 6
 
 
-def _weights(rng, shape, fp8):
+def _weights(rng, shape, weight_format):
     e, n, k = shape
-    if not fp8:
+    if weight_format == "bf16":
         return Weight(jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16))
+    if weight_format != "fp8_block":
+        weight = random_weight(rng, weight_format, *shape)
+        small = weight.scale_inv // 2 + 58 if weight_format == "mxfp4" else weight.scale_inv / 32
+        return Weight(weight.data, small.astype(weight.scale_inv.dtype))
     codes = rng.integers(0, 256, shape, np.uint8)
     codes = np.where((codes & 0x7F) == 0x7F, 0, codes)
     data = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn)
@@ -27,20 +32,24 @@ def _weights(rng, shape, fp8):
 
 
 @pytest.mark.parametrize(
-    "dtype, d, f, fp8, special",
+    "dtype, d, f, weight_format, special",
     [
-        (jnp.float32, 136, 160, True, True),
-        (jnp.bfloat16, 256, 128, True, False),
-        pytest.param(jnp.float32, 192, 96, False, True, marks=pytest.mark.slow),
-        pytest.param(jnp.bfloat16, 136, 160, True, True, marks=pytest.mark.slow),
+        (jnp.float32, 136, 160, "fp8_block", True),
+        (jnp.bfloat16, 256, 128, "fp8_block", False),
+        (jnp.float32, 96, 64, "mxfp4", True),
+        pytest.param(jnp.float32, 96, 64, "int4_g32", False, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, 96, 64, "int4_g32", False, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, 96, 64, "fp8_channel", False, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, 192, 96, "bf16", True, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, 136, 160, "fp8_block", True, marks=pytest.mark.slow),
     ],
 )
-def test_groups_add_up_to_the_reference(dtype, d, f, fp8, special):
+def test_groups_add_up_to_the_reference(dtype, d, f, weight_format, special):
     rng = np.random.default_rng(0)
     layer = {
-        "gate": _weights(rng, (E, f, d), fp8),
-        "up": _weights(rng, (E, f, d), fp8),
-        "down": _weights(rng, (E, d, f), fp8),
+        "gate": _weights(rng, (E, f, d), weight_format),
+        "up": _weights(rng, (E, f, d), weight_format),
+        "down": _weights(rng, (E, d, f), weight_format),
     }
     x = jnp.asarray(rng.standard_normal((T, d)), dtype)
     ids = np.stack([rng.permutation(E - 1)[:A] for _ in range(T)]).astype(np.int32)  # one idle

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import topologies
 
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode import dual_batch
@@ -39,6 +40,8 @@ from jaxmoe.prefill.device import prompt_shape
 from jaxmoe.prefill.layer_weights import other_weights, split_layers
 from jaxmoe.prefill.plan import SlpPlan, plan_slp
 from jaxmoe.prefill.slp import SlpPrefill
+from jaxmoe.quant.formats import WeightFormat
+from jaxmoe.weights.tensor_table import expert_layouts
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {path.stem: path for path in (ROOT / "tests/gpu_aot/targets").glob("*.txtpb")}
@@ -72,12 +75,29 @@ def prepare_environment() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program for a target: its text as scheduled, and what it says of memory, in bytes."""
+    """A program for a target: its text as scheduled, and what it says of memory, in bytes on each
+    device.
+    """
 
     text: str
     temp: int
     aliased: int
     seconds: float
+    arguments: int = 0
+    results: int = 0
+
+    @classmethod
+    def of(cls, program: Any, seconds: float) -> Compiled:
+        """program: what jax compiled."""
+        memory = program.memory_analysis()
+        return cls(
+            program.as_text(),
+            memory.temp_size_in_bytes,
+            memory.alias_size_in_bytes,
+            seconds,
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes,
+        )
 
     def copies_of(self, shapes: set[tuple[str, tuple[int, ...]]]) -> list[str]:
         """Instructions that copy an array of one of these types and shapes."""
@@ -100,8 +120,6 @@ class Target:
     """One kind of GPU, by its GpuTargetConfigProto as text."""
 
     def __init__(self, path: Path) -> None:
-        from jax.experimental import topologies
-
         prepare_environment()
         register_cuda_targets()
         # Programs for devices that are not here cannot be read back from it.
@@ -110,9 +128,16 @@ class Target:
         self.name = re.search(r'name: "(.*)"', text)[1]
         self.memory_bytes = int(re.search(r"device_memory_size: (\d+)", text)[1])
         self._cores = int(re.search(r"core_count: (\d+)", text)[1])
-        self._device = topologies.get_topology_desc(
-            platform="cuda", target_config=text, topology="1x1x1"
-        ).devices[0]
+        self._text = text
+        self._device = self.devices(1)[0]
+
+    def devices(self, count: int) -> list[Any]:
+        """So many of one host."""
+        return list(
+            topologies.get_topology_desc(
+                platform="cuda", target_config=self._text, topology=f"1x1x{count}"
+            ).devices
+        )
 
     @contextlib.contextmanager
     def _mesh(self) -> Iterator[None]:
@@ -135,13 +160,7 @@ class Target:
         begin = time.perf_counter()
         with self._mesh():
             done = program.trace(*args).lower(lowering_platforms=("cuda",)).compile()
-        memory = done.memory_analysis()
-        return Compiled(
-            done.as_text(),
-            memory.temp_size_in_bytes,
-            memory.alias_size_in_bytes,
-            time.perf_counter() - begin,
-        )
+        return Compiled.of(done, time.perf_counter() - begin)
 
 
 def hlo_shapes(tree: Any, least_bytes: int = LARGE_BYTES) -> set[tuple[str, tuple[int, ...]]]:
@@ -163,9 +182,16 @@ def bench_config(name: str, layers: int, dense: int = 0) -> ModelConfig:
     """A config of configs/bench with so many layers, the first `dense` without experts."""
     hf = json.loads((ROOT / f"configs/bench/{name}.json").read_text())
     hf["num_hidden_layers"] = layers
+    if "layer_types" in hf:
+        hf["layer_types"] = hf["layer_types"][:layers]
     if "first_k_dense_replace" in hf:
         hf["first_k_dense_replace"] = dense
     return ModelConfig.from_hf(hf)
+
+
+def experts_format(config: ModelConfig) -> WeightFormat:
+    """As a checkpoint of this configuration has them."""
+    return expert_layouts(config, registry.configured_formats(config))[0].format
 
 
 def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
@@ -203,7 +229,10 @@ class AbstractRing:
 
     def __init__(self, config: ModelConfig, plan: SlpPlan) -> None:
         shapes = slot_ring.expert_buffers(
-            plan.group_experts, config.moe.expert_intermediate, config.hidden_size, "fp8_block"
+            plan.group_experts,
+            config.moe.expert_intermediate,
+            config.hidden_size,
+            experts_format(config),
         )
         arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
         self.groups = [ExpertGroup(*arrays) for _ in range(plan.num_slots)]
@@ -228,7 +257,7 @@ class PrefillPrograms:
     plan: SlpPlan
     num_groups: int
     chunks: dict[str, Compiled]
-    experts: Compiled
+    experts: Compiled  # of a MoE layer
     chunk_bytes: int  # of the residual part and the layer's cache, which a chunk updates
     buffer_bytes: int
     weights: set[tuple[str, tuple[int, ...]]]
@@ -238,8 +267,7 @@ class PrefillPrograms:
         """What is not as it must be."""
         found = []
         order = event_order(self.experts)
-        want = [f"{event} {g % self.plan.num_slots}" for g in range(self.num_groups)
-                for event in ("acquire", "products", "release")]  # fmt: skip
+        want = wanted_events(self.num_groups, self.plan.num_slots)
         if order != want:
             found.append(f"order of the experts' events: {order}, wanted {want}")
         if self.experts.aliased < self.buffer_bytes:
@@ -263,7 +291,8 @@ def event_order(experts: Compiled) -> list[str]:
     where a loop that takes experts' weights lies."""
     order: list[str] = []
     slot = "?"
-    pattern = r'jaxmoe_slot_(acquire|release)"|= \S.*f8e4m3fn\[.* while\('
+    # Weights of a group are the only arrays of these types with three dims.
+    pattern = r'jaxmoe_slot_(acquire|release)"|= \S.*(f8e4m3fn|u8)\[\d+,\d+,\d+\].* while\('
     for line in experts.calls(pattern):
         event = re.search(r"jaxmoe_slot_(acquire|release)", line)
         if event is None:
@@ -274,13 +303,19 @@ def event_order(experts: Compiled) -> list[str]:
     return order
 
 
+def wanted_events(num_groups: int, num_slots: int) -> list[str]:
+    """Of a layer, as `event_order` reads them."""
+    events = ("acquire", "products", "release")
+    return [f"{event} {g % num_slots}" for g in range(num_groups) for event in events]
+
+
 def compile_prefill(
     target: Target, config: ModelConfig, tokens: int, free_bytes: int | None = None
 ) -> PrefillPrograms:
     """config: of a model with layers of each kind, which are compiled once each."""
     graphdef, state = abstract_model(config)
     layout = slot_ring.expert_buffers(
-        1, config.moe.expert_intermediate, config.hidden_size, "fp8_block"
+        1, config.moe.expert_intermediate, config.hidden_size, experts_format(config)
     )
     expert_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout)
     model: Any = nnx.merge(graphdef, state)
@@ -323,7 +358,8 @@ def compile_prefill(
         chunks[name] = target.compile(slp._chunk, *args, static=(0, 1))
         if kind.is_moe:
             slots = tuple(ring.groups)
-            experts = target.compile(slp._experts, kind, [], buffers, slots, static=(0,))
+            biases = leaves if kind.has_biases else []
+            experts = target.compile(slp._experts, kind, biases, buffers, slots, static=(0,))
     assert experts is not None
     return PrefillPrograms(
         plan,
