@@ -197,6 +197,13 @@ class EngineConfig:
         "where compiled programs are kept for the next start; empty: nowhere",
         optional=True,
     )
+    warm_up: bool | None = checked(
+        None,
+        "bool",
+        "compile the programs of all sizes of steps in the background, so that few requests wait "
+        "for one; default: only in servers",
+        optional=True,
+    )
     profile: str | None = checked(
         None,
         "str",
