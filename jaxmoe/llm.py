@@ -68,6 +68,8 @@ class LLM:
         self.model_config = started.model_config
         self.report = started.report
         self._started = started
+        if started.engine.warm_up is not None:
+            started.engine.warm_up.start()
 
     @classmethod
     def on_engine(

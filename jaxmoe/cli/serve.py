@@ -58,7 +58,9 @@ def _run(values: flags.FlagValues, rest: list[str]) -> int:
     command.no_arguments(rest, "options; see --help")
     command.check_plan_flags(values)
     given = option_flags.collect(values, os.environ, TABLES)
-    engine_config = EngineConfig.of({"show_progress": sys.stderr.isatty(), **given.engine})
+    engine_config = EngineConfig.of(
+        {"show_progress": sys.stderr.isatty(), "warm_up": True, **given.engine}
+    )
     config = ServerConfig.of(given.server)
     if values["plan_only"].value:
         return command.print_plan(engine_config, values["gpu_memory_gb"].value)

@@ -143,6 +143,14 @@ class EngineConfig:
         "on two GPUs",
         choices=("auto", "off", "on"),
     )
+    prefill_weights: str = checked(
+        "auto",
+        "str",
+        "of a device that computes prompts while another one decodes, everything but the routed "
+        "experts: resident there, or streamed from host memory layer by layer beside them, for "
+        "devices with little memory; auto: resident where there is room",
+        choices=("auto", "resident", "streamed"),
+    )
     prefill_bandwidth_share: float = checked(
         1.0,
         "float",
@@ -197,6 +205,13 @@ class EngineConfig:
         "where compiled programs are kept for the next start; empty: nowhere",
         optional=True,
     )
+    warm_up: bool | None = checked(
+        None,
+        "bool",
+        "compile the programs of all sizes of steps in the background, so that few requests wait "
+        "for one; default: only in servers",
+        optional=True,
+    )
     profile: str | None = checked(
         None,
         "str",
@@ -213,6 +228,11 @@ class EngineConfig:
         if self.profile not in (None, "seconds") and not self.profile.endswith(".json"):
             raise ConfigError(
                 f'profile: got {self.profile!r}, wanted "seconds" or the name of a .json file'
+            )
+        if self.prefill_weights != "auto" and self.disaggregate != "on":
+            raise ConfigError(
+                f"prefill_weights: got {self.prefill_weights!r}, wanted auto where the device that "
+                "computes prompts decodes too and needs its weights; use disaggregate=on"
             )
 
     @classmethod

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from jaxmoe.ffi.ops import StepInputs
 from jaxmoe.sampling.inputs import RowSettings
 
+Kind: TypeAlias = Literal["prefill", "decode"]
+Shape: TypeAlias = tuple[Kind, int, int]  # kind, tokens and rows of a step
 PREFILL_ROWS = (1, 8, 64)  # and max_num_seqs
 PREFILL_SIZES = (16, 64, 256)  # and prefill_chunk_tokens; four times more is four times the work
 
@@ -58,13 +60,29 @@ def prefill_size(num_tokens: int, num_rows: int, *, chunk: int, max_rows: int) -
     return tokens, min(rows, decode_size(max_rows))
 
 
-def step_shapes(max_num_seqs: int, chunk: int) -> list[tuple[str, int, int]]:
+def step_shapes(max_num_seqs: int, chunk: int) -> list[Shape]:
     """Every (kind, tokens, rows) that steps can have: one compiled program each."""
-    decode = [("decode", 1 << i, 1 << i) for i in range((max_num_seqs - 1).bit_length() + 1)]
-    tokens = [s for s in PREFILL_SIZES if s < chunk] + [chunk]
-    most = decode_size(max_num_seqs)
-    rows = sorted({min(r, most) for r in (*PREFILL_ROWS, max_num_seqs)})
-    return decode + [("prefill", t, r) for t in tokens for r in rows if r <= t]
+    sizes = range(1, max_num_seqs + 1)
+    decode: set[Shape] = {("decode", decode_size(n), decode_size(n)) for n in sizes}
+    prefill: set[Shape] = set()
+    for tokens in [s for s in PREFILL_SIZES if s < chunk] + [chunk]:
+        for rows in sizes[:tokens]:  # each with a token at least
+            sized = prefill_size(tokens, rows, chunk=chunk, max_rows=max_num_seqs)
+            prefill.add(("prefill", *sized))
+    return [*sorted(decode), *sorted(prefill)]
+
+
+def likely_first(shapes: Sequence[Shape]) -> list[Shape]:
+    """The shapes in the order in which requests are likely to need them: what one user needs comes
+    before what several do, a long prompt's chunk before a token before what is left of a prompt.
+    """
+    longest = max(tokens for _, tokens, _ in shapes)
+
+    def order(shape: Shape) -> tuple[int, int, int]:
+        kind, tokens, rows = shape
+        return rows, 1 if kind == "decode" else 2 * (tokens < longest), -tokens
+
+    return sorted(shapes, key=order)
 
 
 class BlockTables:
@@ -73,6 +91,10 @@ class BlockTables:
     def __init__(self, num_slots: int, pages_per_sequence: int) -> None:
         self._tables = np.full((num_slots, pages_per_sequence), -1, np.int32)
         self._filled = [0] * num_slots
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return self._tables.shape[1]
 
     def assign(self, slot: int) -> None:
         """Empties a slot for its next owner."""

@@ -3,7 +3,7 @@
 The same program text serves prompt chunks and decode; what differs is the number of packed tokens
 and the kernels the operations choose ("matrix" for prefill, "vector" for decode). The choice is
 fixed for a program, so a token's arithmetic never depends on what else is in the batch. The model
-is split into flat leaves once; a call hands them to a plain `jax.jit`, which costs about a
+is split into flat leaves once; a call hands them to a compiled program, which costs about a
 microsecond a leaf. What it does not do: decide what takes part (scheduler), or know texts.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,18 @@ from flax import nnx
 from jaxmoe.decode import dual_batch
 from jaxmoe.decode.batch import (
     BlockTables,
+    Kind,
     StepRow,
     decode_size,
     pack_masks,
     pack_step,
     prefill_size,
 )
+from jaxmoe.decode.programs import Programs
 from jaxmoe.ffi.device_driver import Device
 from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.request import TokenLogprob
-from jaxmoe.sampling.inputs import Biases, RowInputs, pack_biases, pack_rows
+from jaxmoe.sampling.inputs import Biases, RowInputs, RowSettings, pack_biases, pack_rows
 from jaxmoe.sampling.logits import (
     TokenCounts,
     adjust,
@@ -41,8 +43,8 @@ from jaxmoe.sampling.logits import (
     count_tokens,
 )
 from jaxmoe.sampling.sampler import Drawn, PromptLogprobs, prompt_logprobs, sample
+from jaxmoe.sampling_params import SamplingParams
 
-Kind = Literal["prefill", "decode"]
 COUNT_CHUNK_TOKENS = 1024  # of a cached prompt, in one call
 LOGITS_CHUNK_TOKENS = 64  # [T, V] float32 at V = 150,000 is 38 MB
 
@@ -58,6 +60,22 @@ class RowResult:
     top_ids: Sequence[int]
     top_logprobs: Sequence[float]
     prompt_logprobs: Sequence[TokenLogprob] | None = None
+
+
+class _Inputs(NamedTuple):
+    """Of a step, beside weights and caches."""
+
+    counts: TokenCounts | None
+    step: StepInputs
+    settings: RowInputs
+    biases: Biases | None = None
+    masks: Any = None
+    targets: Any = None
+
+    def key(self, kind: Kind, num_microbatches: int) -> tuple[Any, ...]:
+        """Names the program: a mask or a bias of another kind makes another, as do all shapes."""
+        structure = jax.tree.structure(self)
+        return kind, num_microbatches, structure, *(x.shape for x in jax.tree.leaves(self))
 
 
 class BatchPolicy(Protocol):
@@ -111,7 +129,11 @@ class HybridStep:
         self._chunk_tokens = chunk_tokens
         self._vocab_size = vocab_size
         self._device = device
-        self._shapes: set[tuple[Any, ...]] = set()  # of the steps that were compiled
+        self._programs: Programs[Any] = Programs()
+        # Programs are compiled from these, whoever holds the caches meanwhile.
+        self._cache_shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), caches
+        )
         self.last_compiled = False  # whether the last step had to be
         self.on_compile: Callable[[bool], None] = lambda begins: None
 
@@ -198,6 +220,7 @@ class HybridStep:
             self._clear_slot,
             self._count_prompt,
         )
+        self._programs.clear()
         for program in programs:
             program.clear_cache()
         self._leaves.clear()
@@ -216,6 +239,51 @@ class HybridStep:
             return
         self._counts = self._clear_slot(self._counts, np.int32(slot))
         self.count(slot, seen)
+
+    @property
+    def num_programs(self) -> int:
+        """Steps of different shapes that need not be compiled any more."""
+        return len(self._programs)
+
+    def prepare(self, kind: Kind, num_tokens: int, num_rows: int) -> bool:
+        """Compiles the program of steps of this shape (decode/batch.py: `step_shapes`) ahead; from
+        any thread, while steps are taken. Of steps without biases, masks and targets.
+
+        Returns False where it was there, or another thread was at it.
+        """
+        settings = RowSettings(SamplingParams(), 0, 0, 0, 0, -1, 1)
+        row = StepRow((0,), 0, (0,), 0, settings)
+        tables = BlockTables(1, self._tables.pages_per_sequence)
+        step = pack_step(
+            [row], tables, num_tokens, num_rows, self._page_size, has_states=self._has_states
+        )
+        inputs = _Inputs(None, step, pack_rows([settings], num_rows))
+        compiled = False
+
+        def compile() -> Any:
+            nonlocal compiled
+            compiled = True
+            return self._compile(kind, 1, inputs)
+
+        self._programs.get(inputs.key(kind, 1), compile)
+        return compiled
+
+    def _compile(self, kind: Kind, num_microbatches: int, inputs: _Inputs) -> Any:
+        return self._run.lower(
+            self._leaves,
+            self._cache_shapes,
+            *inputs,
+            kind=kind,
+            num_microbatches=num_microbatches,
+        ).compile()
+
+    def _program(self, kind: Kind, num_microbatches: int, inputs: _Inputs) -> Any:
+        """What computes a step, compiled if it has to be."""
+        key = inputs.key(kind, num_microbatches)
+        self.last_compiled = key not in self._programs
+        if self.last_compiled:
+            self.on_compile(True)
+        return self._programs.get(key, lambda: self._compile(kind, num_microbatches, inputs))
 
     def _pack(self, rows: Sequence[StepRow], num_tokens: int, num_rows: int) -> StepInputs:
         return pack_step(
@@ -282,26 +350,9 @@ class HybridStep:
             padded[: len(targets)] = targets
         if not dual_batch.divides(num_tokens, num_rows, num_microbatches):
             num_microbatches = 1
-        # A mask or a bias of another kind makes another program, as do all shapes.
-        inputs = (step, settings, counts, biases, masks, padded)
-        structure = jax.tree.structure(inputs)
-        shapes = kind, num_microbatches, structure, *(x.shape for x in jax.tree.leaves(inputs))
-        self.last_compiled = shapes not in self._shapes
-        if self.last_compiled:
-            self._shapes.add(shapes)
-            self.on_compile(True)
-        drawn, prompt, self._caches, counts = self._run(
-            self._leaves,
-            self._caches,
-            counts,
-            step,
-            settings,
-            biases,
-            masks,
-            padded,
-            kind=kind,
-            num_microbatches=num_microbatches,
-        )
+        inputs = _Inputs(counts, step, settings, biases, masks, padded)
+        program = self._program(kind, num_microbatches, inputs)
+        drawn, prompt, self._caches, counts = program(self._leaves, self._caches, *inputs)
         if counts is not None:
             self._counts = counts
         results = _results(drawn, rows)

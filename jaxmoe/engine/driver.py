@@ -59,6 +59,7 @@ class Driver:
         self._preparers = concurrent.futures.ThreadPoolExecutor(PREPARERS, "grammars")
         self._changed = threading.Condition()
         self._ended = False
+        self._has_news = False  # figures changed without a step
 
     def post(self, command: Command) -> None:
         """Hands a command over; from any thread. Dropped once `run` has ended."""
@@ -110,11 +111,15 @@ class Driver:
         finally:
             with self._changed:
                 self._ended = True
+            if self._engine.warm_up is not None:
+                self._engine.warm_up.stop()
             self._preparers.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
         engine = self._engine
         engine.on_plan = self._before_step
+        if engine.warm_up is not None:
+            engine.warm_up.start(self._note_news)
         stats_due_s = 0.0
         while True:
             for command in self._take():
@@ -139,6 +144,12 @@ class Driver:
             elif any(not isinstance(e, Delta) or e.finish_reason for e in self._held):
                 self._flush()
 
+    def _note_news(self) -> None:
+        """An idle engine tells its figures again."""
+        with self._changed:
+            self._has_news = True
+            self._changed.notify()
+
     def _before_step(self, plan: StepPlan) -> None:
         """A chunk of a prompt may take long."""
         if plan.kind == "prefill":
@@ -153,8 +164,9 @@ class Driver:
     def _take(self) -> list[Command | Failed]:
         """All commands there are; waits for one where there is nothing else to do."""
         with self._changed:
-            while not self._commands and not self._engine.has_work:
+            while not self._commands and not self._engine.has_work and not self._has_news:
                 self._changed.wait()
+            self._has_news = False
             commands = list(self._commands)
             self._commands.clear()
             return commands

@@ -29,6 +29,7 @@ from jaxmoe.engine.completion import Completion
 from jaxmoe.engine.profile import KINDS, StepProfile
 from jaxmoe.engine.stats import Stats
 from jaxmoe.engine.streamed_prompt import StreamedPrompt, Streamer
+from jaxmoe.engine.warm_up import NO_FIGURES, WarmUp
 from jaxmoe.ffi.registry import NATIVE_ERRORS
 from jaxmoe.kv_cache.layout import CacheLayout, StateLayout
 from jaxmoe.kv_cache.pages import PageAllocator
@@ -108,7 +109,9 @@ class Engine:
         profile: StepProfile | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """on_plan may be set: told what a step will compute, before it does."""
+        """on_plan may be set: told what a step will compute, before it does. warm_up too: what
+        compiles ahead.
+        """
         self.layout = layout
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -158,6 +161,7 @@ class Engine:
         self._progress: list[PrefillProgress] = []
         self._dead: str | None = None
         self.on_plan: Callable[[StepPlan], None] = lambda plan: None
+        self.warm_up: WarmUp | None = None
 
     @property
     def has_work(self) -> bool:
@@ -298,6 +302,7 @@ class Engine:
                 self._runner.assign(row.seq.slot, row.seq.request.prompt_token_ids[:counted])
             if not row.seq.started_s:
                 self._note_start(row.seq, "chunked", now)
+        disturbed = self._warming
         try:
             results = self._runner.run(plan.kind, _step_rows(plan))
         except BaseException as e:
@@ -312,7 +317,7 @@ class Engine:
         started, now = now, self._clock()
         compiled = self._runner.last_compiled
         self._stats.note_step(plan, now - started, self._counters(), compiled=compiled)
-        if not compiled:
+        if not compiled and not disturbed and not self._warming:
             self._learn(plan, now - started)
         return [
             self._take(row, result, now)
@@ -479,7 +484,12 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Figures as of the last step (stats.py); always the same names in the same order."""
         figures = self._stats.snapshot(self.scheduler, self.pages, self.prefix)
+        figures |= NO_FIGURES if self.warm_up is None else self.warm_up.snapshot()
         return figures if self.profile is None else figures | self.profile.snapshot()
+
+    @property
+    def _warming(self) -> bool:
+        return self.warm_up is not None and self.warm_up.compiling
 
     def set_read_ceiling(self, bytes_per_s: float) -> None:
         """What the machine could read; for figures."""

@@ -19,6 +19,7 @@ from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.models.decoder import cache_spec
 from jaxmoe.prefill.device import make_slp
+from jaxmoe.prefill.plan import Weights
 from jaxmoe.prefill.rank_rings import RankRings
 from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.stream import PromptStream
@@ -27,6 +28,7 @@ from jaxmoe.weights import memory
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.memory import gib
 
+WEIGHTS: dict[str, Weights] = {"auto": "auto", "resident": "resident", "streamed": "streamed"}
 # Of what XLA may take: the rest is for programs' temporaries outside the plan.
 SHARE = 0.9
 
@@ -111,8 +113,11 @@ def start_streaming(
             host_store.native,
             lambda done, total: on_stage("page-locking the experts", 100 * done / max(total, 1)),
         )
+        weights: Weights | None = None
         if aside:
-            loaded, own = _second_copy(config, model, layout, device, loaded)
+            weights = WEIGHTS[config.prefill_weights]
+            own = _own_pages(config, model, layout, device)
+            loaded = _in_host_memory(loaded, decode_device)
         available = memory.available_bytes() // 2 if on_cpu else int(free_bytes(device) * SHARE)
         slp, ring, plan, _ = make_slp(
             loaded,
@@ -125,6 +130,7 @@ def start_streaming(
             page_size=layout.page_size,
             pages_per_sequence=layout.pages_per_sequence,
             compute_bytes=2 if config.compute_dtype == "bfloat16" else 4,
+            weights=weights,
         )
     except (CapacityError, CheckpointError, OSError) as error:
         if wanted is not None:
@@ -156,37 +162,41 @@ def _shares_choices(model: ModelConfig) -> bool:
     return indexer is not None and bool(indexer.sharing_layers)
 
 
-def _second_copy(
-    config: EngineConfig,
-    model: ModelConfig,
-    layout: CacheLayout,
-    device: Device,
-    loaded: LoadedModel,
-) -> tuple[LoadedModel, list[tuple[jax.Array, ...]]]:
-    """What a device that computes prompts beside decode has of its own: the weights but for the
-    routed experts, and pages for one sequence.
+def _own_pages(
+    config: EngineConfig, model: ModelConfig, layout: CacheLayout, device: Device
+) -> list[tuple[jax.Array, ...]]:
+    """Of a device that computes prompts beside decode: pages for one sequence.
 
     Raises: CapacityError.
     """
-    weights = sum(leaf.nbytes for leaf in loaded.leaves)
     pages = layout.pages_per_sequence * layout.page_size * layout.token_bytes
     if device.platform == "cpu":
-        memory.require(
-            weights + pages, "the prefill worker's weights and pages", "disaggregate=off"
-        )
-    elif weights + pages > free_bytes(device):
+        memory.require(pages, "the prefill worker's pages", "disaggregate=off")
+    elif pages > free_bytes(device):
         raise CapacityError(
-            f"the prefill worker's weights and pages take {gib(weights + pages)}, and "
-            f"{device.device_kind} has {gib(free_bytes(device))} free; lower max_model_len or use "
-            "disaggregate=off"
+            f"the prefill worker's pages take {gib(pages)}, and {device.device_kind} has "
+            f"{gib(free_bytes(device))} free; lower max_model_len or use disaggregate=off"
         )
-    own = store.allocate(
+    return store.allocate(
         cache_spec(model, config.compute_dtype),
         layout.pages_per_sequence,
         layout.page_size,
         device=device,
     )
-    return dataclasses.replace(loaded, state=jax.device_put(loaded.state, device)), own
+
+
+def _in_host_memory(loaded: LoadedModel, device: Device | None) -> LoadedModel:
+    """The weights but for the routed experts where a second device can take them from, all at once
+    or in a stream: there they are already, unless they were moved to `device`.
+
+    Raises: CapacityError.
+    """
+    if device is None or device.platform == "cpu":
+        return loaded
+    nbytes = sum(leaf.nbytes for leaf in loaded.leaves)
+    memory.require(nbytes, "the prefill worker's weights in host memory", "disaggregate=off")
+    host = jax.local_devices(backend="cpu")[0]
+    return dataclasses.replace(loaded, state=jax.device_put(loaded.state, host))
 
 
 def _name(device: Device) -> str:

@@ -1,11 +1,11 @@
 """The prefill worker: long prompts computed on a device of their own while others are decoded
 (paper section 3.3: prefill-decode disaggregation in one node).
 
-It has a thread, a device, the weights beside the routed experts once more, and page arrays for one
-sequence; the routed experts stream from the one host store. Every layer's pages go to the decode
-device while the next layer is computed (kv_cache/handoff.py). Only the engine's thread touches the
-decode caches, for their arrays are donated from step to step: it takes in what has arrived between
-two steps (`poll`).
+It has a thread, a device, the weights beside the routed experts once more (or streams them too),
+and page arrays for one sequence; the routed experts stream from the one host store. Every layer's
+pages go to the decode device while the next layer is computed (kv_cache/handoff.py). Only the
+engine's thread touches the decode caches, for their arrays are donated from step to step: it takes
+in what has arrived between two steps (`poll`).
 
 What it does not do: choose prompts (scheduler/), or draw tokens: a prompt's last token is left for
 an ordinary prefill.

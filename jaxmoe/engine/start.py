@@ -2,7 +2,8 @@
 
 Order: configuration, generation defaults, tokenizer and template, the size of the cache; then the
 native runtime, the weights, the cache, the compiled step; then the start-up report. What it does
-not do: compile (the first step of each shape does, from the cache on disk where there is one).
+not do: compile (warm_up.py does, or the first step of each shape, from the cache on disk where
+there is one).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
-from jaxmoe.decode.batch import PREFILL_SIZES
+from jaxmoe.decode.batch import PREFILL_SIZES, likely_first, step_shapes
 from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import calibration, compile_cache, read_ceiling
 from jaxmoe.engine.async_engine import EngineInfo
@@ -30,6 +31,7 @@ from jaxmoe.engine.placement import (
     to_device,
 )
 from jaxmoe.engine.profile import StepProfile
+from jaxmoe.engine.warm_up import WarmUp
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device
 from jaxmoe.kv_cache import store
@@ -77,6 +79,8 @@ class Started:
 
     def close(self) -> None:
         """Gives all memory back. Nothing of the engine may be used afterwards."""
+        if self.engine.warm_up is not None:
+            self.engine.warm_up.close()
         if self.engine.profile is not None:
             self.engine.profile.close()
         if self.engine.grammars is not None:
@@ -201,11 +205,16 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         keeper=_keeper(config, layout, step),
         throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
     )
+    if config.warm_up:
+        shapes = likely_first(step_shapes(config.max_num_seqs, config.prefill_chunk_tokens))
+        engine.warm_up = WarmUp(shapes, lambda shape: step.prepare(*shape), lambda: engine.has_work)
     placed = list(describe_placement(device, long_prompts, prefill_device))
     if target is not None:
         placed.append(target.describe())
     if calibrated is not None:
         placed.insert(0, calibrated.describe())
+    if engine.warm_up is not None:
+        placed.append(engine.warm_up.describe())
     report = describe(
         config, directory, layout, states, loaded, runtime, programs, placed, notes, device
     )

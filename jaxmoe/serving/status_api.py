@@ -66,11 +66,18 @@ async def health(state: ServerState, scope: Scope, send: Send) -> None:
 
 
 async def ready(state: ServerState, scope: Scope, send: Send) -> None:
-    """200 while requests are taken; else 503 with what is being waited for."""
+    """200 while requests are taken, with how many programs are compiled ahead; else 503 with what
+    is being waited for.
+    """
     status = state.engine.status()
     name = "draining" if state.draining else status.state
     out: dict[str, Any] = {"status": name, "model": state.model}
     if name == "ready":
+        stats = state.engine.stats()
+        planned = int(stats.get("warm_up_programs_planned", 0))
+        if planned:
+            compiled = int(stats.get("warm_up_programs_compiled", 0))
+            out["programs"] = {"compiled": compiled, "planned": planned}
         await send_json(send, 200, out)
         return
     out |= {"stage": status.stage, "percent": round(status.percent, 1), "error": status.error}

@@ -69,7 +69,6 @@ def test_json_under_a_schema_for_many_seeds(llm):
     assert len(set(texts)) > 25
 
 
-MASKS = 6  # where the compiled step takes its masks
 FREE = [
     SamplingParams(temperature=0, max_tokens=20, logprobs=2),
     SamplingParams(seed=3, max_tokens=20, logprobs=0),
@@ -79,13 +78,13 @@ FREE = [
 
 def test_other_rows_of_a_batch_have_the_same_tokens_and_logprobs(llm, monkeypatch):
     step, masked = llm._started.step, []
-    program = step._run
+    program = step._program
 
-    def spy(*args, **kwargs):
-        masked.append(args[MASKS] is not None)
-        return program(*args, **kwargs)
+    def spy(kind, num_microbatches, inputs):
+        masked.append(inputs.masks is not None)
+        return program(kind, num_microbatches, inputs)
 
-    monkeypatch.setattr(step, "_run", spy)
+    monkeypatch.setattr(step, "_program", spy)
 
     def run(*more):
         masked.clear()

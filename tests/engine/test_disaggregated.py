@@ -19,9 +19,9 @@ from jaxmoe.common.errors import ConfigError
 CHILD = Path(__file__).parents[1] / "support" / "disaggregated_child.py"
 
 
-def compare(case, folder, schedules):
+def compare(case, folder, schedules, weights):
     tiny_models.write_checkpoint(folder, case)
-    command = [sys.executable, str(CHILD), str(folder), str(schedules)]
+    command = [sys.executable, str(CHILD), str(folder), str(schedules), weights]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
@@ -32,17 +32,23 @@ def compare(case, folder, schedules):
     assert found["handed_over"] >= found["streamed"] * found["num_layers"]
     assert "are computed on cpu:1 while cpu:0 decodes" in found["report_on"]
     assert "decodes; their pages" not in found["report_off"]
+    is_streamed = "other weights streamed through 2 slots" in found["report_on"]
+    assert is_streamed == (weights == "streamed")
+    assert ("other weights resident" in found["report_on"]) != is_streamed
     return found
 
 
-def test_tokens_are_those_of_the_ordinary_engine(tmp_path):
-    compare("qwen3_moe", tmp_path, 1)
+@pytest.mark.parametrize("weights", ["auto", "streamed"])
+def test_tokens_are_those_of_the_ordinary_engine(weights, tmp_path):
+    compare("qwen3_moe", tmp_path, 1, weights)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])
-def test_tokens_in_a_hundred_schedules(case, tmp_path):
-    assert compare(case, tmp_path, 100)["preemptions"] > 20
+@pytest.mark.parametrize(
+    "case, weights", [("deepseek_v3_fp8", "streamed"), ("qwen3_moe", "resident")]
+)
+def test_tokens_in_a_hundred_schedules(case, weights, tmp_path):
+    assert compare(case, tmp_path, 100, weights)["preemptions"] > 20
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,7 @@ def test_tokens_in_a_hundred_schedules(case, tmp_path):
         ({"disaggregate": "on"}, "only device; set JAX_NUM_CPU_DEVICES=2"),
         ({"disaggregate": "on", "prefill": "chunked"}, "use prefill=auto or slp"),
         ({"disaggregate": "maybe"}, "disaggregate"),
+        ({"prefill_weights": "streamed"}, "prefill_weights: got 'streamed'.* use disaggregate=on"),
     ],
 )
 def test_what_cannot_be_is_refused(options, words):

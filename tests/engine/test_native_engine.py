@@ -80,7 +80,7 @@ def test_same_bits_alone_and_in_any_mix_and_after_preemption(directory):
         llm.engine.scheduler.prefix = llm.engine.prefix
         # Every shape was compiled once: prefill of one row or four, decode of 1, 2 and 4 rows,
         # each with and without adjusted logits.
-        assert llm._started.step._run._cache_size() <= 10
+        assert llm._started.step.num_programs <= 10
         want = llm.logits(llm.prompt_ids(prompts[0]))
         _check_prompt_logprobs(llm, prompts[0], params[0], alone[0], want)
         # Hardly more pages than one sequence needs: the others are preempted and replayed.

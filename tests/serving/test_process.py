@@ -69,11 +69,16 @@ def test_an_engine_that_dies_and_a_drain(tmp_path):
     log = tmp_path / "audit"
     (tmp_path / "sitecustomize.py").write_text(HOOK.format(file=str(log)))
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with serve(PYTHONPATH=path.rstrip(os.pathsep)) as server:
+    # A restarted engine compiles ahead too, and an end in the middle of it is an end like others.
+    with serve("--warm_up", PYTHONPATH=path.rstrip(os.pathsep)) as server:
         report = "\n".join(server.out)
         for words in ("http://127.0.0.1:", "jaxmoe-demo", "memory planned", "ISA ", "KV cache"):
             assert words in report, report
+        assert "compiling ahead: 12 programs" in report
         answer = httpx.post(server.url + CHAT, json=ASK, timeout=60).json()
+        programs = get(server, "/ready").json()["programs"]
+        assert programs["planned"] == 12 and 0 <= programs["compiled"] <= 12
+        assert "jaxmoe_warm_up_programs_planned 12.0" in get(server, "/metrics").text
         engine = engine_pid(server.process.pid)
         maps = Path(f"/proc/{server.process.pid}/maps").read_text()
         assert "jaxlib" not in maps  # the front does without

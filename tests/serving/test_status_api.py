@@ -34,6 +34,12 @@ def test_states_show_in_health_and_ready(monkeypatch):
     async def test():
         async with serving() as f:
             assert (await f.client.get("/ready")).json() == {"status": "ready", "model": "fake"}
+            with monkeypatch.context() as m:
+                figures = {"warm_up_programs_planned": 12.0, "warm_up_programs_compiled": 3.0}
+                m.setattr(f.fake, "stats", lambda: figures)
+                r = await f.client.get("/ready")
+                assert r.status_code == 200
+                assert r.json()["programs"] == {"compiled": 3, "planned": 12}
             for status, health, ready, answer, words in states:
                 with monkeypatch.context() as m:
                     m.setattr(f.fake, "status", lambda s=status: s)

@@ -1,6 +1,6 @@
 """Greedy tokens of one checkpoint with and without a prefill worker on a second CPU device, as
 JSON: of requests that come and go at any step. A process of its own, for CPU devices are counted
-once. Arguments: the checkpoint's directory, how many schedules.
+once. Arguments: the checkpoint's directory, how many schedules, the worker's prefill_weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def schedule(llm: LLM, asked: list[tuple[list[int], SamplingParams]], rng: rando
     return [outputs[str(i)] for i in range(len(asked))]
 
 
-def run(directory: str, schedules: int) -> dict:
+def run(directory: str, schedules: int, weights: str) -> dict:
     assert len(jax.local_devices(backend="cpu")) == 2
     options = dict(compute_dtype="float32", max_model_len=96, max_num_seqs=4, page_size=4)
     options |= dict(num_threads=2, show_progress=False, prefill_chunk_tokens=16, device="cpu")
@@ -76,7 +76,7 @@ def run(directory: str, schedules: int) -> dict:
             found["alone"].append([list(a.outputs[0].token_ids) for a in answers])
         found["report_off"] = llm.report
         layout = llm.engine.layout
-    options |= dict(disaggregate="on", prefill="auto")
+    options |= dict(disaggregate="on", prefill="auto", prefill_weights=weights)
     # Pages for one prompt and a half, so that some have to give theirs back.
     pages_gb = (36 * layout.page_size * layout.token_bytes + 1) / 2**30
     with LLM(directory, **options, kv_cache_gb=pages_gb) as llm:
@@ -97,4 +97,4 @@ def run(directory: str, schedules: int) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(run(sys.argv[1], int(sys.argv[2]), sys.argv[3])))

@@ -29,7 +29,7 @@ def main() -> None:
                     each = min(size // rows, llm.engine.layout.max_model_len - 2)
                     llm.generate([[first + i] * each for i in range(min(rows, most))], greedy)
         assert llm._started is not None
-        programs = llm._started.step._run._cache_size()  # pyright: ignore
+        programs = llm._started.step.num_programs
         print(json.dumps({"peak_bytes": peak_rss_bytes(), "programs": programs}))
 
 

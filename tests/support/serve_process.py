@@ -53,6 +53,8 @@ class ServeProcess:
 
     def __init__(self, *flags: str, within: Sequence[str] = (), **environment: str) -> None:
         argv = [sys.executable, "-m", "jaxmoe.cli.serve", "--port=0", f"--cache_dir={CACHE}"]
+        # Compilers would take the cores from what is tested.
+        argv.append("--nowarm_up")
         self.process = subprocess.Popen(
             [*within, *argv, *flags],
             stdout=subprocess.PIPE,
