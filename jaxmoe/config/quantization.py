@@ -114,12 +114,13 @@ def _parse_gptq(table: HfFields) -> QuantConfig:
     table.ignore("is_marlin_format", "module_name_preceding_first_block", "model_seqlen", "mse")
     table.ignore("modules_in_block_to_quantize", "act_group_aware", "group_aware")
     kept = ["lm_head", *_kept(table)]
-    exceptions = table.table("dynamic")
-    if exceptions is not None:
-        for pattern in exceptions.unread():
-            if not pattern.startswith("-:"):
-                raise table.fail("dynamic", pattern, "patterns of what is not quantized ('-:...')")
-            kept.append("re:" + pattern.removeprefix("-:"))
+    exceptions = table.raw("dynamic", default={})
+    if not isinstance(exceptions, Mapping):
+        raise table.fail("dynamic", exceptions, "an object")
+    for pattern in exceptions:
+        if not pattern.startswith("-:"):
+            raise table.fail("dynamic", pattern, "patterns of what is not quantized ('-:...')")
+        kept.append("re:" + pattern.removeprefix("-:"))
     return _grouped(table, "gptq", _patterns(table, "dynamic", tuple(kept)), version == "gptq_v2")
 
 
