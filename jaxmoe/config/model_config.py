@@ -187,9 +187,9 @@ class QuantConfig:
 
     format: QuantFormat
     not_converted: tuple[str, ...] = ()
-    layout: Literal[
-        "fp8", "mxfp4", "mxfp8", "compressed-tensors", "awq", "gptq", "modelopt"
-    ] = "fp8"
+    layout: Literal["fp8", "mxfp4", "mxfp8", "compressed-tensors", "awq", "gptq", "modelopt"] = (
+        "fp8"
+    )
     converted: tuple[str, ...] = ()
     only_experts: bool = False
     group: int = 0

@@ -20,8 +20,8 @@ from jaxmoe.config.model_config import QuantConfig, QuantFormat
 
 _SUPPORTED = (
     "none, fp8 (E4M3 with 128x128 blocks), mxfp4, mxfp8, compressed-tensors (FP8 a channel or a "
-    "128x128 block, symmetric INT4 in groups of 32 or 128, MXFP4, MXFP8, NVFP4), awq, gptq (4 bits, "
-    "desc_act false), modelopt (NVFP4)"
+    "128x128 block, symmetric INT4 in groups of 32 or 128, MXFP4, MXFP8, NVFP4), awq, gptq (4 "
+    "bits, desc_act false), modelopt (NVFP4)"
 )
 _CT_FORMATS = (
     *("float-quantized", "naive-quantized", "pack-quantized"),

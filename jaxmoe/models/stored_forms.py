@@ -117,6 +117,9 @@ def find_form(name: str, tensors: Mapping[str, HasShape], quant: QuantConfig) ->
     for form in (NVFP4_PACKED, NVFP4_MODELOPT):
         if base + form.factor in tensors:
             return dataclasses.replace(form, factor_shape=tensors[base + form.factor].shape)
+    scale = tensors.get(base + ".weight_scale")
+    if base + NVFP4_PACKED.weight in tensors and scale is not None and scale.dtype == "F8_E4M3":
+        return NVFP4_PACKED  # whose factor is missing
     for suffix, what in _NOT_SUPPORTED.items():
         if base + suffix in tensors:
             raise FormError(
@@ -194,8 +197,6 @@ def _packed_form(
     name, scale = base + MXFP4.weight, tensors.get(base + ".weight_scale")
     if packed.dtype == "U8" and (scale is None or scale.dtype in _E8M0):
         return MXFP4
-    if packed.dtype == "U8" and scale is not None and scale.dtype == "F8_E4M3":
-        return NVFP4_PACKED  # whose factor is missing
     if packed.dtype != "I32":
         raise CheckpointError(f"tensor '{name}' is stored as {packed.dtype}; supported: I32, U8")
     if scale is None or len(scale.shape) != 2 or len(packed.shape) != 2:

@@ -56,9 +56,9 @@ def uint4_scales(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nvfp4_scales(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """E4M3 scales `[N, K/16]` and rows' factors, float32 `[N]`."""
-    factor = np.ascontiguousarray(scale[:, -4:]).view(np.float32)[:, 0]
-    return scale[:, :-4].view(ml_dtypes.float8_e4m3fn), factor
+    """E4M3 scales `[..., N, K/16]` and rows' factors, float32 `[..., N]`."""
+    factor = np.ascontiguousarray(scale[..., -4:]).view(np.float32)[..., 0]
+    return scale[..., :-4].view(ml_dtypes.float8_e4m3fn), factor
 
 
 def _nibbles(data: np.ndarray, values: np.ndarray) -> np.ndarray:

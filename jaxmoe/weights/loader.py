@@ -25,6 +25,8 @@ import numpy as np
 from jaxmoe.common.errors import CheckpointError, ConfigError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.quant.dequantize import nvfp4_scales, uint4_scales
+from jaxmoe.quant.formats import WeightFormat
 from jaxmoe.weights import memory, shared_store
 from jaxmoe.weights.buffers import aligned_empty, is_aligned, to_jax
 from jaxmoe.weights.host_store import Backing, HostStore
@@ -327,7 +329,7 @@ def read_leaf(
         if bar is not None:
             bar.add(info.nbytes)
         if leaf.spec.kind == "scale_inv" or i > 0:  # of a leaf of two, the second is of scales
-            check_finite(info, array)
+            check_finite(info, array, leaf.source.scales_of)
         stored.append(array)
     try:
         made = leaf.source.transform(*stored)
@@ -342,9 +344,18 @@ def read_leaf(
     return result
 
 
-def check_finite(info: TensorInfo, scale: np.ndarray) -> None:
-    """Scales must be numbers: one NaN or Inf would spoil every token's output."""
-    if scale.dtype == np.uint8:
+def check_finite(
+    info: TensorInfo, scale: np.ndarray, weight_format: WeightFormat | None = None
+) -> None:
+    """Scales must be numbers: one NaN or Inf would spoil every token's output. weight_format: whose
+    they are, where they may be stored as they are held.
+    """
+    if weight_format == "nvfp4" and scale.dtype == np.uint8:
+        scale, factor = nvfp4_scales(scale)
+        check_finite(info, factor)
+    elif scale.dtype == np.uint32:
+        scale, _ = uint4_scales(scale)
+    elif scale.dtype == np.uint8:
         scale = scale.view(NUMPY_DTYPES["F8_E8M0"])  # whose only NaN is code 255
     finite = np.isfinite(scale.astype(np.float32, copy=False))
     if not finite.all():
@@ -396,7 +407,7 @@ def read_scale(checkpoint: Checkpoint, plan: MatrixPlan) -> np.ndarray:
     for info in (plan.scale, *plan.beside):
         stored = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
         checkpoint.read_into(info, stored)
-        check_finite(info, stored)
+        check_finite(info, stored, plan.form.format)
         parts.append(stored)
     if plan.cut_scale is not None:
         parts[0] = np.ascontiguousarray(plan.cut_scale(parts[0]))

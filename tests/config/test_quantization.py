@@ -88,7 +88,10 @@ def test_schemes(case: str, changes: dict[str, Any], wanted: str):
 
 def test_what_awq_gptq_and_modelopt_keep():
     for case, kept in (
-        ("qwen3_moe_awq", ("lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate")),
+        (
+            "qwen3_moe_awq",
+            ("lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate"),
+        ),
         ("qwen3_moe_gptq", ("lm_head", "model.layers.1.mlp.gate")),
         ("deepseek_v3_nvfp4", ("lm_head", "model.layers.0.self_attn.o_proj")),
     ):

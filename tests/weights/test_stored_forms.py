@@ -46,10 +46,10 @@ CASES = {
     "qwen3_moe_mxfp4": "mxfp4 weights",
     "qwen3_moe_int4": "int4_g128 weights",
     "minimax_m2_mxfp8": "mxfp8 weights",
-    "qwen3_moe_awq": "uint4_g128 weights",
+    "qwen3_moe_awq": "uint4_g128 experts, bf16 elsewhere",
     "qwen3_moe_gptq": "uint4_g32 weights",
     "qwen3_moe_nvfp4": "nvfp4 weights",
-    "deepseek_v3_nvfp4": "nvfp4 weights",
+    "deepseek_v3_nvfp4": "nvfp4 experts, f32 elsewhere",
 }
 Tensors = dict[str, np.ndarray]
 

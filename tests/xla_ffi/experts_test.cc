@@ -252,8 +252,7 @@ const std::vector<Shape> kShapes = {
     {3, 140, 200, WeightFormat::kFp8Channel}, {3, 160, 96, WeightFormat::kInt4G32},
     {2, 128, 256, WeightFormat::kInt4G128},   {3, 224, 160, WeightFormat::kMxfp4},
     {3, 160, 96, WeightFormat::kUint4G32},    {2, 128, 256, WeightFormat::kUint4G128},
-    {2, 144, 208, WeightFormat::kNvfp4},
-    {3, 64, 160, WeightFormat::kMxfp8}};
+    {2, 144, 208, WeightFormat::kNvfp4},      {3, 64, 160, WeightFormat::kMxfp8}};
 
 }  // namespace
 

@@ -21,12 +21,11 @@ namespace jaxmoe_test {
 using namespace jaxmoe;
 
 // In the order of the enumeration.
-inline constexpr WeightFormat kFormats[] = {WeightFormat::kF32,      WeightFormat::kBf16,
-                                            WeightFormat::kFp8Block, WeightFormat::kFp8Channel,
-                                            WeightFormat::kInt4G32,  WeightFormat::kInt4G128,
-                                            WeightFormat::kMxfp4,    WeightFormat::kMxfp8,
-                                            WeightFormat::kUint4G32, WeightFormat::kUint4G128,
-                                            WeightFormat::kNvfp4};
+inline constexpr WeightFormat kFormats[] = {
+    WeightFormat::kF32,        WeightFormat::kBf16,    WeightFormat::kFp8Block,
+    WeightFormat::kFp8Channel, WeightFormat::kInt4G32, WeightFormat::kInt4G128,
+    WeightFormat::kMxfp4,      WeightFormat::kMxfp8,   WeightFormat::kUint4G32,
+    WeightFormat::kUint4G128,  WeightFormat::kNvfp4};
 inline constexpr Family kFamilies[] = {Family::kVector, Family::kMatrix, Family::kVectorBf16};
 
 inline constexpr isa_tables::Traits kTraits[] = {{.one_stream = false, .fast_bf16_dot = false},

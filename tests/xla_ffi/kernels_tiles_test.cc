@@ -115,16 +115,15 @@ template <class Codes, class Scaling>
 float value_of(const uint8_t* src, const uint8_t* scales, int column) {
   float value = Codes::value(src, column);
   if constexpr (Scaling::kZeros) {
-    value -= static_cast<float>(
-        load_zero(scales + column / Scaling::kGroupCols * Scaling::kScaleBytes));
+    value -=
+        static_cast<float>(load_zero(scales + column / Scaling::kGroupCols * Scaling::kScaleBytes));
   }
   return value;
 }
 
 template <class Codes, class Scaling>
 struct Emulated : Codes, Scaling {
-  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first,
-                     uint16_t* second) {
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
     for (int i = 0; i < 64; ++i) {
       *place(first, second, i) = to_bf16(value_of<Codes, Scaling>(src, scales, Codes::column(i)));
     }

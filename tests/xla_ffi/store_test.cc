@@ -412,8 +412,8 @@ JAXMOE_TEST(scales_and_columns_that_no_format_has_are_errors) {
   status = store->set_scale(0, 0, Matrix::kUp, ScaleType::kE8m0, powers.data(), 160, 1);
   JAXMOE_CHECK(contains(status.message(), "wanted bfloat16 for format int4_g32"), "%s",
                status.message().c_str());
-  auto other = make_store(2, {{1, 32, 32, WeightFormat::kUint4G32},
-                              {1, 32, 32, WeightFormat::kNvfp4}});
+  auto other =
+      make_store(2, {{1, 32, 32, WeightFormat::kUint4G32}, {1, 32, 32, WeightFormat::kNvfp4}});
   std::vector<uint32_t> words(32, 0x3F800010);
   JAXMOE_CHECK(other->set_scale(0, 0, Matrix::kUp, ScaleType::kF32Zero, words.data(), 32, 1).ok());
   words[9] += 1;

@@ -43,14 +43,7 @@ inline constexpr int kNumFormats = 11;
 // kF32Zero: a word whose low five bits are the zero point, 0 to 16, and the others an FP32 scale of
 // at most 11 significant bits (FP16's or BF16's).
 // kE4m3: E4M3FN without its NaN, and behind the last of a row the FP32 factor of that row.
-enum class ScaleType : int {
-  kNone = 0,
-  kF32 = 1,
-  kBf16 = 2,
-  kE8m0 = 3,
-  kF32Zero = 4,
-  kE4m3 = 5
-};
+enum class ScaleType : int { kNone = 0, kF32 = 1, kBf16 = 2, kE8m0 = 3, kF32Zero = 4, kE4m3 = 5 };
 
 enum class ActivationType : int { kF32 = 0, kBf16 = 1 };
 

@@ -248,8 +248,7 @@ struct AmxUint4 : AmxNibbles<kInt4Table> {
 };
 
 struct AmxUint4G128 : AmxUint4, Uint4Scaled<128> {
-  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first,
-                     uint16_t* second) {
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
     __m512i a, b;
     decode_signed(src, _mm512_set1_epi16(shift(scales)), a, b);
     _mm512_store_si512(first, a);
@@ -265,8 +264,7 @@ struct AmxUint4G32 : AmxUint4, Uint4Scaled<32> {
   static bool fits(const uint8_t* scales) {
     return f32_scale_fits(scales) && f32_scale_fits(scales + 4);
   }
-  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first,
-                     uint16_t* second) {
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
     __m512i a, b;
     decode_signed(src,
                   _mm512_mask_blend_epi64(0xCC, _mm512_set1_epi16(shift(scales)),
@@ -287,12 +285,11 @@ struct AmxNvfp4 : AmxNibbles<kFp4Table>, Nvfp4Scaled {
   static float value(const uint8_t* row, int64_t col) {
     return nibble_value(row, col, fp4_e2m1_bits);
   }
-  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first,
-                     uint16_t* second) {
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
     __m512i a, b;
     decode(src, a, b);
-    const __m512 low = _mm512_insertf32x8(
-        _mm512_castps256_ps512(pair(scales)), pair(scales + 2), 1);  // a group to four words
+    const __m512 low = _mm512_insertf32x8(_mm512_castps256_ps512(pair(scales)), pair(scales + 2),
+                                          1);  // a group to four words
     _mm512_store_si512(first, multiply(a, low));
     _mm512_store_si512(second, multiply(b, low));
   }

@@ -144,8 +144,7 @@ struct Avx2Uint4 : Avx2Nibbles, Uint4Scaled<kCols> {
     const __m256i zeros = _mm256_and_si256(words(scales, at), _mm256_set1_epi32(kZeroMask));
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m256i code =
-          _mm256_and_si256(_mm256_srli_epi32(codes, 4 * j), _mm256_set1_epi32(15));
+      const __m256i code = _mm256_and_si256(_mm256_srli_epi32(codes, 4 * j), _mm256_set1_epi32(15));
       out[j] = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, zeros));
     }
   }
@@ -184,10 +183,9 @@ struct Avx2Mxfp4 : Avx2Fp4, MxScaled {
 // Four scales to 64 columns, two lanes each: E4M3 shifted into FP16's fields, as in Avx2Fp8.
 struct Avx2Nvfp4 : Avx2Fp4, Nvfp4Scaled {
   static __m256 load_scale(const uint8_t* scales, int i) {
-    const __m128i places =
-        _mm_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3);
-    const __m128i bytes = _mm_shuffle_epi8(
-        _mm_set1_epi32(static_cast<int>(load_word(scales + 4 * i))), places);
+    const __m128i places = _mm_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3);
+    const __m128i bytes =
+        _mm_shuffle_epi8(_mm_set1_epi32(static_cast<int>(load_word(scales + 4 * i))), places);
     const __m128i fields = _mm_set1_epi16(static_cast<short>(0xBF80));
     return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(bytes, 1), fields)),
                          _mm256_set1_ps(256.0f));

@@ -99,8 +99,8 @@ struct DotUint4G32 : DotNibbles<kInt4Table> {
     const __m512i table = _mm512_loadu_si512(kSignedTable.bf16 + kSignedAt);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const __m512i code = _mm512_and_si512(
-          _mm512_srli_epi16(codes, static_cast<unsigned>(4 * j)), _mm512_set1_epi16(15));
+      const __m512i code = _mm512_and_si512(_mm512_srli_epi16(codes, static_cast<unsigned>(4 * j)),
+                                            _mm512_set1_epi16(15));
       out[j] = _mm512_permutexvar_epi16(_mm512_add_epi16(code, shifts), table);
     }
   }

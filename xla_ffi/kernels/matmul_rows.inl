@@ -59,9 +59,10 @@ constexpr int flush_vecs() {
 
 // Weights from column `at` of a block on, which begin at `src`.
 template <class Ops>
-inline __attribute__((always_inline)) void decode_at(
-    const uint8_t* src, const uint8_t* scales, int at,
-    typename Ops::Weights (&out)[Ops::kGroupVecs], typename Ops::Flag& flag) {
+inline __attribute__((always_inline)) void decode_at(const uint8_t* src, const uint8_t* scales,
+                                                     int at,
+                                                     typename Ops::Weights (&out)[Ops::kGroupVecs],
+                                                     typename Ops::Flag& flag) {
   if constexpr (Ops::kZeros) {
     Ops::decode(src, scales, at, out);
   } else {

@@ -104,14 +104,13 @@ struct Avx512Uint4G32Scales : Uint4Scaled<32> {
                                     _mm512_castsi128_si512(four));
   }
   static __m512 load_scale(const uint8_t* scales, int) {
-    return _mm512_castsi512_ps(
-        _mm512_andnot_si512(_mm512_set1_epi32(kZeroMask), words(scales)));
+    return _mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(kZeroMask), words(scales)));
   }
   // What is added to codes for their place in kSignedTable, in each 16-bit half.
   static __m512i shifts(const uint8_t* scales) {
-    const __m512i wide = _mm512_sub_epi32(
-        _mm512_set1_epi32(kSignedAt),
-        _mm512_and_si512(words(scales), _mm512_set1_epi32(kZeroMask)));
+    const __m512i wide =
+        _mm512_sub_epi32(_mm512_set1_epi32(kSignedAt),
+                         _mm512_and_si512(words(scales), _mm512_set1_epi32(kZeroMask)));
     return _mm512_or_si512(_mm512_and_si512(wide, _mm512_set1_epi32(0xFFFF)),
                            _mm512_slli_epi32(wide, 16));
   }
@@ -170,8 +169,8 @@ struct Avx512Uint4G32 : Avx512Nibbles<kInt4Table> {
         _mm512_and_si512(Avx512Uint4G32Scales::words(scales), _mm512_set1_epi32(kZeroMask));
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m512i code = _mm512_and_si512(
-          _mm512_srli_epi32(codes, static_cast<unsigned>(4 * j)), _mm512_set1_epi32(15));
+      const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, static_cast<unsigned>(4 * j)),
+                                            _mm512_set1_epi32(15));
       out[j] = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, zeros));
     }
   }
