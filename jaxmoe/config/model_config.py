@@ -159,7 +159,18 @@ class MoeConfig:
     expert_bias: bool = False
 
 
-QuantFormat = Literal["none", "fp8_block", "fp8_channel", "int4_g32", "int4_g128", "mxfp4", "mxfp8"]
+QuantFormat = Literal[
+    "none",
+    "fp8_block",
+    "fp8_channel",
+    "int4_g32",
+    "int4_g128",
+    "mxfp4",
+    "mxfp8",
+    "uint4_g32",
+    "uint4_g128",
+    "nvfp4",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,13 +181,19 @@ class QuantConfig:
     not_converted: modules kept plain, by a name's whole, beginning or end, or after "re:" by a
     pattern of its beginning. converted: likewise, the only ones that are not; empty: all others.
     layout: whose names and dtypes the tensors have. only_experts: nothing but routed experts.
+    group: inputs that share a scale in AWQ and GPTQ. zeros_as_they_are: GPTQ's second version,
+    whose zero points are not stored less one.
     """
 
     format: QuantFormat
     not_converted: tuple[str, ...] = ()
-    layout: Literal["fp8", "mxfp4", "mxfp8", "compressed-tensors"] = "fp8"
+    layout: Literal["fp8", "mxfp4", "mxfp8", "compressed-tensors", "awq", "gptq", "modelopt"] = (
+        "fp8"
+    )
     converted: tuple[str, ...] = ()
     only_experts: bool = False
+    group: int = 0
+    zeros_as_they_are: bool = False
 
     def converts(self, module: str) -> bool:
         """Whether the linear map of that name is stored in `format`."""

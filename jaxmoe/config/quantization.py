@@ -4,13 +4,15 @@ The tensors themselves have the last word (models/stored_forms.py); what is read
 it changes results and is not implemented, and is what random weights are made like.
 
 Activations stay in the compute dtype whatever a scheme says of rounding them while it runs: that is
-a speed trick of other engines. Fixed scales of activations are part of a model and are refused.
+a speed trick of other engines. Fixed scales of activations are part of a model and are refused;
+NVFP4's only say in which range groups of activations get scales of their own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.hf_fields import HfFields
@@ -18,11 +20,12 @@ from jaxmoe.config.model_config import QuantConfig, QuantFormat
 
 _SUPPORTED = (
     "none, fp8 (E4M3 with 128x128 blocks), mxfp4, mxfp8, compressed-tensors (FP8 a channel or a "
-    "128x128 block, symmetric INT4 in groups of 32 or 128, MXFP4, MXFP8)"
+    "128x128 block, symmetric INT4 in groups of 32 or 128, MXFP4, MXFP8, NVFP4), awq, gptq (4 "
+    "bits, desc_act false), modelopt (NVFP4)"
 )
 _CT_FORMATS = (
     *("float-quantized", "naive-quantized", "pack-quantized"),
-    *("mxfp4-pack-quantized", "mxfp8-quantized"),
+    *("mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized"),
 )
 _CT_SCHEMES: Mapping[tuple[str, int, str, int | None], QuantFormat] = {
     # type, bits, strategy, group size
@@ -30,11 +33,13 @@ _CT_SCHEMES: Mapping[tuple[str, int, str, int | None], QuantFormat] = {
     ("float", 8, "block", None): "fp8_block",
     ("float", 8, "group", 32): "mxfp8",
     ("float", 4, "group", 32): "mxfp4",
+    ("float", 4, "tensor_group", 16): "nvfp4",
     ("int", 4, "group", 32): "int4_g32",
     ("int", 4, "group", 128): "int4_g128",
 }
 _CT_WANTED = (
-    "float 8 channel, float 8 block, float 8 group 32, float 4 group 32, int 4 group 32 or 128"
+    "float 8 channel, float 8 block, float 8 group 32, float 4 group 32, float 4 tensor_group 16, "
+    "int 4 group 32 or 128"
 )
 
 
@@ -50,6 +55,10 @@ def parse_quant(fields: HfFields) -> QuantConfig:
         "mxfp4": _parse_mxfp4,
         "mxfp8": _parse_mxfp8,
         "compressed-tensors": _parse_compressed_tensors,
+        "awq": _parse_awq,
+        "gptq": _parse_gptq,
+        "modelopt": _parse_modelopt,
+        "modelopt_fp4": _parse_modelopt,
     }
     method = table.raw("quant_method")
     if not isinstance(method, str) or method not in parsers:
@@ -80,6 +89,66 @@ def _parse_mxfp4(table: HfFields) -> QuantConfig:
     """gpt-oss: its experts, and nothing else."""
     _common(table)
     return QuantConfig("mxfp4", _kept(table), layout="mxfp4", only_experts=True)
+
+
+def _parse_awq(table: HfFields) -> QuantConfig:
+    table.choice("version", of=("gemm", "GEMM"), default="gemm")
+    table.choice("zero_point", of=(True, False), default=True)
+    # How other engines run it.
+    table.ignore("backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse")
+    # A part of a layer ends in a dot where it stands for all that begins so.
+    kept = tuple(entry.removesuffix(".") for entry in _kept(table))
+    return _grouped(table, "awq", ("lm_head", *kept))
+
+
+def _parse_gptq(table: HfFields) -> QuantConfig:
+    table.choice("desc_act", of=(False,), default=False)
+    table.choice("lm_head", of=(True, False), default=False)
+    version = table.choice("checkpoint_format", of=("gptq", "gptq_v2"), default="gptq")
+    table.choice("pack_dtype", of=("int32",), default="int32")
+    # How its weights were found, and how other engines run it.
+    table.ignore("sym", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential")
+    table.ignore("dataset", "meta", "model_name_or_path", "model_file_base_name", "tokenizer")
+    table.ignore("backend", "exllama_config", "max_input_length", "use_cuda_fp16", "use_exllama")
+    table.ignore("batch_size", "block_name_to_quantize", "cache_block_outputs", "pad_token_id")
+    table.ignore("is_marlin_format", "module_name_preceding_first_block", "model_seqlen", "mse")
+    table.ignore("modules_in_block_to_quantize", "act_group_aware", "group_aware")
+    kept = ["lm_head", *_kept(table)]
+    exceptions = table.raw("dynamic", default={})
+    if not isinstance(exceptions, Mapping):
+        raise table.fail("dynamic", exceptions, "an object")
+    for pattern in exceptions:
+        if not pattern.startswith("-:"):
+            raise table.fail("dynamic", pattern, "patterns of what is not quantized ('-:...')")
+        kept.append("re:" + pattern.removeprefix("-:"))
+    return _grouped(table, "gptq", _patterns(table, "dynamic", tuple(kept)), version == "gptq_v2")
+
+
+def _grouped(
+    table: HfFields,
+    layout: Literal["awq", "gptq"],
+    kept: tuple[str, ...],
+    zeros_as_they_are: bool = False,
+) -> QuantConfig:
+    table.choice("bits", "w_bit", of=(4,))
+    group = table.integer("group_size", "q_group_size")
+    if group % 32:
+        raise table.fail("group_size", group, "a multiple of 32")
+    return QuantConfig(
+        "uint4_g32" if group % 128 else "uint4_g128",
+        kept,
+        layout=layout,
+        group=group,
+        zeros_as_they_are=zeros_as_they_are,
+    )
+
+
+def _parse_modelopt(table: HfFields) -> QuantConfig:
+    table.choice("quant_algo", of=("NVFP4",))
+    table.ignore("producer", "config_groups")  # what the tensors tell
+    ignored = table.strings("ignore", "exclude_modules", default=())
+    kept = ("re:" + re.escape(entry).replace(r"\*", ".*") + "$" for entry in ignored)
+    return QuantConfig("nvfp4", tuple(kept), layout="modelopt")
 
 
 def _block_size(table: HfFields, wanted: list[int]) -> None:
@@ -116,12 +185,14 @@ def _parse_compressed_tensors(table: HfFields) -> QuantConfig:
         if target != "Linear" and not target.startswith("re:"):
             raise group.fail("targets", list(targets), "'Linear' and patterns ('re:...')")
     activations = group.table("input_activations")
-    if activations is not None and activations.raw("dynamic", default=None) is not True:
-        raise group.fail("input_activations", "of fixed scales", "null, or 'dynamic': true")
     weights = group.table("weights")
     if weights is None:
         raise ConfigError(f"{group.where} lacks 'weights'")
     found = _scheme(weights)
+    dynamic = None if activations is None else activations.raw("dynamic", default=None)
+    if activations is not None and dynamic is not True:
+        if found != "nvfp4" or dynamic != "local":
+            raise group.fail("input_activations", "of fixed scales", "null, or 'dynamic': true")
     _refuse_unread(weights)
     _refuse_unread(group)
     return QuantConfig(
@@ -141,12 +212,12 @@ def _scheme(weights: HfFields) -> QuantFormat:
     kind = weights.choice("type", of=("float", "int"))
     bits = weights.integer("num_bits")
     group = weights.integer("group_size", default=None)
-    strategy = weights.choice("strategy", of=("channel", "block", "group"))
+    strategy = weights.choice("strategy", of=("channel", "block", "group", "tensor_group"))
     if strategy == "block":
         block = weights.raw("block_structure", default=None)
         if not isinstance(block, (list, tuple)) or list(block) != [128, 128]:
             raise weights.fail("block_structure", block, "[128, 128]")
-    if strategy != "group":
+    if strategy not in ("group", "tensor_group"):
         group = None
     found = _CT_SCHEMES.get((kind, bits, strategy, group))
     if found is None:

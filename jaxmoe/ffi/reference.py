@@ -22,7 +22,7 @@ from jaxmoe.config.model_config import ClampedSwiglu, GatedDeltaConfig
 from jaxmoe.ffi.ops import GatedDeltaWeights, Point, StepInputs, Weight
 from jaxmoe.ffi.reference_delta import gated_delta
 from jaxmoe.ffi.sparse import as_pages_of_one, capacity
-from jaxmoe.quant.formats import FORMATS, WeightFormat
+from jaxmoe.quant.formats import FORMATS, ZERO_MASK, WeightFormat
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Rows of one block of equal expert in `BatchedSequenceOps`: each block gathers one copy of its
@@ -36,6 +36,9 @@ _NIBBLE_VALUES: Mapping[WeightFormat, np.ndarray] = {
     "int4_g32": _INT4_VALUES,
     "int4_g128": _INT4_VALUES,
     "mxfp4": np.concatenate([_FP4_VALUES, -_FP4_VALUES]),
+    "uint4_g32": np.arange(16).astype(np.float32),
+    "uint4_g128": np.arange(16).astype(np.float32),
+    "nvfp4": np.concatenate([_FP4_VALUES, -_FP4_VALUES]),
 }
 
 
@@ -50,6 +53,15 @@ def dequantize(weight: Weight) -> jax.Array:
         return data
     n, k = data.shape[-2:]
     scale = weight.scale_inv
+    if info.scale_dtype == "uint32":
+        zero = (scale & ZERO_MASK).astype(jnp.float32)
+        data = data - jnp.repeat(zero, info.group_cols, axis=-1)
+        scale = jax.lax.bitcast_convert_type(scale & ~np.uint32(ZERO_MASK), jnp.float32)
+    if info.tail_cols:
+        factor = jax.lax.bitcast_convert_type(scale[..., -info.tail_cols :], jnp.float32)
+        codes = jax.lax.bitcast_convert_type(scale[..., : -info.tail_cols], jnp.float8_e4m3fn)
+        scales = jnp.repeat(codes.astype(jnp.float32), info.group_cols, axis=-1)
+        return data * scales * factor[..., None]
     scale = _powers_of_two(scale) if info.scale_dtype == "uint8" else scale.astype(jnp.float32)
     scale = jnp.repeat(scale, info.group_rows, axis=-2)[..., :n, :]
     scale = jnp.repeat(scale, info.group_cols or k, axis=-1)[..., :k]

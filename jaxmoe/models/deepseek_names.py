@@ -58,24 +58,23 @@ class DeepseekNames(HfNames):
         inputs = attention.kv_lora_rank
         weight = form.weight_tensor(name, data_shape(form.format, rows, inputs))
         scales = scale_shape(form.format, rows, inputs)
-        scale = None if scales is None else form.scale_tensor(name, scales)
+        stored_scales = () if scales is None else form.scale_tensors(name, scales)
 
         def part(kv_b: np.ndarray) -> np.ndarray:
             return split_kv_b(kv_b, attention)[which]
 
         if leaf == "scale_inv":
-            assert scale is not None
             return TensorSource(
-                (scale,), lambda s: split_kv_b_scale(form.hold_scale(s), attention)[which]
+                stored_scales, lambda *s: split_kv_b_scale(form.hold_scale(*s), attention)[which]
             )
         others = form.others(name)
-        if scale is None or head_map_format(attention, form.format, which) == form.format:
+        if not stored_scales or head_map_format(attention, form.format, which) == form.format:
             return TensorSource((weight,), lambda q: part(form.hold_weight(q)), others)
 
-        def plain(q: np.ndarray, s: np.ndarray) -> np.ndarray:
-            return part(dequantize(form.format, form.hold_weight(q), form.hold_scale(s)))
+        def plain(q: np.ndarray, *s: np.ndarray) -> np.ndarray:
+            return part(dequantize(form.format, form.hold_weight(q), form.hold_scale(*s)))
 
-        return TensorSource((weight, scale), plain, others)
+        return TensorSource((weight, *stored_scales), plain, others)
 
 
 class IndexedNames(DeepseekNames):

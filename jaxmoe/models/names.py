@@ -89,7 +89,7 @@ class HfNames:
             if spec.kind in ("matrix", "head_map", "embedding", "scale_inv"):
                 form = self.form(module)
                 if leaf == "scale_inv":
-                    return TensorSource((form.scale_tensor(name, spec.shape),), form.hold_scale)
+                    return TensorSource(form.scale_tensors(name, spec.shape), form.hold_scale)
                 tensor = form.weight_tensor(name, spec.shape)
                 return TensorSource((tensor,), form.hold_weight, form.others(name))
         return TensorSource((StoredTensor(name, spec.shape, FLOAT_DTYPES),), to_float32)

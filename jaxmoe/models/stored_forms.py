@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import QuantConfig
 from jaxmoe.quant.formats import FORMATS, WeightFormat, scale_shape
+from jaxmoe.weights.repacked_forms import AwqForm, GptqForm, Nvfp4Form, held_uint4
 from jaxmoe.weights.stored_form import FormError, HasShape, StoredForm
 
 PLAIN: Mapping[str, StoredForm] = {
@@ -42,11 +43,30 @@ MXFP4 = dataclasses.replace(_PACKED, format="mxfp4", weight_dtype="U8", scale_dt
 MXFP4_INT8 = StoredForm("mxfp4", "I8", scale=".scale", scale_dtypes=_E8M0)
 # gpt-oss's experts, all of a layer in a tensor
 MXFP4_BLOCKS = StoredForm("mxfp4", "U8", weight="_blocks", scale="_scales", scale_dtypes=_E8M0)
+_INPUTS_FIRST = ("int4_g32", "I32", ".qweight", ".scales", ("F16", "BF16"))
+AWQ, GPTQ = AwqForm(*_INPUTS_FIRST), GptqForm(*_INPUTS_FIRST, zero_offset=1)
+# Activations may be rounded too while other engines run; the ranges that are for are not read.
+NVFP4_PACKED = Nvfp4Form(
+    "nvfp4",
+    "U8",
+    weight=".weight_packed",
+    scale=".weight_scale",
+    scale_dtypes=("F8_E4M3",),
+    beside=(".input_global_scale",),
+    factor=".weight_global_scale",
+    divides=True,
+    factor_shape=(1,),
+)
+NVFP4_MODELOPT = Nvfp4Form(
+    "nvfp4",
+    "U8",
+    scale=".weight_scale",
+    scale_dtypes=("F8_E4M3",),
+    beside=(".input_scale",),
+    factor=".weight_scale_2",
+)
 _SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
 _NOT_SUPPORTED = {
-    ".qweight": "AWQ or GPTQ values, whose float16 scales and zero points no format here holds",
-    ".weight_global_scale": "NVFP4 values",
-    ".weight_scale_2": "NVFP4 values",
     ".weight_zero_point": "values with zero points",
     ".weight_g_idx": "columns in the order of their activations",
     ".input_scale": "fixed scales of activations",
@@ -67,6 +87,10 @@ def configured_form(quant: QuantConfig) -> StoredForm:
     assert quant.format != "none"
     if quant.layout == "mxfp4":
         return MXFP4_BLOCKS
+    if quant.layout in ("awq", "gptq"):
+        return _grouped(GPTQ if quant.layout == "gptq" else AWQ, quant)
+    if quant.format == "nvfp4":
+        return NVFP4_MODELOPT if quant.layout == "modelopt" else NVFP4_PACKED
     form = {
         "fp8_block": FP8_BLOCK,
         "fp8_channel": FP8_CHANNEL,
@@ -88,6 +112,14 @@ def find_form(name: str, tensors: Mapping[str, HasShape], quant: QuantConfig) ->
     Raises CheckpointError: there is no such map, or it is in no form that is supported.
     """
     base = name.removesuffix(".weight")
+    if base + AWQ.weight in tensors:
+        return _uint4_form(base, tensors, quant)
+    for form in (NVFP4_PACKED, NVFP4_MODELOPT):
+        if base + form.factor in tensors:
+            return dataclasses.replace(form, factor_shape=tensors[base + form.factor].shape)
+    scale = tensors.get(base + ".weight_scale")
+    if base + NVFP4_PACKED.weight in tensors and scale is not None and scale.dtype == "F8_E4M3":
+        return NVFP4_PACKED  # whose factor is missing
     for suffix, what in _NOT_SUPPORTED.items():
         if base + suffix in tensors:
             raise FormError(
@@ -117,14 +149,54 @@ def find_form(name: str, tensors: Mapping[str, HasShape], quant: QuantConfig) ->
     )
 
 
+def _grouped(form: AwqForm | GptqForm, quant: QuantConfig) -> AwqForm | GptqForm:
+    """By config.json alone."""
+    held = held_uint4(quant.group)
+    assert held is not None, quant
+    offset = 0 if quant.zeros_as_they_are else form.zero_offset
+    return dataclasses.replace(form, format=held, group=quant.group, zero_offset=offset)
+
+
+def _uint4_form(
+    base: str, tensors: Mapping[str, HasShape], quant: QuantConfig
+) -> AwqForm | GptqForm:
+    """Which of the two, and how large its groups are, by the shapes of values and scales."""
+    name = base + AWQ.weight
+    values, scales = tensors[name], tensors.get(base + ".scales")
+    if scales is None:
+        if quant.layout in ("awq", "gptq"):
+            return _grouped(GPTQ if quant.layout == "gptq" else AWQ, quant)
+        raise CheckpointError(f"tensor '{base}.scales' is missing: the scales of '{name}'")
+    if len(values.shape) != 2 or len(scales.shape) != 2:
+        raise FormError(f"tensor '{name}' has shape {list(values.shape)}; wanted two dimensions")
+    groups, outputs = scales.shape
+    if values.shape[1] == outputs:
+        form, inputs = GPTQ, 8 * values.shape[0]
+        has_order = base + ".g_idx" in tensors
+        offset = 0 if quant.zeros_as_they_are else GPTQ.zero_offset
+        form = dataclasses.replace(GPTQ, has_order=has_order, zero_offset=offset)
+    elif 8 * values.shape[1] == outputs:
+        form, inputs = AWQ, values.shape[0]
+    else:
+        raise FormError(
+            f"tensor '{name}' has shape {list(values.shape)} and its scales {list(scales.shape)}; "
+            "supported: 4-bit values of AWQ ([K, N/8]) or GPTQ ([K/8, N]) with scales [groups, N]"
+        )
+    held = held_uint4(inputs // groups) if groups and inputs % groups == 0 else None
+    if held is None or outputs % 8:
+        raise FormError(
+            f"tensor '{name}' holds {inputs} inputs of {outputs} outputs with {groups} scales "
+            "each; supported: groups of a multiple of 32 inputs, outputs a multiple of 8"
+        )
+    return dataclasses.replace(form, format=held, group=inputs // groups)
+
+
 def _packed_form(
     base: str, packed: HasShape, tensors: Mapping[str, HasShape], quant: QuantConfig
 ) -> StoredForm:
     name, scale = base + MXFP4.weight, tensors.get(base + ".weight_scale")
     if packed.dtype == "U8" and (scale is None or scale.dtype in _E8M0):
         return MXFP4
-    if packed.dtype == "U8" and scale is not None and scale.dtype == "F8_E4M3":
-        raise FormError(f"tensor '{name}' holds NVFP4 values, which are not supported")
     if packed.dtype != "I32":
         raise CheckpointError(f"tensor '{name}' is stored as {packed.dtype}; supported: I32, U8")
     if scale is None or len(scale.shape) != 2 or len(packed.shape) != 2:

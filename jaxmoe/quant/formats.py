@@ -10,6 +10,11 @@ multiply groups of weights:
   int4_g32, int4_g128  uint8 [N, K/2]; bfloat16 [N, K/32] or [N, K/128]: (nibble - 8) * scale
   mxfp4                uint8 [N, K/2]; uint8 [N, K/32]: E2M1 code times 2^(scale - 127)
   mxfp8                E4M3 [N, K];    uint8 [N, K/32]: times 2^(scale - 127)
+  uint4_g32, uint4_g128  uint8 [N, K/2]; uint32 [N, K/32] or [N, K/128]: (nibble - zero) * scale,
+                       the zero point, 0 to 16, in a word's low five bits, which a float32 scale of
+                       at most 11 significant bits leaves free
+  nvfp4                uint8 [N, K/2]; uint8 [N, K/16 + 4]: E2M1 code times E4M3 scale times the
+                       row's factor, float32, in its last four bytes
 
 Element 2j of a row of nibbles is the low half of byte j. Scales of one exponent (e8m0) are bytes;
 255 would be NaN and is refused where weights are loaded. Nothing here computes or knows jax.
@@ -22,7 +27,17 @@ from collections.abc import Mapping
 from typing import Literal
 
 WeightFormat = Literal[
-    "bf16", "f32", "fp8_block", "fp8_channel", "int4_g32", "int4_g128", "mxfp4", "mxfp8"
+    "bf16",
+    "f32",
+    "fp8_block",
+    "fp8_channel",
+    "int4_g32",
+    "int4_g128",
+    "mxfp4",
+    "mxfp8",
+    "uint4_g32",
+    "uint4_g128",
+    "nvfp4",
 ]
 
 SCALE_BLOCK = 128  # rows and columns of a block of fp8_block
@@ -37,6 +52,7 @@ class FormatInfo:
     bits: of a weight.
     group_rows, group_cols: rows and columns that share a scale; 0 columns: all of a row.
     whole_groups: whether K must be a multiple of group_cols.
+    tail_cols: elements behind the scales of a row: the bytes of its factor.
     """
 
     code: int
@@ -46,6 +62,7 @@ class FormatInfo:
     group_rows: int = 1
     group_cols: int = 0
     whole_groups: bool = False
+    tail_cols: int = 0
 
 
 FORMATS: Mapping[WeightFormat, FormatInfo] = {
@@ -57,7 +74,12 @@ FORMATS: Mapping[WeightFormat, FormatInfo] = {
     "int4_g128": FormatInfo(5, "uint8", 4, "bfloat16", 1, 128, True),
     "mxfp4": FormatInfo(6, "uint8", 4, "uint8", 1, 32, True),
     "mxfp8": FormatInfo(7, "float8_e4m3fn", 8, "uint8", 1, 32, True),
+    "uint4_g32": FormatInfo(8, "uint8", 4, "uint32", 1, 32, True),
+    "uint4_g128": FormatInfo(9, "uint8", 4, "uint32", 1, 128, True),
+    "nvfp4": FormatInfo(10, "uint8", 4, "uint8", 1, 16, True, 4),
 }
+ZERO_MASK = 31  # the zero point's bits of a word of uint4_g32 and uint4_g128
+LARGEST_ZERO = 16
 
 
 def check_columns(weight_format: WeightFormat, k: int) -> None:
@@ -81,7 +103,8 @@ def scale_shape(weight_format: WeightFormat, n: int, k: int) -> tuple[int, int] 
     info = FORMATS[weight_format]
     if info.scale_dtype is None:
         return None
-    return -(-n // info.group_rows), -(-k // info.group_cols) if info.group_cols else 1
+    columns = -(-k // info.group_cols) if info.group_cols else 1
+    return -(-n // info.group_rows), columns + info.tail_cols
 
 
 def format_of(

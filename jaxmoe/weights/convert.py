@@ -264,7 +264,7 @@ def _read_piece(
                 stack[i], scales[i] = made.data, made.scale
                 rounded.add(made)
                 continue
-            if plan.cut is None:
+            if not plan.is_made:
                 source.read_into(plan.weight, stack[i])
             else:
                 stack[i] = read_matrix(source, plan)

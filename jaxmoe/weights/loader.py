@@ -25,6 +25,8 @@ import numpy as np
 from jaxmoe.common.errors import CheckpointError, ConfigError
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
+from jaxmoe.quant.dequantize import nvfp4_scales, uint4_scales
+from jaxmoe.quant.formats import WeightFormat
 from jaxmoe.weights import memory, shared_store
 from jaxmoe.weights.buffers import aligned_empty, is_aligned, to_jax
 from jaxmoe.weights.host_store import Backing, HostStore
@@ -221,7 +223,9 @@ def plan_load(
     names = checkpoint.name_map(config, models, description.specs, formats)
     table = build_table(checkpoint, config, description.specs, names, layouts)
     # A transform may hold its inputs, a copy and its result.
-    transient = [3 * max(leaf_bytes(leaf.spec), _stored_bytes(leaf)) for leaf in table.leaves]
+    transient = [
+        _copies(leaf) * max(leaf_bytes(leaf.spec), _stored_bytes(leaf)) for leaf in table.leaves
+    ]
     return LoadPlan(
         description,
         table,
@@ -230,7 +234,7 @@ def plan_load(
         transient_bytes=sum(
             sorted(
                 [t for t, leaf in zip(transient, table.leaves, strict=True) if _is_made(leaf)]
-                + [2 * _matrix_bytes(m) for m in table.matrices if m.cut is not None]
+                + [_made_bytes(m) for m in table.matrices if m.is_made]
             )[-num_threads:]
         ),
     )
@@ -255,7 +259,20 @@ def leaf_bytes(spec: ParamSpec) -> int:
 
 def _matrix_bytes(plan: MatrixPlan) -> int:
     """Of a matrix and its scales as they are stored."""
-    return plan.weight.nbytes + (plan.scale.nbytes if plan.scale else 0)
+    return plan.weight.nbytes + plan.scale_bytes
+
+
+# Values in another order are a byte each on the way, and so are the halves they are made of.
+_REPACKED_COPIES = 8
+
+
+def _made_bytes(plan: MatrixPlan) -> int:
+    return (_REPACKED_COPIES if plan.form.is_repacked else 2) * _matrix_bytes(plan)
+
+
+def _copies(leaf: LeafPlan) -> int:
+    is_words = any(info.dtype == "I32" for info in leaf.infos)
+    return _REPACKED_COPIES if is_words and _is_made(leaf) else 3
 
 
 def _stored_bytes(leaf: LeafPlan) -> int:
@@ -312,9 +329,12 @@ def read_leaf(
         if bar is not None:
             bar.add(info.nbytes)
         if leaf.spec.kind == "scale_inv" or i > 0:  # of a leaf of two, the second is of scales
-            check_finite(info, array)
+            check_finite(info, array, leaf.source.scales_of)
         stored.append(array)
-    made = leaf.source.transform(*stored)
+    try:
+        made = leaf.source.transform(*stored)
+    except CheckpointError as error:  # of what no header says
+        fail(leaf.infos[0].file, str(error), leaf.infos[0].name)
     given, wanted = (made.shape, made.dtype.name), (leaf.spec.shape, leaf.spec.dtype)
     assert given == wanted, (leaf.path, given, wanted)
     if is_aligned(made):
@@ -324,9 +344,18 @@ def read_leaf(
     return result
 
 
-def check_finite(info: TensorInfo, scale: np.ndarray) -> None:
-    """Scales must be numbers: one NaN or Inf would spoil every token's output."""
-    if scale.dtype == np.uint8:
+def check_finite(
+    info: TensorInfo, scale: np.ndarray, weight_format: WeightFormat | None = None
+) -> None:
+    """Scales must be numbers: one NaN or Inf would spoil every token's output. weight_format: whose
+    they are, where they may be stored as they are held.
+    """
+    if weight_format == "nvfp4" and scale.dtype == np.uint8:
+        scale, factor = nvfp4_scales(scale)
+        check_finite(info, factor)
+    elif scale.dtype == np.uint32:
+        scale, _ = uint4_scales(scale)
+    elif scale.dtype == np.uint8:
         scale = scale.view(NUMPY_DTYPES["F8_E8M0"])  # whose only NaN is code 255
     finite = np.isfinite(scale.astype(np.float32, copy=False))
     if not finite.all():
@@ -343,7 +372,7 @@ def _read_matrix(
     checkpoint: Checkpoint, store: HostStore, plan: MatrixPlan, bar: ByteProgress
 ) -> None:
     info = plan.weight
-    if plan.cut is not None:
+    if plan.is_made:
         made = read_matrix(checkpoint, plan)
         for first_row, rows in store.writable_rows(plan.moe_layer_idx, plan.expert, plan.which):
             rows[...] = made[first_row : first_row + len(rows)]
@@ -373,14 +402,19 @@ def read_matrix(checkpoint: Checkpoint, plan: MatrixPlan) -> np.ndarray:
 
 def read_scale(checkpoint: Checkpoint, plan: MatrixPlan) -> np.ndarray:
     """The scales of one expert's matrix as they are held, all of them numbers."""
-    info = plan.scale
-    assert info is not None
-    stored = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
-    checkpoint.read_into(info, stored)
-    check_finite(info, stored)
+    assert plan.scale is not None
+    parts = []
+    for info in (plan.scale, *plan.beside):
+        stored = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
+        checkpoint.read_into(info, stored)
+        check_finite(info, stored, plan.form.format)
+        parts.append(stored)
     if plan.cut_scale is not None:
-        stored = np.ascontiguousarray(plan.cut_scale(stored))
-    return plan.form.hold_scale(stored)
+        parts[0] = np.ascontiguousarray(plan.cut_scale(parts[0]))
+    try:
+        return plan.form.hold_scale(*parts)
+    except CheckpointError as error:  # of what no header says
+        fail(plan.scale.file, str(error), plan.scale.name)
 
 
 def _map(checkpoint: Checkpoint, store: HostStore, info: TensorInfo) -> int:
@@ -400,7 +434,7 @@ def _map_matrix(
     bar: ByteProgress,
 ) -> None:
     info = plan.weight
-    if plan.cut is not None:
+    if plan.is_made:
         fail(
             info.file,
             "holds experts in another layout than they are computed in, which backing=mmap cannot "
@@ -423,4 +457,4 @@ def _read_scale(
         return
     scale = read_scale(checkpoint, plan)
     store.set_scale(plan.moe_layer_idx, plan.expert, plan.which, scale)
-    bar.add(plan.scale.nbytes)
+    bar.add(plan.scale_bytes)

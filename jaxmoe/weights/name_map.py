@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from jaxmoe.quant.formats import WeightFormat
+
 if TYPE_CHECKING:
     from jaxmoe.weights.stored_form import StoredForm  # which is made of the tensors below
 
@@ -34,11 +36,13 @@ class TensorSource:
     (ml_dtypes), and
         returns the leaf in its shape and dtype: a copy or a view of its input.
     others: names of tensors that may go with these and are not needed.
+    scales_of: the format whose scales the leaf is, where it is stored as it is held.
     """
 
     tensors: tuple[StoredTensor, ...]
     transform: Callable[..., np.ndarray]
     others: tuple[str, ...] = ()
+    scales_of: WeightFormat | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -83,7 +83,12 @@ class PreparedNames:
 
     def tensors_for(self, path: str) -> TensorSource:
         spec = self._specs[path]
-        return TensorSource((StoredTensor(path, spec.shape, (_word(spec.dtype),)),), _unchanged)
+        scales_of = None
+        if spec.kind == "scale_inv":
+            data = self._specs[path.removesuffix(_SCALE) + ".data"]
+            scales_of = format_of(data.dtype, data.shape, spec.dtype, spec.shape)
+        tensor = StoredTensor(path, spec.shape, (_word(spec.dtype),))
+        return TensorSource((tensor,), _unchanged, scales_of=scales_of)
 
     def expert_tensor(self, layer: int, expert: int, which: Matrix) -> str:
         return f"{experts_path(layer)}.{expert}.{which}"

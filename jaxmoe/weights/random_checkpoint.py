@@ -78,9 +78,9 @@ def stored_tensors(config: ModelConfig, models: ModelRegistry) -> Iterator[Inven
                 yield _invent(scale, "scale_inv", config, weight, form)
         for expert in range(layout.num_experts):
             tensors = expert_tensors(layout, names, layer, expert)
-            for which, (weight, scale) in tensors.items():
+            for which, (weight, scales) in tensors.items():
                 yield _invent(weight, "matrix", config, weight, form)
-                if scale is not None:
+                for scale in scales:
                     yield _invent(scale, "scale_inv", config, weight, form)
                 others = form.others(names.expert_tensor(layer, expert, which))
                 yield from _sizes(others, weight)
@@ -90,12 +90,14 @@ def _sizes(names: tuple[str, ...], weight: StoredTensor) -> Iterator[InventedTen
     """What says the shape of a weight that is stored in words; other packed ones have no such."""
     if weight.dtypes[0] != "I32":
         return
-    n, k = weight.shape[0], _inputs(weight)
+    n, k = weight.shape[0], _inputs(weight, None)
     for name in names:
         yield InventedTensor(name, "I32", (2,), "matrix", k, value=(n, k))
 
 
-def _inputs(weight: StoredTensor) -> int:
+def _inputs(weight: StoredTensor, form: StoredForm | None) -> int:
+    if form is not None and form.is_repacked:
+        return form.inputs_of(weight.shape)
     packed = {"I32": 8, "U8": 2, "I8": 2}.get(weight.dtypes[0], 1)
     # Four axes: inputs in groups.
     inputs = weight.shape[2:] if len(weight.shape) == 4 else weight.shape[-1:]
@@ -115,7 +117,7 @@ def _invent(
     small = ("norm", "norm_offset", "bias", "conv")
     if kind in small and config.weight_dtype == "bfloat16" and "BF16" in tensor.dtypes:
         dtype = "BF16"
-    fan_in = _inputs(weight)
+    fan_in = _inputs(weight, form)
     return InventedTensor(
         tensor.name, dtype, tensor.shape, kind, fan_in, form.format if form else None
     )

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from jaxmoe.quant.formats import FORMATS, WeightFormat, format_of
+from jaxmoe.quant.formats import FORMATS, LARGEST_ZERO, WeightFormat, format_of
 from jaxmoe.weights.param_spec import ParamKind, ParamSpec
 
 _BLOCK = 4_194_301  # values; prime, so that no row length divides it and rows differ
@@ -22,7 +22,16 @@ _FP8_STD = 16.0  # E4M3 reaches 448: 28 standard deviations, and small values ke
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 # Root mean square of what random codes of a format stand for: FP8 codes are drawn from a normal
 # distribution, those of 4 bits all alike.
-_CODE_RMS = {"fp8": _FP8_STD, "mxfp8": _FP8_STD, "int4": 4.64, "mxfp4": 2.93}
+_CODE_RMS = {
+    "fp8": _FP8_STD,
+    "mxfp8": _FP8_STD,
+    "int4": 4.64,
+    "uint4": 4.64,
+    "mxfp4": 2.93,
+    "nvfp4": 2.93,
+}
+_MIDDLE_ZERO = LARGEST_ZERO // 2
+_SEVENS = 0x77777777  # eight stored zero points, the middle one or next to it
 _BYTES = np.dtype(np.uint8)
 
 
@@ -53,9 +62,26 @@ class RandomValues:
         fan_in: int,
         dtype: np.dtype,
     ) -> np.ndarray:
-        """Scales that bring `fill_weights`' codes to the wanted size; bytes are e8m0."""
+        """Scales that bring `fill_weights`' codes to the wanted size, in the dtype they are held
+        or stored in; what goes with them there (zero points, factors of all) too.
+        """
+        if dtype == np.int32:
+            return np.full(shape, _SEVENS, dtype)
+        is_factor = weight_format == "nvfp4" and dtype == np.float32
+        if is_factor:
+            return np.ones(shape, dtype)
         rms = _CODE_RMS[weight_format.partition("_")[0]]
         scales = self._generator(name).uniform(0.8, 1.2, shape) * (fan_in**-0.5 / rms)
+        if dtype == np.uint32:
+            return scales.astype(np.float16).astype(np.float32).view(np.uint32) | _MIDDLE_ZERO
+        if weight_format == "nvfp4":
+            codes = scales.astype(_FP8)
+            if dtype == _FP8:
+                return codes
+            codes = codes.view(np.uint8)
+            ones = np.ones((*shape[:-1], 1), np.float32).view(np.uint8)
+            codes[..., -ones.shape[-1] :] = ones
+            return codes
         if FORMATS[weight_format].scale_dtype == "uint8":
             return (np.rint(np.log2(scales)) + 127).astype(np.uint8).view(dtype)
         return scales.astype(np.float32).astype(dtype)

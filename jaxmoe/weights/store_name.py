@@ -24,5 +24,5 @@ def store_name(checkpoint: Checkpoint, table: TensorTable) -> StoreName:
     for plan in table.matrices:
         scale = plan.scale and (plan.scale.file.name, plan.scale.offset)
         place = plan.moe_layer_idx, plan.expert, plan.which, plan.weight.file.name
-        digest.update(f"{place} {plan.weight.offset} {scale}".encode())
+        digest.update(f"{place} {plan.weight.offset} {scale} {plan.form}".encode())
     return StoreName.of(digest.digest())

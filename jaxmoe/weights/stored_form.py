@@ -84,6 +84,19 @@ class StoredForm:
     def weight_name(self, name: str) -> str:
         return name if self.weight == _PLAIN else _base(name) + self.weight
 
+    @property
+    def is_repacked(self) -> bool:
+        """Whether values are held in another order than they are stored in."""
+        return False
+
+    def inputs_of(self, shape: tuple[int, ...]) -> int:
+        """K of a repacked weight that is stored in this shape."""
+        raise NotImplementedError(self)
+
+    def scale_tensors(self, name: str, held: tuple[int, ...]) -> tuple[StoredTensor, ...]:
+        """The tensors that scales held in the shape `held` are made of; the first has scales."""
+        return (self.scale_tensor(name, held),)
+
     def others(self, name: str) -> tuple[str, ...]:
         """The tensors that go with the weight and are not read."""
         return tuple(_base(name) + suffix for suffix in self.beside)
@@ -92,8 +105,12 @@ class StoredForm:
         """The values as they are held: the same bytes, a view."""
         return stored.view(np.dtype(jnp.dtype(FORMATS[self.format].data_dtype)))
 
-    def hold_scale(self, stored: np.ndarray) -> np.ndarray:
-        """The scales as they are held, in the format's dtype."""
+    def hold_scale(self, stored: np.ndarray, *beside: np.ndarray) -> np.ndarray:
+        """The scales as they are held, in the format's dtype; of `scale_tensors`, in order.
+
+        Raises: CheckpointError where they say what the format does not hold.
+        """
+        assert not beside, self
         if self.flat_scale:
             stored = stored[..., None]
         return widen_scale(self.format, stored)

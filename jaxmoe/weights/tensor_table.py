@@ -53,7 +53,8 @@ class MatrixPlan:
 
     weight, scale: the expert's own tensors, or its parts of those of all experts, stored in `form`.
     shape: `[N, K]` of the linear map. cut, cut_scale: what makes the matrix, as it is held, of its
-    part and the scales of theirs; None where they are stored as they are used.
+    part and the scales of theirs; None where they are stored as they are used. beside: what else
+    its scales are made of.
     """
 
     moe_layer_idx: int
@@ -65,6 +66,18 @@ class MatrixPlan:
     shape: tuple[int, int]
     cut: Callable[[np.ndarray], np.ndarray] | None = None
     cut_scale: Callable[[np.ndarray], np.ndarray] | None = None
+    beside: tuple[TensorInfo, ...] = ()
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the matrix is not held as its bytes lie in the file."""
+        return self.cut is not None or self.form.is_repacked
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the tensors that its scales are made of."""
+        stored = self.beside if self.scale is None else (self.scale, *self.beside)
+        return sum(info.nbytes for info in stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +92,7 @@ class TensorTable:
         """Bytes a load reads; a tensor that two leaves are cut from counts twice."""
         leaves = sum(info.nbytes for leaf in self.leaves for info in leaf.infos)
         weights = sum(plan.weight.nbytes for plan in self.matrices)
-        return leaves + weights + sum(p.scale.nbytes for p in self.matrices if p.scale)
+        return leaves + weights + sum(plan.scale_bytes for plan in self.matrices)
 
 
 def expert_layouts(config: ModelConfig, formats: Formats) -> tuple[ExpertLayout, ...]:
@@ -103,9 +116,11 @@ def expert_layouts(config: ModelConfig, formats: Formats) -> tuple[ExpertLayout,
 
 def expert_tensors(
     layout: ExpertLayout, names: NameMap, layer: int, expert: int
-) -> dict[Matrix, tuple[StoredTensor, StoredTensor | None]]:
-    """The weights of one expert, and their scales, as a checkpoint must hold them."""
-    wanted: dict[Matrix, tuple[StoredTensor, StoredTensor | None]] = {}
+) -> dict[Matrix, tuple[StoredTensor, tuple[StoredTensor, ...]]]:
+    """The weights of one expert, and what their scales are made of, as a checkpoint must hold
+    them.
+    """
+    wanted: dict[Matrix, tuple[StoredTensor, tuple[StoredTensor, ...]]] = {}
     form = names.expert_form(layer)
     for which in MATRICES:
         if names.packed_experts(layer, which) is not None:
@@ -113,7 +128,7 @@ def expert_tensors(
         name = names.expert_tensor(layer, expert, which)
         weight = form.weight_tensor(name, data_shape(form.format, *layout.shape(which)))
         scales = scale_shape(form.format, *layout.shape(which))
-        wanted[which] = weight, None if scales is None else form.scale_tensor(name, scales)
+        wanted[which] = weight, () if scales is None else form.scale_tensors(name, scales)
     return wanted
 
 
@@ -200,6 +215,7 @@ def build_table(
             weight: TensorInfo,
             scale: TensorInfo | None,
             packed: PackedExperts | None = None,
+            beside: tuple[TensorInfo, ...] = (),
             *,
             idx: int = moe_layer_idx,
             form: StoredForm = form,
@@ -208,7 +224,9 @@ def build_table(
             cut = packed.cut if packed else None
             cut_scale = packed.scale.cut if packed and packed.scale else None
             shape = layout.shape(which)
-            return MatrixPlan(idx, expert, which, weight, scale, form, shape, cut, cut_scale)
+            return MatrixPlan(
+                idx, expert, which, weight, scale, form, shape, cut, cut_scale, beside
+            )
 
         for which, (packed, stored, stored_scale) in packed_tensors(layout, names, layer).items():
             info = finder.find(stored)
@@ -230,15 +248,15 @@ def build_table(
                     part = _rows(part, packed.first_row, layout.shape(which)[0])
                     matrices.append(plan(expert, which, part, scale))
         for expert in range(layout.num_experts):
-            for which, (weight, stored_scale) in expert_tensors(
+            for which, (weight, stored_scales) in expert_tensors(
                 layout, names, layer, expert
             ).items():
                 info = finder.find(weight)
-                scale_info = None
-                if stored_scale is not None:
-                    scale_info = finder.find(stored_scale, scale_of=weight.name)
+                found = [finder.find(stored, scale_of=weight.name) for stored in stored_scales]
+                scale_info, *beside = found or [None]
                 if info is not None:
-                    matrices.append(plan(expert, which, info, scale_info))
+                    there = tuple(b for b in beside if b is not None)
+                    matrices.append(plan(expert, which, info, scale_info, beside=there))
                 finder.expect(form.others(names.expert_tensor(layer, expert, which)))
     ignored = finder.check_rest(names)
     finder.refuse()

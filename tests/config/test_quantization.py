@@ -74,10 +74,32 @@ def test_targets_may_be_patterns():
         ("minimax_m2_mxfp8", {}, "mxfp8"),
         ("gpt_oss_mxfp4", {}, "mxfp4"),
         ("deepseek_v31_fp8", {}, "fp8_block"),
+        ("qwen3_moe_awq", {}, "uint4_g128"),
+        ("qwen3_moe_awq", {"group_size": 64}, "uint4_g32"),
+        ("qwen3_moe_gptq", {}, "uint4_g32"),
+        ("qwen3_moe_gptq", {"group_size": 128, "sym": False}, "uint4_g128"),
+        ("qwen3_moe_nvfp4", {}, "nvfp4"),
+        ("deepseek_v3_nvfp4", {}, "nvfp4"),
     ],
 )
 def test_schemes(case: str, changes: dict[str, Any], wanted: str):
     assert quant_of(case, **changes).format == wanted
+
+
+def test_what_awq_gptq_and_modelopt_keep():
+    for case, kept in (
+        (
+            "qwen3_moe_awq",
+            ("lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate"),
+        ),
+        ("qwen3_moe_gptq", ("lm_head", "model.layers.1.mlp.gate")),
+        ("deepseek_v3_nvfp4", ("lm_head", "model.layers.0.self_attn.o_proj")),
+    ):
+        quant = quant_of(case)
+        assert not any(quant.converts(module) for module in kept), case
+        assert quant.converts("model.layers.1.mlp.experts.3.gate_proj"), case
+    assert not quant_of("qwen3_moe_gptq").zeros_as_they_are
+    assert quant_of("qwen3_moe_gptq", checkpoint_format="gptq_v2").zeros_as_they_are
 
 
 def activations(**changes: Any) -> dict[str, Any]:
@@ -92,14 +114,14 @@ REFUSED = [
     ("kimi_k2_int4", group("kimi_k2_int4", group_size=64), ["int 4 group 64", "32 or 128"]),
     ("kimi_k2_int4", group("kimi_k2_int4", num_bits=8), ["int 8 group 32"]),
     ("kimi_k2_int4", group("kimi_k2_int4", type=None), ["lacks 'type'"]),
-    ("kimi_k2_int4", group("kimi_k2_int4", strategy="tensor_group"), ["strategy", "tensor_group"]),
+    ("kimi_k2_int4", group("kimi_k2_int4", strategy="tensor_group"), ["int 4 tensor_group 32"]),
     ("glm4_moe_fp8", group("glm4_moe_fp8", strategy="tensor"), ["strategy", "'tensor'"]),
     ("glm4_moe_fp8", group("glm4_moe_fp8", strategy="block"), ["block_structure", "128"]),
     ("glm4_moe_fp8", activations(dynamic=False), ["input_activations", "fixed scales"]),
     ("glm4_moe_fp8", activations(dynamic="local"), ["input_activations", "fixed scales"]),
     ("glm4_moe_fp8", {"kv_cache_scheme": {"num_bits": 8}}, ["kv_cache_scheme"]),
     ("glm4_moe_fp8", {"sparsity_config": {"format": "dense"}}, ["sparsity_config"]),
-    ("glm4_moe_fp8", {"format": "nvfp4-pack-quantized"}, ["format", "nvfp4-pack-quantized"]),
+    ("glm4_moe_fp8", {"format": "int-quantized"}, ["format", "int-quantized"]),
     ("glm4_moe_fp8", {"ignore": ["re:("]}, ["ignore", "regular expression"]),
     ("glm4_moe_fp8", {"config_groups": {}}, ["config_groups", "one group"]),
     ("glm4_moe_fp8", {"config_groups": {"a": {}, "b": {}}}, ["config_groups", "one group"]),
@@ -107,9 +129,17 @@ REFUSED = [
     ("minimax_m2_mxfp8", {"weight_block_size": [128, 128]}, ["weight_block_size", "[1, 32]"]),
     ("minimax_m2_mxfp8", {"activation_scheme": "static"}, ["activation_scheme", "static"]),
     ("deepseek_v31_fp8", {"scale_fmt": "e5m3"}, ["scale_fmt", "e5m3"]),
-    ("deepseek_v31_fp8", {"quant_method": "awq", "bits": 4}, ["awq", "compressed-tensors"]),
-    ("deepseek_v31_fp8", {"quant_method": "gptq", "desc_act": True}, ["gptq"]),
-    ("deepseek_v31_fp8", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, ["modelopt"]),
+    ("deepseek_v31_fp8", {"quant_method": "hqq", "bits": 4}, ["hqq", "compressed-tensors"]),
+    ("qwen3_moe_awq", {"bits": 8}, ["bits", "8"]),
+    ("qwen3_moe_awq", {"version": "gemv"}, ["version", "gemv"]),
+    ("qwen3_moe_awq", {"group_size": 16}, ["group_size", "16", "multiple of 32"]),
+    ("qwen3_moe_awq", {"group_size": -1}, ["group_size", "-1"]),
+    ("qwen3_moe_gptq", {"desc_act": True}, ["desc_act", "True"]),
+    ("qwen3_moe_gptq", {"checkpoint_format": "marlin"}, ["checkpoint_format", "marlin"]),
+    ("qwen3_moe_gptq", {"dynamic": {"+:.*down_proj": {"bits": 8}}}, ["dynamic", "down_proj"]),
+    ("qwen3_moe_gptq", {"dynamic": {"-:(": {}}}, ["dynamic", "regular expression"]),
+    ("deepseek_v3_nvfp4", {"quant_algo": "FP8"}, ["quant_algo", "FP8"]),
+    ("deepseek_v3_nvfp4", {"kv_cache_scheme": {"num_bits": 8}}, ["kv_cache_scheme"]),
 ]
 
 
@@ -122,6 +152,19 @@ def test_refused_by_name(case: str, changes: dict[str, Any], mentions: list[str]
 
 
 ODD = (None, True, 0, 1.5, 10**30, "x", [], [1], {}, {"a": 1}, [[]])
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe_awq", "qwen3_moe_gptq", "deepseek_v3_nvfp4"])
+def test_odd_values_of_other_methods_are_refused_or_harmless(case: str):
+    whole = tiny_models.hf_config(case)["quantization_config"]
+    refused = 0
+    for key in whole:
+        for value in ODD:
+            try:
+                quant_of(case, **{key: value})
+            except ConfigError:
+                refused += 1
+    assert refused > len(ODD)
 
 
 @pytest.mark.parametrize("case", ["glm4_moe_fp8", "kimi_k2_int4"])

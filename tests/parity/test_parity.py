@@ -56,15 +56,19 @@ ALIKE = (
 # Other formats of the models above, one case a format or spelling of it.
 OTHER_FORMATS = (
     *("glm4_moe_fp8", "kimi_k2_int4", "gpt_oss_mxfp4", "deepseek_v31_fp8", "qwen3_moe_mxfp4"),
-    *("qwen3_moe_int4", "minimax_m2_mxfp8"),
+    *("qwen3_moe_int4", "minimax_m2_mxfp8", "qwen3_moe_awq", "qwen3_moe_gptq"),
+    *("qwen3_moe_nvfp4", "deepseek_v3_nvfp4"),
 )
+# Formats of other cases in other models, whose modules and kernels those run: for the slow run.
+COMBINED = ("kimi_k25_int4", "deepseek_v2_fp8", "glm_moe_dsa_fp8")
 
 
 def float32_runs() -> list[Any]:
     on_kernels = (*ALIKE, *OTHER_FORMATS, "deepseek_v32_sparse")  # mutations run on the reference
 
     def is_slow(case: str, backend: str) -> bool:
-        return case == "minimax_m2" or (backend == "reference" and case in on_kernels)
+        on_reference = backend == "reference" and case in on_kernels
+        return case == "minimax_m2" or case in COMBINED or on_reference
 
     return runs(is_slow)
 
@@ -105,7 +109,10 @@ def test_float32(case: str, backend: str, folder: Path):
 def bfloat16_runs() -> list[Any]:
     """On the reference, which is slow, one of each kind of model."""
     ordinary = ("deepseek_v2", "deepseek_v3_fp8", "qwen3_moe_fp8")
-    like_float32 = ("deepseek_v31_fp8", "qwen3_moe_int4", "qwen3_moe_mxfp4")
+    like_float32 = (
+        *("deepseek_v31_fp8", "qwen3_moe_int4", "qwen3_moe_mxfp4", "qwen3_moe_gptq"),
+        *("deepseek_v3_nvfp4", *COMBINED),
+    )
 
     def is_slow(case: str, backend: str) -> bool:
         if backend == "reference":

@@ -192,6 +192,25 @@ FORMAT_MUTATIONS = {
         "minimax_m2_mxfp8",
         change(".weight_scale_inv", shift_groups),
     ),
+    "AWQ's zero points one off": (
+        "qwen3_moe_awq",
+        change(".qzeros", lambda z: z ^ np.int32(0x11111111)),
+    ),
+    "AWQ's outputs as they lie": ("qwen3_moe_awq", change(".qweight", swap_nibbles)),
+    "GPTQ's zero points as stored": (
+        "qwen3_moe_gptq",
+        change(".qzeros", lambda z: z - np.int32(0x11111111)),
+    ),
+    "GPTQ's scales of the next group": ("qwen3_moe_gptq", change(".scales", shift_rows)),
+    "NVFP4's scales of the next group": ("qwen3_moe_nvfp4", change(".weight_scale", shift_groups)),
+    "NVFP4's factor the other way round": (
+        "qwen3_moe_nvfp4",
+        change(".weight_global_scale", lambda g: 1 / g),
+    ),
+    "ModelOpt's factor left out": (
+        "deepseek_v3_nvfp4",
+        change(".weight_scale_2", lambda g: g * 0 + np.float32(1 / 256)),
+    ),
     "scales of the next row": ("glm4_moe_fp8", change(".weight_scale", shift_rows)),
     "e8m0 scales of the next block": (
         "deepseek_v31_fp8",
@@ -199,7 +218,7 @@ FORMAT_MUTATIONS = {
     ),
 }
 # For the slow run: of cases whose reading is held to the bytes in other tests too.
-SLOW_FORMATS = ("qwen3_moe_int4", "deepseek_v31_fp8")
+SLOW_FORMATS = ("qwen3_moe_int4", "deepseek_v31_fp8", "qwen3_moe_nvfp4", "deepseek_v3_nvfp4")
 FORMAT_CASES = list(dict.fromkeys(case for case, _ in FORMAT_MUTATIONS.values()))
 
 

@@ -18,6 +18,9 @@ from jaxmoe.quant.formats import FORMATS, check_columns, data_shape, format_of, 
         ("int4_g128", (200, 192), (200, 3)),
         ("mxfp4", (200, 192), (200, 12)),
         ("mxfp8", (200, 384), (200, 12)),
+        ("uint4_g32", (200, 192), (200, 12)),
+        ("uint4_g128", (200, 192), (200, 3)),
+        ("nvfp4", (200, 192), (200, 24 + 4)),
     ],
 )
 def test_shapes_and_the_format_they_say(word, data, scale):
@@ -37,7 +40,7 @@ def test_partial_blocks_and_whole_groups():
     assert scale_shape("fp8_block", 129, 1) == (2, 1)
     assert scale_shape("fp8_channel", 129, 1) == (129, 1)
     check_columns("fp8_block", 1)
-    for word in ("int4_g32", "int4_g128", "mxfp4", "mxfp8"):
+    for word in ("int4_g32", "int4_g128", "mxfp4", "mxfp8", "uint4_g32", "uint4_g128"):
         for call in (check_columns, lambda w, k: data_shape(w, 8, k)):
             with pytest.raises(ValueError, match=f"{word} wants rows of a multiple of .* given 48"):
                 call(word, 48)

@@ -36,7 +36,14 @@ def random_weight(rng: np.random.Generator, weight_format: str, *shape: int) -> 
     wanted = formats.scale_shape(word, n, k)
     if wanted is None:
         return Weight(jnp.array(data))
-    if info.scale_dtype == "uint8":
+    if info.scale_dtype == "uint32":
+        words = rng.uniform(0.1, 0.5, (*lead, *wanted)).astype(np.float16).astype(np.float32)
+        scale = words.view(np.uint32) | rng.integers(0, 17, words.shape, np.uint32)
+    elif info.tail_cols:
+        codes = rng.integers(40, 72, (*lead, n, k // 16), np.uint8)  # 0.25 to 3.75
+        factors = rng.uniform(0.1, 0.5, (*lead, n, 1)).astype(np.float32).view(np.uint8)
+        scale = np.concatenate([codes, factors], axis=-1)
+    elif info.scale_dtype == "uint8":
         scale = rng.integers(125, 129, (*lead, *wanted)).astype(np.uint8)
     else:
         scale = rng.uniform(0.5, 2.0, (*lead, *wanted)).astype(jnp.dtype(info.scale_dtype))

@@ -29,6 +29,9 @@ WORDS = {
     "int4_g128": "INT4 in groups of 128",
     "mxfp4": "MXFP4",
     "mxfp8": "MXFP8",
+    "uint4_g32": "GPTQ",
+    "uint4_g128": "AWQ",
+    "nvfp4": "NVFP4",
 }
 FIGURES = ("float32_error", "bfloat16_kl", "transformers_kl")
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from support import tiny_quant
-from support.tiny_quant import BF16, E8M0, F32, FP8
+from support.tiny_quant import BF16, E8M0, F16, F32, FP8
 
 CONFIG_DIR = Path(__file__).parents[2] / "configs" / "tiny"
 # Every case, and what the README calls it.
@@ -55,6 +55,13 @@ TITLES = {
     "qwen3_moe_mxfp4": "Qwen3-MoE-like, MXFP4",
     "qwen3_moe_int4": "Qwen3-MoE-like, INT4 in groups of 128",
     "minimax_m2_mxfp8": "MiniMax-M2-like, MXFP8",
+    "qwen3_moe_awq": "Qwen3-MoE-like, AWQ",
+    "qwen3_moe_gptq": "Qwen3-MoE-like, GPTQ in groups of 64",
+    "qwen3_moe_nvfp4": "Qwen3-MoE-like, NVFP4",
+    "deepseek_v3_nvfp4": "DeepSeek-V3-like, NVFP4 (ModelOpt)",
+    "kimi_k25_int4": "Kimi-K2.5-like, INT4",
+    "deepseek_v2_fp8": "DeepSeek-V2-like, FP8",
+    "glm_moe_dsa_fp8": "GLM-5-like, FP8",
     "deepseek_v32_sparse": "DeepSeek-V3.2-like, FP8, contexts beyond index_topk",
     "glm_moe_dsa_sparse": "GLM-5-like, BF16, contexts beyond index_topk",
     "glm_moe_dsa_shared": "GLM-5.2-like, BF16, contexts beyond index_topk",
@@ -66,12 +73,17 @@ FORMATS = {
         (
             *("deepseek_v3_fp8", "kimi_k2_fp8", "qwen3_moe_fp8", "minimax_m2_fp8"),
             *("deepseek_v32_fp8", "deepseek_v31_fp8", "qwen3_next_fp8", "qwen3_5_moe_fp8"),
-            "deepseek_v32_sparse",
+            *("deepseek_v32_sparse", "deepseek_v2_fp8", "glm_moe_dsa_fp8"),
         ),
         "fp8_block",
     ),
     "glm4_moe_fp8": "fp8_channel",
     "kimi_k2_int4": "int4_g32",
+    "kimi_k25_int4": "int4_g32",
+    "qwen3_moe_awq": "uint4_g128",
+    "qwen3_moe_gptq": "uint4_g32",
+    "qwen3_moe_nvfp4": "nvfp4",
+    "deepseek_v3_nvfp4": "nvfp4",
     "qwen3_moe_int4": "int4_g128",
     "gpt_oss_mxfp4": "mxfp4",
     "qwen3_moe_mxfp4": "mxfp4",
@@ -90,6 +102,7 @@ DTYPE_NAMES = {
     BF16: "BF16",
     FP8: "F8_E4M3",
     F32: "F32",
+    F16: "F16",
     E8M0: "F8_E8M0",
     np.dtype(np.int32): "I32",
     np.dtype(np.uint8): "U8",
@@ -207,7 +220,7 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
             b.tensors[name] = np.ones(32, np.float32)
     b.norm("model.norm", hidden)
     b.matrix("lm_head", vocab, hidden, 2.0, plain=True)
-    if case == "kimi_k25":  # the text model of a larger one
+    if case.startswith("kimi_k25"):  # the text model of a larger one
         b.tensors = {f"language_model.{name}": array for name, array in b.tensors.items()}
         b.matrix("vision_tower.encoder.blocks.0.wqkv", 192, 64)
         b.matrix("mm_projector.linear_1", 64, 64)

@@ -18,6 +18,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 F32 = np.dtype(np.float32)
+F16 = np.dtype(np.float16)
 _BLOCK = 128
 _FP8_MAX = 448.0
 _FP4 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
@@ -103,6 +104,105 @@ def _mxfp8(w: np.ndarray) -> Tensors:
     return {".weight": data, ".weight_scale_inv": exponents}
 
 
+def _words(codes: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
+    """Codes `[..., 8 W]` to int32 `[..., W]`: bits 4i hold the one at place order[i] of eight."""
+    eights = codes.astype(np.uint32).reshape(*codes.shape[:-1], -1, 8)
+    packed = np.zeros(eights.shape[:-1], np.uint32)
+    for i, place in enumerate(order):
+        packed |= eights[..., place] << np.uint32(4 * i)
+    return packed.view(np.int32)
+
+
+def _from_words(words: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
+    eights = np.empty((*words.shape, 8), np.uint8)
+    for i, place in enumerate(order):
+        eights[..., place] = words.view(np.uint32) >> np.uint32(4 * i) & np.uint32(15)
+    return eights.reshape(*words.shape[:-1], -1)
+
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def uint4_codes(
+    w: np.ndarray, group: int, *, symmetric: bool, least_zero: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes `[N, K]`, zero points and float16 scales `[N, K/group]`: (code - zero) * scale."""
+    n, k = w.shape
+    groups = w.reshape(n, k // group, group)
+    if symmetric:
+        scale = (np.abs(groups).max(axis=-1) / 7.5).astype(F16)
+        zero = np.full(scale.shape, 8, np.int64)
+    else:
+        low, high = np.minimum(groups.min(axis=-1), 0), np.maximum(groups.max(axis=-1), 0)
+        scale = ((high - low) / 15).astype(F16)
+        zero = np.rint(-low / scale.astype(np.float32)).astype(np.int64)
+        zero = np.clip(zero, least_zero, 15 + least_zero)
+    codes = np.rint(groups / scale.astype(np.float32)[..., None]) + zero[..., None]
+    return np.clip(codes, 0, 15).astype(np.uint8).reshape(n, k), zero, scale
+
+
+def awq(group: int) -> Callable[[np.ndarray], Tensors]:
+    """Inputs first, outputs packed."""
+
+    def make(w: np.ndarray) -> Tensors:
+        codes, zero, scale = uint4_codes(w, group, symmetric=False)
+        return {
+            ".qweight": _words(np.ascontiguousarray(codes.T), _AWQ_ORDER),
+            ".qzeros": _words(np.ascontiguousarray(zero.T), _AWQ_ORDER),
+            ".scales": np.ascontiguousarray(scale.T),
+        }
+
+    return make
+
+
+def gptq(group: int, *, symmetric: bool, v2: bool = False) -> Callable[[np.ndarray], Tensors]:
+    """Inputs packed, outputs last; zero points are stored less one, but in the second version."""
+
+    def make(w: np.ndarray) -> Tensors:
+        less = 0 if v2 else 1
+        codes, zero, scale = uint4_codes(w, group, symmetric=symmetric, least_zero=less)
+        return {
+            ".qweight": np.ascontiguousarray(_words(codes).T),
+            ".qzeros": _words(np.ascontiguousarray(zero.T) - less),
+            ".scales": np.ascontiguousarray(scale.T),
+            ".g_idx": (np.arange(w.shape[1]) // group).astype(np.int32),
+        }
+
+    return make
+
+
+def _nvfp4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes `[N, K/2]`, E4M3 scales `[N, K/16]` and the factor that both are multiplied by."""
+    n, k = w.shape
+    groups = w.reshape(n, k // 16, 16)
+    factor = np.float32(np.abs(w).max() / (6 * _FP8_MAX))
+    scale = (np.abs(groups).max(axis=-1) / 6 / factor).astype(FP8)
+    wide = scale.astype(np.float32) * factor
+    codes = _fp4_codes(groups / wide[..., None]).reshape(n, k)
+    return codes[:, 0::2] | (codes[:, 1::2] << 4), scale, factor
+
+
+def nvfp4_packed(w: np.ndarray) -> Tensors:
+    """compressed-tensors: what both are divided by is stored."""
+    data, scale, factor = _nvfp4(w)
+    return {
+        ".weight_packed": data,
+        ".weight_scale": scale,
+        ".weight_global_scale": np.array([1 / factor], np.float32),
+        ".input_global_scale": np.array([64.0], np.float32),
+    }
+
+
+def nvfp4_modelopt(w: np.ndarray) -> Tensors:
+    data, scale, factor = _nvfp4(w)
+    return {
+        ".weight": data,
+        ".weight_scale": scale,
+        ".weight_scale_2": np.array(factor, np.float32),
+        ".input_scale": np.array(1 / 64, np.float32),
+    }
+
+
 def _fp8(scale_dtype: np.dtype) -> Callable[[np.ndarray], Tensors]:
     def make(w: np.ndarray) -> Tensors:
         data, scale = fp8_block(w, scale_dtype)
@@ -129,6 +229,21 @@ class Scheme:
             self._make = _mxfp8
         elif method == "mxfp4":
             self.is_mxfp4_experts = True
+        elif method == "awq":
+            entries = quant["modules_to_not_convert"]
+            parts = (re.escape(entry.removesuffix(".")) for entry in entries)
+            self._ignored = ["lm_head", *(rf"re:(.*\.)?{part}(\..*)?$" for part in parts)]
+            self._make = awq(quant["group_size"])
+        elif method == "gptq":
+            self._ignored = ["lm_head", *("re:" + key[2:] for key in quant["dynamic"])]
+            v2 = quant.get("checkpoint_format") == "gptq_v2"
+            self._make = gptq(quant["group_size"], symmetric=quant["sym"], v2=v2)
+        elif method == "modelopt":
+            self._ignored = ["re:" + entry.replace("*", ".*") + "$" for entry in quant["ignore"]]
+            self._make = nvfp4_modelopt
+        elif quant["format"] == "nvfp4-pack-quantized":
+            self._ignored = quant["ignore"]
+            self._make = nvfp4_packed
         else:
             weights = quant["config_groups"]["group_0"]["weights"]
             self._ignored = quant["ignore"]
@@ -161,10 +276,32 @@ def _two_to_the(exponents: np.ndarray) -> np.ndarray:
     return np.exp2(exponents.astype(np.float32) - 127)
 
 
+def _dequantize_uint4(
+    qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, is_gptq: bool
+) -> np.ndarray:
+    """Float32 `[N, K]` of AWQ's or GPTQ's (first version's) tensors."""
+    if is_gptq:
+        codes = _from_words(np.ascontiguousarray(qweight.T)).T
+        zeros = _from_words(qzeros).astype(np.int64) + 1
+    else:
+        codes, zeros = _from_words(qweight, _AWQ_ORDER), _from_words(qzeros, _AWQ_ORDER)
+    group = len(codes) // len(scales)
+    differences = codes.astype(np.float32) - zeros.astype(np.float32).repeat(group, axis=0)
+    return np.ascontiguousarray((differences * scales.astype(np.float32).repeat(group, axis=0)).T)
+
+
+_BESIDE = (
+    *("_scale_inv", "_scale", "_scales", ".weight_scale_2", ".weight_shape"),
+    *(".qzeros", ".scales", ".g_idx"),
+)
+
+
 def dequantize(stored: Mapping[str, np.ndarray]) -> Tensors:
     """A checkpoint's tensors with all quantized ones as the float32 weights they stand for."""
     plain: Tensors = {}
     for name, array in stored.items():
+        if name.endswith(_BESIDE):
+            continue
         base = re.sub(r"(\.weight(_packed)?|_blocks)$", "", name)
         scale = next(
             (
@@ -174,7 +311,20 @@ def dequantize(stored: Mapping[str, np.ndarray]) -> Tensors:
             ),
             None,
         )
-        if name.endswith("_blocks"):
+        if name.endswith(".qweight"):
+            base = name.removesuffix(".qweight")
+            plain[base + ".weight"] = _dequantize_uint4(
+                array, stored[base + ".qzeros"], stored[base + ".scales"], base + ".g_idx" in stored
+            )
+        elif base + ".weight_global_scale" in stored or base + ".weight_scale_2" in stored:
+            assert scale is not None
+            factor = stored.get(base + ".weight_scale_2")
+            if factor is None:
+                factor = 1 / stored[base + ".weight_global_scale"]
+            values = _fp4_values(_nibbles(array)).reshape(*scale.shape, 16)
+            values = values * scale.astype(np.float32)[..., None] * factor.reshape(1, 1, 1)
+            plain[base + ".weight"] = values.reshape(len(array), -1)
+        elif name.endswith("_blocks"):
             values = _fp4_values(_nibbles(array)) * _two_to_the(stored[base + "_scales"])[..., None]
             rows = values.reshape(*array.shape[:2], -1)
             plain[base] = np.ascontiguousarray(rows.transpose(0, 2, 1))  # inputs first
@@ -198,6 +348,6 @@ def dequantize(stored: Mapping[str, np.ndarray]) -> Tensors:
                 plain[name] = array.astype(np.float32) * scale.astype(np.float32)
             else:
                 plain[name] = dequantize_block(array, scale)
-        elif not name.endswith(("_scale_inv", "_scale", "_scales", ".weight_shape")):
+        else:
             plain[name] = array
     return plain

@@ -24,6 +24,7 @@ from jaxmoe.ffi.reference import ReferenceOps
 from jaxmoe.kernels.device_ops import DeviceOps
 from jaxmoe.kernels.experts import DeviceGroups, ExpertGroup
 from jaxmoe.moe.experts_streamed import StreamedExperts
+from jaxmoe.quant.formats import scale_shape
 from jaxmoe.weights.param_spec import Description
 from jaxmoe.weights.stored_form import Forms, Stored
 from support import tiny_models
@@ -43,7 +44,7 @@ def _stack_experts(tensors: Mapping[str, np.ndarray], names: Any, config: ModelC
                 parts = [packed.cut(part) for part in tensors[packed.tensor]]
                 scales = []
                 if packed.scale is not None:
-                    scales = [packed.scale.cut(part) for part in tensors[packed.scale.tensor]]
+                    scales = [[packed.scale.cut(part)] for part in tensors[packed.scale.tensor]]
             else:
                 wanted = [
                     names.expert_tensor(layer, e, which)
@@ -52,12 +53,21 @@ def _stack_experts(tensors: Mapping[str, np.ndarray], names: Any, config: ModelC
                 parts = [tensors[form.weight_name(name)] for name in wanted]
                 scales = []
                 if form.scale is not None:
-                    scales = [tensors[form.scale_name(name)] for name in wanted]
+                    held = scale_shape(form.format, *_map_shape(config, which))
+                    assert held is not None
+                    scales = [
+                        [tensors[t.name] for t in form.scale_tensors(name, held)] for name in wanted
+                    ]
             data = jnp.asarray(np.stack([form.hold_weight(part) for part in parts]))
-            scale = np.stack([form.hold_scale(part) for part in scales]) if scales else None
+            scale = np.stack([form.hold_scale(*part) for part in scales]) if scales else None
             matrices[which] = Weight(data, None if scale is None else jnp.asarray(scale))
         layers.append(matrices)
     return layers
+
+
+def _map_shape(config: ModelConfig, which: str) -> tuple[int, int]:
+    hidden, width = config.hidden_size, config.moe.expert_intermediate
+    return (hidden, width) if which == "down" else (width, hidden)
 
 
 def stored_formats(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Forms:

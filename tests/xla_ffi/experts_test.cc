@@ -57,6 +57,19 @@ struct Layer {
           } else if (info.scale_type == ScaleType::kBf16) {
             std::memcpy(&scale[2 * i], &half, 2);
             factor[i] = static_cast<double>(bf16_to_float(half));
+          } else if (info.scale_type == ScaleType::kF32Zero) {
+            uint32_t word = static_cast<uint32_t>(half) << 16 | random.below(17);
+            std::memcpy(&scale[4 * i], &word, 4);
+            factor[i] = static_cast<double>(bf16_to_float(half));
+          } else if (info.scale_type == ScaleType::kE4m3) {
+            const int64_t col = static_cast<int64_t>(i) % sk;
+            if (col < sk - info.tail_cols) {
+              scale[i] = static_cast<uint8_t>(40 + random.below(40));  // 0.25 to 7
+              factor[i] = static_cast<double>(fp8_e4m3_to_float(scale[i])) * 0.03125;
+            } else if (col == sk - 1) {
+              const float tail = 0.03125f;
+              std::memcpy(&scale[i - 3], &tail, 4);
+            }
           } else {
             scale[i] = power;
             factor[i] = static_cast<double>(e8m0_to_float(power));
@@ -71,9 +84,11 @@ struct Layer {
           } else if (info.bits == 4) {
             const uint8_t code = static_cast<uint8_t>(random.below(16));
             data[static_cast<size_t>(i / 2)] |= static_cast<uint8_t>(code << i % 2 * 4);
-            value = shape.format == WeightFormat::kMxfp4
-                        ? static_cast<double>(fp4_e2m1_to_float(code))
-                        : code - 8.0;
+            const size_t word = static_cast<size_t>(i / k * sk + i % k / info.group_cols);
+            value = info.scale_type == ScaleType::kF32Zero ? code - (scale[4 * word] & 31)
+                    : info.scale_type == ScaleType::kBf16
+                        ? code - 8.0
+                        : static_cast<double>(fp4_e2m1_to_float(code));
           } else if (shape.format == WeightFormat::kBf16) {
             uint16_t half = float_to_bf16(random.value());
             std::memcpy(&data[static_cast<size_t>(2 * i)], &half, 2);
@@ -236,7 +251,8 @@ const std::vector<Shape> kShapes = {
     {6, 140, 200, WeightFormat::kFp8Block},   {3, 264, 130, WeightFormat::kBf16},
     {3, 140, 200, WeightFormat::kFp8Channel}, {3, 160, 96, WeightFormat::kInt4G32},
     {2, 128, 256, WeightFormat::kInt4G128},   {3, 224, 160, WeightFormat::kMxfp4},
-    {3, 64, 160, WeightFormat::kMxfp8}};
+    {3, 160, 96, WeightFormat::kUint4G32},    {2, 128, 256, WeightFormat::kUint4G128},
+    {2, 144, 208, WeightFormat::kNvfp4},      {3, 64, 160, WeightFormat::kMxfp8}};
 
 }  // namespace
 

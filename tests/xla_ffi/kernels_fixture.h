@@ -3,6 +3,7 @@
 #ifndef JAXMOE_TESTS_KERNELS_FIXTURE_H_
 #define JAXMOE_TESTS_KERNELS_FIXTURE_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,10 +21,11 @@ namespace jaxmoe_test {
 using namespace jaxmoe;
 
 // In the order of the enumeration.
-inline constexpr WeightFormat kFormats[] = {WeightFormat::kF32,      WeightFormat::kBf16,
-                                            WeightFormat::kFp8Block, WeightFormat::kFp8Channel,
-                                            WeightFormat::kInt4G32,  WeightFormat::kInt4G128,
-                                            WeightFormat::kMxfp4,    WeightFormat::kMxfp8};
+inline constexpr WeightFormat kFormats[] = {
+    WeightFormat::kF32,        WeightFormat::kBf16,    WeightFormat::kFp8Block,
+    WeightFormat::kFp8Channel, WeightFormat::kInt4G32, WeightFormat::kInt4G128,
+    WeightFormat::kMxfp4,      WeightFormat::kMxfp8,   WeightFormat::kUint4G32,
+    WeightFormat::kUint4G128,  WeightFormat::kNvfp4};
 inline constexpr Family kFamilies[] = {Family::kVector, Family::kMatrix, Family::kVectorBf16};
 
 inline constexpr isa_tables::Traits kTraits[] = {{.one_stream = false, .fast_bf16_dot = false},
@@ -70,19 +72,49 @@ struct Weights {
         k(k),
         stride(weight_row_bytes(format, k) + pad_bytes),
         bytes((n - 1) * stride + weight_row_bytes(format, k)),
-        scale(scale_rows() * scale_cols() * scale_bytes(info().scale_type)) {
+        scale(scale_rows() * scale_stride() * scale_bytes(info().scale_type)) {
     set_scales(1.0f);
+    for (int64_t row = 0; row < n; ++row) set_factor(row, 1.0f);
+    set_zeros(8);
   }
 
   const FormatInfo& info() const { return format_info(format); }
   int64_t scale_rows() const { return scale_dims(format, n, k).first; }
-  int64_t scale_cols() const { return scale_dims(format, n, k).second; }
+  int64_t scale_stride() const { return scale_dims(format, n, k).second; }
+  int64_t scale_cols() const { return scale_stride() - info().tail_cols; }
   int64_t num_scales() const { return scale_rows() * scale_cols(); }
+
+  // Scale i of those that belong to groups.
+  uint8_t* scale_at(int64_t i) {
+    const int64_t at = i / scale_cols() * scale_stride() + i % scale_cols();
+    return &scale[at * scale_bytes(info().scale_type)];
+  }
+  const uint8_t* scale_at(int64_t i) const { return const_cast<Weights*>(this)->scale_at(i); }
+  bool has_zeros() const { return info().scale_type == ScaleType::kF32Zero; }
+  void set_zero(int64_t i, uint32_t zero) {
+    uint8_t* at = scale_at(i);
+    *at = static_cast<uint8_t>((*at & 0xE0u) | zero);
+  }
+  void set_zeros(uint32_t zero) {
+    for (int64_t i = 0; has_zeros() && i < num_scales(); ++i) set_zero(i, zero);
+  }
+  // Of a row, behind the scales of its groups.
+  void set_factor(int64_t row, float value) {
+    if (info().tail_cols != 0) std::memcpy(&scale[(row + 1) * scale_stride() - 4], &value, 4);
+  }
 
   // As near as the scales' type allows.
   void set_scale(int64_t i, float value) {
     if (info().scale_type == ScaleType::kF32) {
       std::memcpy(&scale[4 * i], &value, 4);
+    } else if (has_zeros()) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      bits = (bits & ~0x1FFFu) | (*scale_at(i) & 31u);
+      std::memcpy(scale_at(i), &bits, 4);
+    } else if (info().scale_type == ScaleType::kE4m3) {
+      const int exponent = std::min(8, std::max(-6, std::ilogb(value)));
+      *scale_at(i) = static_cast<uint8_t>((exponent + 7) << 3);
     } else if (info().scale_type == ScaleType::kBf16) {
       const uint16_t bits = float_to_bf16(value);
       std::memcpy(&scale[2 * i], &bits, 2);
@@ -102,6 +134,19 @@ struct Weights {
       std::memcpy(&value, &scale[4 * i], 4);
       return value;
     }
+    if (has_zeros()) {
+      uint32_t bits;
+      std::memcpy(&bits, scale_at(i), 4);
+      bits &= ~31u;
+      float value;
+      std::memcpy(&value, &bits, 4);
+      return value;
+    }
+    if (info().scale_type == ScaleType::kE4m3) {
+      float factor;
+      std::memcpy(&factor, &scale[(row + 1) * scale_stride() - 4], 4);
+      return fp8_e4m3_to_float(*scale_at(i)) * factor;
+    }
     if (info().scale_type == ScaleType::kBf16) {
       uint16_t bits;
       std::memcpy(&bits, &scale[2 * i], 2);
@@ -114,7 +159,12 @@ struct Weights {
     Random random(seed);
     for (int64_t i = 0; i < num_scales(); ++i) {
       set_scale(i, 0.001f + std::fabs(random.uniform()) * 0.01f);
+      if (has_zeros()) set_zero(i, random.bits() % 17);
+      if (info().scale_type == ScaleType::kE4m3) {
+        *scale_at(i) = static_cast<uint8_t>(random.bits() % 127 | (random.bits() & 128));
+      }
     }
+    for (int64_t row = 0; row < n; ++row) set_factor(row, 0.002f * random.uniform());
     for (int64_t row = 0; row < n; ++row) {
       for (int64_t col = 0; col < k; ++col) {
         if (info().bits <= 8) {
@@ -168,6 +218,12 @@ struct Weights {
       case WeightFormat::kInt4G32:
       case WeightFormat::kInt4G128:
         return static_cast<float>(*at(row, col) >> col % 2 * 4 & 15) - 8.0f;
+      case WeightFormat::kUint4G32:
+      case WeightFormat::kUint4G128: {
+        const int zero = *scale_at(row * scale_cols() + col / info().group_cols) & 31;
+        return static_cast<float>((*at(row, col) >> col % 2 * 4 & 15) - zero);
+      }
+      case WeightFormat::kNvfp4:
       case WeightFormat::kMxfp4:
         return fp4_e2m1_to_float(static_cast<uint8_t>(*at(row, col) >> col % 2 * 4));
     }
@@ -183,7 +239,7 @@ struct Weights {
     w.n = n;
     w.k = k;
     w.row_stride_bytes = stride;
-    w.scale_stride = scale_cols();
+    w.scale_stride = scale_stride();
     w.format = format;
     return w;
   }

@@ -91,6 +91,11 @@ struct EmulatedNibbles : EmulatedBase {
 struct EmulatedInt4 : EmulatedNibbles {
   static float value(const uint8_t* row, int64_t col) { return nibble_value(row, col, int4_bits); }
 };
+struct EmulatedUint4 : EmulatedNibbles {
+  static float value(const uint8_t* row, int64_t col) {
+    return static_cast<float>(row[col / 2] >> col % 2 * 4 & 15);
+  }
+};
 struct EmulatedFp4 : EmulatedNibbles {
   static float value(const uint8_t* row, int64_t col) {
     return nibble_value(row, col, fp4_e2m1_bits);
@@ -105,11 +110,22 @@ uint16_t* place(uint16_t* first, uint16_t* second, int i) {
   return i < 32 ? first + i : second + i - 32;
 }
 
+// Less its group's zero point, where it has one; scales are those of a piece of 64.
+template <class Codes, class Scaling>
+float value_of(const uint8_t* src, const uint8_t* scales, int column) {
+  float value = Codes::value(src, column);
+  if constexpr (Scaling::kZeros) {
+    value -=
+        static_cast<float>(load_zero(scales + column / Scaling::kGroupCols * Scaling::kScaleBytes));
+  }
+  return value;
+}
+
 template <class Codes, class Scaling>
 struct Emulated : Codes, Scaling {
-  static void expand(const uint8_t* src, const uint8_t*, uint16_t* first, uint16_t* second) {
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
     for (int i = 0; i < 64; ++i) {
-      *place(first, second, i) = to_bf16(Codes::value(src, Codes::column(i)));
+      *place(first, second, i) = to_bf16(value_of<Codes, Scaling>(src, scales, Codes::column(i)));
     }
   }
 };
@@ -118,16 +134,19 @@ template <class Codes, class Scaling, int kNumTerms>
 struct EmulatedFolded : Codes, Scaling {
   static constexpr bool kFolded = true;
   static constexpr int kTerms = kNumTerms;
-  static constexpr uint8_t kPadScale = Scaling::kScaleBytes == 1 ? 127 : 0;
+  static constexpr uint8_t kPadScale = Scaling::kScaleBytes == 1 && !Scaling::kRowTail ? 127 : 0;
   static bool fits(const uint8_t* scales) {
+    if (Scaling::kRowTail) return true;
+    if (Scaling::kZeros) return f32_scale_fits(scales) && f32_scale_fits(scales + 4);
     if (Scaling::kScaleBytes == 1) return e8m0_scale_fits(scales[0]) && e8m0_scale_fits(scales[1]);
     return bf16_scale_fits(scales) && bf16_scale_fits(scales + 2);
   }
   static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
     for (int i = 0; i < 64; ++i) {
       const int column = Codes::column(i);
-      const float weight = Codes::value(src, column) *
-                           load_group_scale<Scaling>(scales + column / 32 * Scaling::kScaleBytes);
+      const float weight =
+          value_of<Codes, Scaling>(src, scales, column) *
+          load_group_scale<Scaling>(scales + column / Scaling::kGroupCols * Scaling::kScaleBytes);
       uint16_t* out = place(first, second, i);
       *out = to_bf16(weight);
       if (kTerms == 2) out[kTileWords * 2] = to_bf16(weight - from_bf16(*out));
@@ -153,12 +172,19 @@ const MatmulKernel kEmulated[] = {
                                                                  Isa::kScalar),
     tiles_kernel<Emulated<EmulatedInt4, Int4G128Scaled>>("int4g128 emulated tiles", Isa::kScalar),
     tiles_kernel<EmulatedFolded<EmulatedFp4, MxScaled, 1>>("mxfp4 emulated tiles", Isa::kScalar),
-    tiles_kernel<EmulatedFolded<EmulatedFp8, MxScaled, 1>>("mxfp8 emulated tiles", Isa::kScalar)};
+    tiles_kernel<EmulatedFolded<EmulatedFp8, MxScaled, 1>>("mxfp8 emulated tiles", Isa::kScalar),
+    tiles_kernel<EmulatedFolded<EmulatedUint4, Uint4Scaled<32>, 2>>("uint4g32 emulated tiles",
+                                                                    Isa::kScalar),
+    tiles_kernel<Emulated<EmulatedUint4, Uint4Scaled<128>>>("uint4g128 emulated tiles",
+                                                            Isa::kScalar),
+    tiles_kernel<EmulatedFolded<EmulatedFp4, Nvfp4Scaled, 1>>("nvfp4 emulated tiles",
+                                                              Isa::kScalar)};
 const WeightFormat kEmulatedFormats[] = {WeightFormat::kFp8Block,   WeightFormat::kBf16,
                                          WeightFormat::kFp8Channel, WeightFormat::kInt4G32,
                                          WeightFormat::kInt4G128,   WeightFormat::kMxfp4,
-                                         WeightFormat::kMxfp8};
-constexpr int kNumEmulated = 7;
+                                         WeightFormat::kMxfp8,      WeightFormat::kUint4G32,
+                                         WeightFormat::kUint4G128,  WeightFormat::kNvfp4};
+constexpr int kNumEmulated = 10;
 
 }  // namespace
 }  // namespace jaxmoe

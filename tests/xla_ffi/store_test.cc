@@ -412,9 +412,23 @@ JAXMOE_TEST(scales_and_columns_that_no_format_has_are_errors) {
   status = store->set_scale(0, 0, Matrix::kUp, ScaleType::kE8m0, powers.data(), 160, 1);
   JAXMOE_CHECK(contains(status.message(), "wanted bfloat16 for format int4_g32"), "%s",
                status.message().c_str());
+  auto other =
+      make_store(2, {{1, 32, 32, WeightFormat::kUint4G32}, {1, 32, 32, WeightFormat::kNvfp4}});
+  std::vector<uint32_t> words(32, 0x3F800010);
+  JAXMOE_CHECK(other->set_scale(0, 0, Matrix::kUp, ScaleType::kF32Zero, words.data(), 32, 1).ok());
+  words[9] += 1;
+  status = other->set_scale(0, 0, Matrix::kUp, ScaleType::kF32Zero, words.data(), 32, 1);
+  JAXMOE_CHECK(contains(status.message(), "up is 17 at [9, 0]; wanted 0 to 16"), "%s",
+               status.message().c_str());
+  std::vector<uint8_t> rows(32 * 6, 0xFE);
+  rows[5] = 0xFF;  // of a factor
+  JAXMOE_CHECK(other->set_scale(1, 0, Matrix::kUp, ScaleType::kE4m3, rows.data(), 32, 6).ok());
+  rows[13] = 0xFF;
+  status = other->set_scale(1, 0, Matrix::kUp, ScaleType::kE4m3, rows.data(), 32, 6);
+  JAXMOE_CHECK(contains(status.message(), "up is NaN at [2, 1]"), "%s", status.message().c_str());
   std::shared_ptr<HostStore> none;
   for (WeightFormat format : {WeightFormat::kInt4G32, WeightFormat::kInt4G128, WeightFormat::kMxfp4,
-                              WeightFormat::kMxfp8}) {
+                              WeightFormat::kMxfp8, WeightFormat::kUint4G32}) {
     status = HostStore::create(nodes(1), {{4, 128, 144, format}}, Backing::kArena, &none);
     JAXMOE_CHECK(contains(status.message(), "has rows of 144 weights: wanted a multiple of"), "%s",
                  status.message().c_str());

@@ -26,13 +26,18 @@ Backing backing_from_name(const std::string& name) {
   throw py::value_error("backing is \"" + name + "\"; wanted \"arena\" or \"mmap\"");
 }
 
-// NumPy's name of a type that it knows only where ml_dtypes was imported.
-ScaleType scale_type_of(const py::dtype& dtype) {
+// By NumPy's name, of a type that it knows only where ml_dtypes was imported; bytes are what the
+// layer's format (`wanted`) has bytes for.
+ScaleType scale_type_of(const py::dtype& dtype, ScaleType wanted) {
   const std::string name = py::str(dtype.attr("name"));
   if (name == "float32") return ScaleType::kF32;
   if (name == "bfloat16") return ScaleType::kBf16;
-  if (name == "uint8") return ScaleType::kE8m0;
-  throw py::value_error("scale is " + name + "; wanted float32, bfloat16 or uint8 (e8m0)");
+  if (name == "uint32") return ScaleType::kF32Zero;
+  if (name == "uint8") {
+    return wanted == ScaleType::kE4m3 ? ScaleType::kE4m3 : ScaleType::kE8m0;
+  }
+  throw py::value_error("scale is " + name +
+                        "; wanted float32, bfloat16, uint32 (with zero points) or uint8");
 }
 
 py::dtype dtype_of(ScaleType type) {
@@ -40,7 +45,10 @@ py::dtype dtype_of(ScaleType type) {
     case ScaleType::kBf16:
       return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
     case ScaleType::kE8m0:
+    case ScaleType::kE4m3:
       return py::dtype::of<uint8_t>();
+    case ScaleType::kF32Zero:
+      return py::dtype::of<uint32_t>();
     default:
       return py::dtype::of<float>();
   }
@@ -155,9 +163,10 @@ class StoreBinding {
     if (!(scale.flags() & py::array::c_style)) {
       throw py::value_error("scale is no C-contiguous array: use numpy.ascontiguousarray");
     }
-    throw_value_error(store->set_scale(layer, expert, static_cast<Matrix>(which),
-                                       scale_type_of(scale.dtype()), scale.data(), scale.shape(0),
-                                       scale.shape(1)));
+    const ScaleType type =
+        scale_type_of(scale.dtype(), format_info(store->layer(layer).format).scale_type);
+    throw_value_error(store->set_scale(layer, expert, static_cast<Matrix>(which), type,
+                                       scale.data(), scale.shape(0), scale.shape(1)));
   }
 
   // Of every node: (first row, end row, uint8 [rows, row_bytes]); writable where the store owns the

@@ -42,6 +42,8 @@ std::string type_name(ffi::DataType type) {
       return "float8_e4m3fn";
     case ffi::DataType::U8:
       return "uint8";
+    case ffi::DataType::U32:
+      return "uint32";
     case ffi::DataType::S32:
       return "int32";
     default:
@@ -75,9 +77,10 @@ ffi::DataType data_type(WeightFormat format) {
 }
 
 ffi::DataType data_type(ScaleType type) {
-  return type == ScaleType::kF32    ? ffi::DataType::F32
-         : type == ScaleType::kBf16 ? ffi::DataType::BF16
-                                    : ffi::DataType::U8;
+  return type == ScaleType::kF32       ? ffi::DataType::F32
+         : type == ScaleType::kBf16    ? ffi::DataType::BF16
+         : type == ScaleType::kF32Zero ? ffi::DataType::U32
+                                       : ffi::DataType::U8;
 }
 
 std::optional<Family> family_of(int64_t value) {

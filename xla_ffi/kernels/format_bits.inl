@@ -32,6 +32,11 @@ constexpr uint32_t int4_bits(uint32_t nibble) {
   return __builtin_bit_cast(uint32_t, static_cast<float>(static_cast<int>(nibble) - 8));
 }
 
+// What a word of a scale and a zero point (ScaleType::kF32Zero) says.
+constexpr uint32_t kZeroMask = 31;
+constexpr uint32_t scale_of_word(uint32_t word) { return word & ~kZeroMask; }
+constexpr int zero_of_word(uint32_t word) { return static_cast<int>(word & kZeroMask); }
+
 constexpr uint16_t bf16_round_bits(uint32_t float_bits) {
   if ((float_bits & 0x7FFFFFFFu) > 0x7F800000u) {
     return static_cast<uint16_t>((float_bits >> 16) | 0x40u);  // quiet NaN, payload's top bits kept

@@ -17,6 +17,7 @@ struct FormatInfo {
   ScaleType scale_type;
   int64_t group_rows, group_cols;  // that share a scale; 0 columns: all of a row
   bool whole_groups;               // k must be a multiple of group_cols
+  int tail_cols = 0;               // scales' elements behind a row's own: the bytes of its factor
 
   bool scaled() const { return scale_type != ScaleType::kNone; }
   // Scales that each belong to one row and are many: placed and counted with the rows.
@@ -33,6 +34,9 @@ inline constexpr FormatInfo kFormatInfo[kNumFormats] = {
     {"int4_g128", 4, ScaleType::kBf16, 1, 128, true},
     {"mxfp4", 4, ScaleType::kE8m0, 1, 32, true},
     {"mxfp8", 8, ScaleType::kE8m0, 1, 32, true},
+    {"uint4_g32", 4, ScaleType::kF32Zero, 1, 32, true},
+    {"uint4_g128", 4, ScaleType::kF32Zero, 1, 128, true},
+    {"nvfp4", 4, ScaleType::kE4m3, 1, 16, true, 4},
 };
 
 inline const FormatInfo& format_info(WeightFormat format) {
@@ -44,10 +48,12 @@ inline int64_t scale_bytes(ScaleType type) {
     case ScaleType::kNone:
       return 0;
     case ScaleType::kF32:
+    case ScaleType::kF32Zero:
       return 4;
     case ScaleType::kBf16:
       return 2;
     case ScaleType::kE8m0:
+    case ScaleType::kE4m3:
       return 1;
   }
   return 0;
@@ -63,7 +69,7 @@ inline std::pair<int64_t, int64_t> scale_dims(WeightFormat format, int64_t n, in
   const FormatInfo& info = format_info(format);
   if (!info.scaled()) return {0, 0};
   const int64_t cols = info.group_cols == 0 ? k : info.group_cols;
-  return {(n + info.group_rows - 1) / info.group_rows, (k + cols - 1) / cols};
+  return {(n + info.group_rows - 1) / info.group_rows, (k + cols - 1) / cols + info.tail_cols};
 }
 
 // Whether rows of k weights end at the end of a group.

@@ -32,12 +32,18 @@ enum class WeightFormat : int {
   kInt4G128 = 5,    // the same per 128 columns
   kMxfp4 = 6,       // E2M1 nibbles times 2^(scale - 127) per 32 columns of a row
   kMxfp8 = 7,       // E4M3FN times 2^(scale - 127) per 32 columns of a row
+  kUint4G32 = 8,    // (nibble - zero point) times a scale, both per 32 columns of a row
+  kUint4G128 = 9,   // the same per 128 columns
+  kNvfp4 = 10,      // E2M1 nibbles times an E4M3FN scale per 16 columns and an FP32 one per row
 };
-inline constexpr int kNumFormats = 8;
+inline constexpr int kNumFormats = 11;
 
 // kE8m0: a byte e that stands for 2^(e - 127), e = 0 exact too; 255 (NaN by its definition) is not
 // for stored weights: what a kernel makes of it is infinite or NaN.
-enum class ScaleType : int { kNone = 0, kF32 = 1, kBf16 = 2, kE8m0 = 3 };
+// kF32Zero: a word whose low five bits are the zero point, 0 to 16, and the others an FP32 scale of
+// at most 11 significant bits (FP16's or BF16's).
+// kE4m3: E4M3FN without its NaN, and behind the last of a row the FP32 factor of that row.
+enum class ScaleType : int { kNone = 0, kF32 = 1, kBf16 = 2, kE8m0 = 3, kF32Zero = 4, kE4m3 = 5 };
 
 enum class ActivationType : int { kF32 = 0, kBf16 = 1 };
 

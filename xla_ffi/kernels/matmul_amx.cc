@@ -226,6 +226,84 @@ struct AmxInt4G32 : AmxNibbles<kInt4Table>, Int4G32Scaled {
   }
 };
 
+// Codes and what leads them to kSignedTable, in the order of AmxNibbles.
+struct AmxUint4 : AmxNibbles<kInt4Table> {
+  static short shift(const uint8_t* scale) {
+    return static_cast<short>(kSignedAt - load_zero(scale));
+  }
+  static void decode_signed(const uint8_t* src, __m512i shifts, __m512i& first, __m512i& second) {
+    const __m512i codes =
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+    const __m512i table = _mm512_loadu_si512(kSignedTable.bf16 + kSignedAt);
+    const __m512i mask = _mm512_set1_epi16(15);
+    const __m512i low = _mm512_srlv_epi16(codes, _mm512_load_si512(kWordShifts.first));
+    const __m512i high = _mm512_srlv_epi16(codes, _mm512_load_si512(kWordShifts.second));
+    first = _mm512_permutexvar_epi16(_mm512_add_epi16(_mm512_and_si512(low, mask), shifts), table);
+    second =
+        _mm512_permutexvar_epi16(_mm512_add_epi16(_mm512_and_si512(high, mask), shifts), table);
+  }
+  static float value(const uint8_t* row, int64_t col) {
+    return static_cast<float>(row[col / 2] >> col % 2 * 4 & 15);
+  }
+};
+
+struct AmxUint4G128 : AmxUint4, Uint4Scaled<128> {
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
+    __m512i a, b;
+    decode_signed(src, _mm512_set1_epi16(shift(scales)), a, b);
+    _mm512_store_si512(first, a);
+    _mm512_store_si512(second, b);
+  }
+};
+
+// (nibble - zero point) * scale has up to sixteen bits: two BF16 numbers, as for AmxInt4G32.
+struct AmxUint4G32 : AmxUint4, Uint4Scaled<32> {
+  static constexpr bool kFolded = true;
+  static constexpr int kTerms = 2;
+  static constexpr uint8_t kPadScale = 0;
+  static bool fits(const uint8_t* scales) {
+    return f32_scale_fits(scales) && f32_scale_fits(scales + 4);
+  }
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
+    __m512i a, b;
+    decode_signed(src,
+                  _mm512_mask_blend_epi64(0xCC, _mm512_set1_epi16(shift(scales)),
+                                          _mm512_set1_epi16(shift(scales + 4))),
+                  a, b);
+    const __m512 scale = _mm512_insertf32x8(_mm512_set1_ps(load_f32_of_word(scales)),
+                                            _mm256_set1_ps(load_f32_of_word(scales + 4)), 1);
+    AmxInt4G32::split(a, scale, first);
+    AmxInt4G32::split(b, scale, second);
+  }
+};
+
+// A code has two significant bits and a scale four: their product is a BF16 number.
+struct AmxNvfp4 : AmxNibbles<kFp4Table>, Nvfp4Scaled {
+  static constexpr bool kFolded = true;
+  static constexpr uint8_t kPadScale = 0;
+  static bool fits(const uint8_t*) { return true; }
+  static float value(const uint8_t* row, int64_t col) {
+    return nibble_value(row, col, fp4_e2m1_bits);
+  }
+  static void expand(const uint8_t* src, const uint8_t* scales, uint16_t* first, uint16_t* second) {
+    __m512i a, b;
+    decode(src, a, b);
+    const __m512 low = _mm512_insertf32x8(_mm512_castps256_ps512(pair(scales)), pair(scales + 2),
+                                          1);  // a group to four words
+    _mm512_store_si512(first, multiply(a, low));
+    _mm512_store_si512(second, multiply(b, low));
+  }
+  static __m256 pair(const uint8_t* scales) {
+    return _mm256_set_m128(_mm_set1_ps(load_e4m3(scales + 1)), _mm_set1_ps(load_e4m3(scales)));
+  }
+  static __m512i multiply(__m512i values, __m512 scale) {
+    const __m512 low = AmxInt4G32::widen(_mm512_castsi512_si256(values));
+    const __m512 high = AmxInt4G32::widen(_mm512_extracti64x4_epi64(values, 1));
+    return __builtin_bit_cast(
+        __m512i, _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale)));
+  }
+};
+
 // Copied to tile order rather than loaded in place: rows a multiple of 4 KiB apart would meet in
 // the same few cache sets, and tails need no case of their own.
 struct AmxBf16 : AmxBase, Unscaled {
@@ -265,6 +343,9 @@ void fill_amx(KernelTable& table, const Traits&) {
   set(WeightFormat::kInt4G128, tiles_kernel<AmxInt4G128>("matmul_int4g128_bf16tile_amx", isa));
   set(WeightFormat::kMxfp4, tiles_kernel<AmxMxfp4>("matmul_mxfp4_bf16tile_amx", isa));
   set(WeightFormat::kMxfp8, tiles_kernel<AmxMxfp8>("matmul_mxfp8_bf16tile_amx", isa));
+  set(WeightFormat::kUint4G32, tiles_kernel<AmxUint4G32>("matmul_uint4g32_bf16tile_amx", isa));
+  set(WeightFormat::kUint4G128, tiles_kernel<AmxUint4G128>("matmul_uint4g128_bf16tile_amx", isa));
+  set(WeightFormat::kNvfp4, tiles_kernel<AmxNvfp4>("matmul_nvfp4_bf16tile_amx", isa));
 }
 
 void amx_thread_init() {

@@ -136,7 +136,31 @@ struct Avx2Int4G128 : Avx2Int4, Int4G128Scaled {
   static __m256 load_scale(const uint8_t* scales, int) { return _mm256_set1_ps(load_bf16(scales)); }
 };
 
-struct Avx2Mxfp4 : Avx2Nibbles, MxScaled {
+// Codes less the zero points of their groups, as integers; both are small.
+template <int kCols>
+struct Avx2Uint4 : Avx2Nibbles, Uint4Scaled<kCols> {
+  static void decode(const uint8_t* src, const uint8_t* scales, int at, __m256 (&out)[8]) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    const __m256i zeros = _mm256_and_si256(words(scales, at), _mm256_set1_epi32(kZeroMask));
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const __m256i code = _mm256_and_si256(_mm256_srli_epi32(codes, 4 * j), _mm256_set1_epi32(15));
+      out[j] = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, zeros));
+    }
+  }
+  static __m256 load_scale(const uint8_t* scales, int i) {
+    return _mm256_castsi256_ps(
+        _mm256_andnot_si256(_mm256_set1_epi32(kZeroMask), words(scales, i * 64)));
+  }
+  // Of the 64 columns from `at` on, each in the lanes of its group.
+  static __m256i words(const uint8_t* scales, int at) {
+    const uint8_t* first = scales + at / kCols * 4;
+    return _mm256_set_m128i(_mm_set1_epi32(static_cast<int>(load_word(first + 32 / kCols * 4))),
+                            _mm_set1_epi32(static_cast<int>(load_word(first))));
+  }
+};
+
+struct Avx2Fp4 : Avx2Nibbles {
   static void decode(const uint8_t* src, __m256 (&out)[8], Flag&) {
     const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
     const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
@@ -149,8 +173,22 @@ struct Avx2Mxfp4 : Avx2Nibbles, MxScaled {
                             _mm256_castsi256_ps(sign));
     }
   }
+};
+struct Avx2Mxfp4 : Avx2Fp4, MxScaled {
   static __m256 load_scale(const uint8_t* scales, int i) {
     return lanes(load_e8m0(scales + 2 * i), load_e8m0(scales + 2 * i + 1));
+  }
+};
+
+// Four scales to 64 columns, two lanes each: E4M3 shifted into FP16's fields, as in Avx2Fp8.
+struct Avx2Nvfp4 : Avx2Fp4, Nvfp4Scaled {
+  static __m256 load_scale(const uint8_t* scales, int i) {
+    const __m128i places = _mm_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3);
+    const __m128i bytes =
+        _mm_shuffle_epi8(_mm_set1_epi32(static_cast<int>(load_word(scales + 4 * i))), places);
+    const __m128i fields = _mm_set1_epi16(static_cast<short>(0xBF80));
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(bytes, 1), fields)),
+                         _mm256_set1_ps(256.0f));
   }
 };
 
@@ -190,6 +228,12 @@ void fill_avx2(KernelTable& table, const Traits& traits) {
         rows_kernel<Avx2Mxfp4>(traits, "matmul_mxfp4_f32fma_avx2", Isa::kAvx2));
     set(WeightFormat::kMxfp8,
         rows_kernel<Avx2Mxfp8>(traits, "matmul_mxfp8_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kUint4G32,
+        rows_kernel<Avx2Uint4<32>>(traits, "matmul_uint4g32_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kUint4G128,
+        rows_kernel<Avx2Uint4<128>>(traits, "matmul_uint4g128_f32fma_avx2", Isa::kAvx2));
+    set(WeightFormat::kNvfp4,
+        rows_kernel<Avx2Nvfp4>(traits, "matmul_nvfp4_f32fma_avx2", Isa::kAvx2));
   }
 }
 

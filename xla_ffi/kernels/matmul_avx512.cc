@@ -89,6 +89,13 @@ void fill_avx512(KernelTable& table, const Traits& traits) {
                                   traits, "matmul_mxfp4_f32fma_avx512", Isa::kAvx512));
     set(WeightFormat::kMxfp8,
         rows_kernel<Avx512Mxfp8>(traits, "matmul_mxfp8_f32fma_avx512", Isa::kAvx512));
+    set(WeightFormat::kUint4G32, rows_kernel<Avx512Groups<Avx512Uint4G32, Avx512Uint4G32Scales>>(
+                                     traits, "matmul_uint4g32_f32fma_avx512", Isa::kAvx512));
+    set(WeightFormat::kUint4G128, rows_kernel<Avx512Groups<Avx512Uint4G128, Avx512Uint4G128Scales>>(
+                                      traits, "matmul_uint4g128_f32fma_avx512", Isa::kAvx512));
+    set(WeightFormat::kNvfp4,
+        rows_kernel<Avx512Groups<Avx512Nibbles<kFp4Table>, Avx512Nvfp4Scales>>(
+            traits, "matmul_nvfp4_f32fma_avx512", Isa::kAvx512));
   }
 }
 

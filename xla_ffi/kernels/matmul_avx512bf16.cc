@@ -92,6 +92,33 @@ struct DotNibbles : DotBase {
   }
 };
 
+struct DotUint4G32 : DotNibbles<kInt4Table> {
+  static void decode(const uint8_t* src, const uint8_t* scales, int, __m512i (&out)[4]) {
+    const __m512i codes = _mm512_loadu_si512(src);
+    const __m512i shifts = Avx512Uint4G32Scales::shifts(scales);
+    const __m512i table = _mm512_loadu_si512(kSignedTable.bf16 + kSignedAt);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512i code = _mm512_and_si512(_mm512_srli_epi16(codes, static_cast<unsigned>(4 * j)),
+                                            _mm512_set1_epi16(15));
+      out[j] = _mm512_permutexvar_epi16(_mm512_add_epi16(code, shifts), table);
+    }
+  }
+};
+struct DotUint4G128 : DotNibbles<kInt4Table> {
+  static void decode(const uint8_t* src, const uint8_t* scales, int, __m512i (&out)[4]) {
+    const __m512i codes = _mm512_loadu_si512(src);
+    // Twice, as in NibbleTable.
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(
+        reinterpret_cast<const __m256i*>(kSignedTable.bf16 + kZeroAt - load_zero(scales))));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      out[j] =
+          _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, static_cast<unsigned>(4 * j)), table);
+    }
+  }
+};
+
 // Powers of two are BF16 numbers, 2^-127 a subnormal one: widened so, they take half the
 // instructions in the loop.
 struct DotMxfp4 : Avx512Groups<DotNibbles<kFp4Table>, Avx512MxScales> {
@@ -154,6 +181,15 @@ void fill_avx512bf16(KernelTable& table, const Traits& traits) {
       rows_kernel<DotMxfp4>(traits, "matmul_mxfp4_bf16dot_avx512bf16", isa));
   set(Family::kMatrix, WeightFormat::kMxfp8,
       rows_kernel<Mxfp8<DotFp8>>(traits, "matmul_mxfp8_bf16dot_avx512bf16", isa));
+  set(Family::kMatrix, WeightFormat::kUint4G32,
+      rows_kernel<Avx512Groups<DotUint4G32, Avx512Uint4G32Scales>>(
+          traits, "matmul_uint4g32_bf16dot_avx512bf16", isa));
+  set(Family::kMatrix, WeightFormat::kUint4G128,
+      rows_kernel<Avx512Groups<DotUint4G128, Avx512Uint4G128Scales>>(
+          traits, "matmul_uint4g128_bf16dot_avx512bf16", isa));
+  set(Family::kMatrix, WeightFormat::kNvfp4,
+      rows_kernel<Avx512Groups<DotNibbles<kFp4Table>, Avx512Nvfp4Scales>>(
+          traits, "matmul_nvfp4_bf16dot_avx512bf16", isa));
   // BF16 weights too: only their subnormals differ, which vdpbf16ps takes as zero.
   const Family source = traits.fast_bf16_dot ? Family::kMatrix : Family::kVector;
   for (int format = 0; format < kNumFormats; ++format) {

@@ -46,47 +46,71 @@ size_t spread_row_bytes(int64_t k) {
 struct Unscaled {
   static constexpr bool kRowScaled = false;    // one FP32 factor for the sum of a row
   static constexpr bool kGroupScaled = false;  // one for the sum of every kGroupCols columns
+  static constexpr bool kRowTail = false;      // and one for the row, behind those of its groups
+  static constexpr bool kZeros = false;        // a group's zero point is taken from its weights
   static constexpr bool kFlushes = false;      // sums of a part of a row are added to the row's
 };
 struct RowScaled {
   static constexpr bool kRowScaled = true;
   static constexpr bool kGroupScaled = false;
+  static constexpr bool kRowTail = false;
+  static constexpr bool kZeros = false;
   static constexpr bool kFlushes = true;
 };
-// kScaleRows rows and kGroupCols columns share a scale of kScaleBytes.
-template <int64_t kRows, int kCols, int kBytes>
-struct GroupScaled {
-  static constexpr bool kRowScaled = false;
-  static constexpr bool kGroupScaled = true;
-  static constexpr bool kFlushes = true;
-  static constexpr int64_t kScaleRows = kRows;
-  static constexpr int kGroupCols = kCols;
-  static constexpr int kScaleBytes = kBytes;
-  static constexpr int kBlockScaleBytes = kBlock / kCols * kBytes;
-};
-using BlockScaled = GroupScaled<kScaleBlock, kScaleBlock, 4>;
-using Int4G32Scaled = GroupScaled<1, 32, 2>;
-using Int4G128Scaled = GroupScaled<1, 128, 2>;
-using MxScaled = GroupScaled<1, 32, 1>;
 
-inline float load_f32(const uint8_t* at) {
-  float value;
-  __builtin_memcpy(&value, at, 4);
-  return value;
+inline uint32_t load_word(const uint8_t* at) {
+  uint32_t word;
+  __builtin_memcpy(&word, at, 4);
+  return word;
 }
+inline float load_f32(const uint8_t* at) { return __builtin_bit_cast(float, load_word(at)); }
 inline float load_bf16(const uint8_t* at) {
   uint16_t bits;
   __builtin_memcpy(&bits, at, 2);
   return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
 }
 inline float load_e8m0(const uint8_t* at) { return __builtin_bit_cast(float, e8m0_bits(*at)); }
+inline float load_e4m3(const uint8_t* at) { return __builtin_bit_cast(float, fp8_e4m3_bits(*at)); }
+inline float load_f32_of_word(const uint8_t* at) {
+  return __builtin_bit_cast(float, scale_of_word(load_word(at)));
+}
+inline int load_zero(const uint8_t* at) { return zero_of_word(load_word(at)); }
+
+// kScaleRows rows and kGroupCols columns share a scale of kScaleBytes.
+template <int64_t kRows, int kCols, int kBytes, float (*kLoad)(const uint8_t*)>
+struct GroupScaled {
+  static constexpr bool kRowScaled = false;
+  static constexpr bool kGroupScaled = true;
+  static constexpr bool kRowTail = false;
+  static constexpr bool kZeros = false;
+  static constexpr bool kFlushes = true;
+  static constexpr int64_t kScaleRows = kRows;
+  static constexpr int kGroupCols = kCols;
+  static constexpr int kScaleBytes = kBytes;
+  static constexpr int kBlockScaleBytes = kBlock / kCols * kBytes;
+  static float load_one(const uint8_t* at) { return kLoad(at); }
+};
+using BlockScaled = GroupScaled<kScaleBlock, kScaleBlock, 4, load_f32>;
+using Int4G32Scaled = GroupScaled<1, 32, 2, load_bf16>;
+using Int4G128Scaled = GroupScaled<1, 128, 2, load_bf16>;
+using MxScaled = GroupScaled<1, 32, 1, load_e8m0>;
+template <int kCols>
+struct Uint4Scaled : GroupScaled<1, kCols, 4, load_f32_of_word> {
+  static constexpr bool kZeros = true;
+};
+struct Nvfp4Scaled : GroupScaled<1, 16, 1, load_e4m3> {
+  static constexpr bool kRowTail = true;
+};
+
+// The factor of row n, where it lies behind the scales of its groups.
+inline float load_row_tail(const WeightView& w, int64_t n) {
+  return load_f32(w.scale + (n + 1) * w.scale_stride - 4);
+}
 
 // One scale of a group-scaled format.
 template <class Scaling>
 inline float load_group_scale(const uint8_t* at) {
-  if constexpr (Scaling::kScaleBytes == 4) return load_f32(at);
-  if constexpr (Scaling::kScaleBytes == 2) return load_bf16(at);
-  if constexpr (Scaling::kScaleBytes == 1) return load_e8m0(at);
+  return Scaling::load_one(at);
 }
 
 template <class Ops, class Source>

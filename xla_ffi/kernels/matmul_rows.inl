@@ -22,6 +22,8 @@
 //   column(i)                 column within a block of 128 that prepared position i holds
 //   zero, load, load_acc, store_acc, store_weights, decode, mac, flush, reduce
 //   Flag, any_nan             decode() marks codes that it does not decode to NaN itself
+//   decode(src, scales, at, out)   where a group has a zero point: at is the column of a block at
+//                             which src begins, scales those of the block
 //
 // Order of additions of one output: blocks of 128 columns ascending; in a block, vectors ascending,
 // one FMA chain a lane; lanes summed by reduce() at the end. It depends on nothing else, so an
@@ -53,6 +55,19 @@ template <class Ops>
 constexpr int flush_vecs() {
   if constexpr (Ops::kFlushes) return Ops::kFlushVecs;
   return kBlock / Ops::kElems;
+}
+
+// Weights from column `at` of a block on, which begin at `src`.
+template <class Ops>
+inline __attribute__((always_inline)) void decode_at(const uint8_t* src, const uint8_t* scales,
+                                                     int at,
+                                                     typename Ops::Weights (&out)[Ops::kGroupVecs],
+                                                     typename Ops::Flag& flag) {
+  if constexpr (Ops::kZeros) {
+    Ops::decode(src, scales, at, out);
+  } else {
+    Ops::decode(src, out, flag);
+  }
 }
 
 // How weight rows are fetched ahead. kOneStream: the next groups of rows, in the order of their
@@ -93,6 +108,7 @@ struct RowGroup {
   int64_t scale_ahead_bytes;
   int64_t full_blocks;
   int64_t tail_bytes;
+  float factor[kRows];  // of a row's sum, where it lies behind the scales
   alignas(64) uint8_t tail[kRows][kBlockBytes];
   alignas(16) uint8_t tail_scale[kRows][16];
 
@@ -114,6 +130,7 @@ struct RowGroup {
       if constexpr (Ops::kGroupScaled) {
         scale[r] = w.scale + n / Ops::kScaleRows * w.scale_stride * Ops::kScaleBytes;
       }
+      if constexpr (Ops::kRowTail) factor[r] = load_row_tail(w, n);
       if (tail_bytes == 0) continue;
       __builtin_memset(tail[r], 0, kBlockBytes);
       __builtin_memcpy(tail[r], row[r] + full_blocks * kBlockBytes, tail_bytes);
@@ -143,6 +160,7 @@ struct RowGroup {
   // The output that a sum of the row gives.
   float finish(int r, float sum) const {
     if constexpr (Ops::kRowScaled) return sum * (load_f32(scale[r]) * Ops::kScaleFold);
+    if constexpr (Ops::kRowTail) return sum * factor[r];
     return sum;
   }
 
@@ -210,6 +228,7 @@ __attribute__((noinline, cold)) void patch_nan(const RowGroup<Ops>& group, int64
 // Decoded vectors of kShared rows meet an activation vector loaded once.
 template <class Ops, int M, int kVecs>
 inline __attribute__((always_inline)) void mac_vectors(const uint8_t* const (&w)[Ops::kRows],
+                                                       const uint8_t* const (&scales)[Ops::kRows],
                                                        const typename Ops::Elem* const (&x)[M],
                                                        int first,
                                                        typename Ops::Acc (&sum)[Ops::kRows][M],
@@ -225,7 +244,8 @@ inline __attribute__((always_inline)) void mac_vectors(const uint8_t* const (&w)
       typename Ops::Weights decoded[kShared][Ops::kGroupVecs];
 #pragma GCC unroll 8
       for (int r = 0; r < kShared; ++r) {
-        Ops::decode(w[begin + r] + g * kGroupElems * Ops::kWeightBits / 8, decoded[r], flag);
+        decode_at<Ops>(w[begin + r] + g * kGroupElems * Ops::kWeightBits / 8, scales[begin + r],
+                       g * kGroupElems, decoded[r], flag);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < Ops::kGroupVecs; ++j) {
@@ -297,7 +317,11 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
       group.prefetch(b);
       widened.update(group, b, num_blocks);
       const uint8_t* block[kRows];
-      for (int r = 0; r < kRows; ++r) block[r] = group.block(r, b);
+      const uint8_t* scales[kRows] = {};
+      for (int r = 0; r < kRows; ++r) {
+        block[r] = group.block(r, b);
+        if constexpr (Ops::kZeros) scales[r] = group.block_scales(r, b);
+      }
       const typename Ops::Elem* xb[M];
       for (int i = 0; i < M; ++i) xb[i] = x[i] + b * kBlock;
       if constexpr (Ops::kFlushes) {
@@ -307,14 +331,14 @@ void matmul_few(const WeightView& w, int64_t n_begin, int64_t n_end,
           for (int r = 0; r < kRows; ++r) {
             for (int i = 0; i < M; ++i) part[r][i] = Ops::zero();
           }
-          mac_vectors<Ops, M, Ops::kFlushVecs>(block, xb, f * Ops::kFlushVecs, part, flag);
+          mac_vectors<Ops, M, Ops::kFlushVecs>(block, scales, xb, f * Ops::kFlushVecs, part, flag);
           for (int r = 0; r < kRows; ++r) {
             const typename Ops::Scale scale = widened.load(group, r, b, f);
             for (int i = 0; i < M; ++i) sum[r][i] = Ops::flush(sum[r][i], part[r][i], scale);
           }
         }
       } else {
-        mac_vectors<Ops, M, kVecs>(block, xb, 0, sum, flag);
+        mac_vectors<Ops, M, kVecs>(block, scales, xb, 0, sum, flag);
       }
     }
     for (int r = 0; r < rows; ++r) {
@@ -410,9 +434,11 @@ void matmul_many(const WeightView& w, int64_t n_begin, int64_t n_end,
             }
           }
           const uint8_t* block = group.block(r, first + b);
+          const uint8_t* scales = nullptr;
+          if constexpr (Ops::kZeros) scales = group.block_scales(r, first + b);
           for (int e = 0; e < kBlock; e += kGroupElems) {
             typename Ops::Weights vecs[Ops::kGroupVecs];
-            Ops::decode(block + e * Ops::kWeightBits / 8, vecs, flag);
+            decode_at<Ops>(block + e * Ops::kWeightBits / 8, scales, e, vecs, flag);
             for (int j = 0; j < Ops::kGroupVecs; ++j) {
               Ops::store_weights(decoded + r * kRowElems + b * kBlock + e + j * Ops::kElems,
                                  vecs[j]);

@@ -121,6 +121,21 @@ struct ScalarGroups : Scalar<Codes>, Scaling {
   }
 };
 
+template <int kCols>
+struct ScalarUint4 : ScalarBase, Uint4Scaled<kCols> {
+  static constexpr int kWeightBits = 4;
+  static constexpr int kFlushVecs = kCols / kElems;
+  static void decode(const uint8_t* src, const uint8_t* scales, int at, Lanes (&out)[1]) {
+    const int zero_point = load_zero(scales + at / kCols * 4);
+    float value[kElems];
+    for (int i = 0; i < kElems; ++i) {
+      value[i] = static_cast<float>((src[i / 2] >> i % 2 * 4 & 15) - zero_point);
+    }
+    out[0] = load(value);
+  }
+  static float load_scale(const uint8_t* scales, int i) { return load_f32_of_word(scales + 4 * i); }
+};
+
 }  // namespace
 
 namespace isa_tables {
@@ -146,6 +161,12 @@ void fill_scalar(KernelTable& table, const Traits& traits) {
                                   traits, "matmul_mxfp4_f32_scalar", Isa::kScalar));
     set(WeightFormat::kMxfp8, rows_kernel<ScalarGroups<Fp8Codes, MxScaled>>(
                                   traits, "matmul_mxfp8_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kUint4G32,
+        rows_kernel<ScalarUint4<32>>(traits, "matmul_uint4g32_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kUint4G128,
+        rows_kernel<ScalarUint4<128>>(traits, "matmul_uint4g128_f32_scalar", Isa::kScalar));
+    set(WeightFormat::kNvfp4, rows_kernel<ScalarGroups<Fp4Codes, Nvfp4Scaled>>(
+                                  traits, "matmul_nvfp4_f32_scalar", Isa::kScalar));
   }
 }
 

@@ -10,9 +10,9 @@
 //   kTerms                        BF16 numbers whose sum a weight is: 1, or 2 where one is too short
 //   kBlockCols                    columns expanded at a time: a multiple of 128 (128 if sums are scaled by group)
 //   kAheadBytes                   prefetch distance along a row
-//   expand(src, scales, dst0, dst1)   64 stored weights of one row, and their two scales if folded, to
+//   expand(src, scales, dst0, dst1)   64 stored weights of one row, and their scales by group, to
 //                                 2 x 32 BF16; a second term behind the tile of the first
-//   fits(scales), value(row, col), kPadScale   if folded: whether two scales give what BF16 can hold; a
+//   fits(scales), value(row, col), kPadScale   if folded: whether those scales give what BF16 can hold; a
 //                                 code's value; byte of the scales of columns past the end
 //   flush(sum, part, scale)       sum[16] += part[16] * scale, one FMA each
 //   scale_row(sum, scale)         sum[16] *= scale
@@ -48,6 +48,10 @@ inline bool bf16_scale_fits(const uint8_t* at) {
   __builtin_memcpy(&bits, at, 2);
   const int exponent = bits >> 7 & 255;
   return (bits & 0x7FFF) == 0 || (exponent >= 27 && exponent <= 227);  // 2^-100 to 2^100
+}
+inline bool f32_scale_fits(const uint8_t* at) {
+  const int exponent = load_word(at) >> 23 & 255;
+  return exponent == 0 ? load_f32_of_word(at) == 0 : exponent >= 27 && exponent <= 227;
 }
 inline bool e8m0_scale_fits(uint8_t code) { return code >= 20 && code <= 235; }
 
@@ -118,19 +122,20 @@ struct TileGroup {
         const int64_t at = col + step * kStepCols;
         uint8_t padded_scales[2 * 4];
         if constexpr (Ops::kFolded) {
-          // Two groups at a time, of which the second, or both, may lie past the row's end.
-          constexpr int64_t kBytes = Ops::kScaleBytes;
-          const uint8_t* piece_scales = scales + step * kBytes;
-          const int64_t left = ceil_div(w.k - at, kStepCols);
-          if (left < 2) {
+          // The groups of 64 columns at a time, of which some, or all, may lie past the row's end.
+          constexpr int64_t kBytes = Ops::kScaleBytes, kGroups = 2 * kStepCols / Ops::kGroupCols;
+          static_assert(kGroups * kBytes <= static_cast<int64_t>(sizeof(padded_scales)));
+          const uint8_t* piece_scales = scales + step * kStepCols / Ops::kGroupCols * kBytes;
+          const int64_t left = ceil_div(w.k - at, Ops::kGroupCols);
+          if (left < kGroups) {
             for (uint8_t& byte : padded_scales) byte = Ops::kPadScale;
-            if (left == 1) __builtin_memcpy(padded_scales, piece_scales, kBytes);
+            if (left > 0) __builtin_memcpy(padded_scales, piece_scales, left * kBytes);
             piece_scales = padded_scales;
           }
           if (!Ops::fits(piece_scales)) unfit |= uint64_t{1} << r;
           expand_piece(row, piece_scales, at, out + step * kStepElems, kStepElems);
         } else {
-          expand_piece(row, nullptr, at, out + step * kStepElems, kStepElems);
+          expand_piece(row, scales, at, out + step * kStepElems, kStepElems);
         }
       }
     }
@@ -271,13 +276,19 @@ __attribute__((noinline, cold)) void tiles_row(const WeightView& w, int64_t n,
         if (begin + column >= w.k) continue;
         const uint32_t pair = tile[(begin + p) / 2 * kTile];
         const float x = __builtin_bit_cast(float, p % 2 == 0 ? pair << 16 : pair & 0xFFFF0000u);
-        part[column / Ops::kGroupCols] += Ops::value(row, begin + column) * x;
+        float value = Ops::value(row, begin + column);
+        if constexpr (Ops::kZeros) {
+          const int64_t at = (begin + column) / Ops::kGroupCols;
+          value -= static_cast<float>(load_zero(scales + at * Ops::kScaleBytes));
+        }
+        part[column / Ops::kGroupCols] += value * x;
       }
       for (int64_t g = 0; g < kGroups && begin + g * Ops::kGroupCols < w.k; ++g) {
         const int64_t at = begin / Ops::kGroupCols + g;
         sum += part[g] * load_group_scale<Ops>(scales + at * Ops::kScaleBytes);
       }
     }
+    if constexpr (Ops::kRowTail) sum *= load_row_tail(w, n);
     y[i * ldy] = sum;
   }
 }
@@ -299,9 +310,14 @@ void tiles_matmul(const WeightView& w, int64_t n_begin, int64_t n_end, const voi
       const int64_t tokens = min_of(kChunkTokens, m - begin);
       tiles_group<Ops>(group, rows, tokens, panel + begin / kTile * panel_stride, w.k, sums);
       const int64_t sums_stride = ceil_div(tokens, kTile) * kTileWords;
-      if constexpr (Ops::kRowScaled) {
+      if constexpr (Ops::kRowScaled || Ops::kRowTail) {
         for (int64_t r = 0; r < rows; ++r) {
-          const float scale = load_f32(w.scale + (n + r) * w.scale_stride * 4);
+          float scale;
+          if constexpr (Ops::kRowTail) {
+            scale = load_row_tail(w, n + r);
+          } else {
+            scale = load_f32(w.scale + (n + r) * w.scale_stride * 4);
+          }
           float* sum = sums + r / kTile * sums_stride + r % kTile * kTile;
           for (int64_t t = 0; t < tokens; t += kTile) Ops::scale_row(sum + t * kTile, scale);
         }

@@ -40,6 +40,10 @@ const char* scale_type_name(ScaleType type) {
       return "bfloat16";
     case ScaleType::kE8m0:
       return "uint8 (e8m0)";
+    case ScaleType::kF32Zero:
+      return "uint32 (float32 and zero point)";
+    case ScaleType::kE4m3:
+      return "uint8 (e4m3 and a factor)";
   }
   return "?";
 }
@@ -465,6 +469,22 @@ Status HostStore::set_scale(int layer, int expert, Matrix which, ScaleType type,
       const int64_t at = static_cast<const uint8_t*>(nan) - static_cast<const uint8_t*>(scale);
       return Status::error("scale of " + name(layer, expert, which) + " is 255, NaN, at [" +
                            std::to_string(at / cols) + ", " + std::to_string(at % cols) +
+                           "]: the weights are damaged");
+    }
+  }
+  // Beyond them kernels would give neither an error nor the weights meant.
+  const uint8_t* bytes = static_cast<const uint8_t*>(scale);
+  for (int64_t i = 0; type == ScaleType::kF32Zero && i < rows * cols; ++i) {
+    if ((bytes[4 * i] & 31) > 16) {
+      return Status::error("zero point of " + name(layer, expert, which) + " is " +
+                           std::to_string(bytes[4 * i] & 31) + " at [" + std::to_string(i / cols) +
+                           ", " + std::to_string(i % cols) + "]; wanted 0 to 16");
+    }
+  }
+  for (int64_t i = 0; type == ScaleType::kE4m3 && i < rows * cols; ++i) {
+    if (i % cols < cols - info(layer).tail_cols && (bytes[i] & 127) == 127) {
+      return Status::error("scale of " + name(layer, expert, which) + " is NaN at [" +
+                           std::to_string(i / cols) + ", " + std::to_string(i % cols) +
                            "]: the weights are damaged");
     }
   }
