@@ -35,6 +35,11 @@ FIXTURE_DIR = ROOT / "tests" / "parity" / "fixtures"
 PROMPT_LENGTHS = (57, 35, 20)
 # Of models with linear attention, which transformers computes in chunks of 64 tokens.
 LINEAR_PROMPT_LENGTHS = (90, 25, 13)
+# Of models with compressed entries: the second decodes across the window and the first entry of 128
+# positions; the first has two of those, and more of 4 than are chosen.
+COMPRESSED_PROMPT_LENGTHS = (262, 120, 20)
+# Their prompts are long and every token decides in many places.
+COMPRESSED_MARGIN = 0.01
 GREEDY_STEPS = 16
 # In units of a router logit. bfloat16 rounding moves logits of this size by a few hundredths at
 # most.
@@ -62,7 +67,9 @@ def load_reference(case: str, dtype: torch.dtype) -> Any:
     if config["model_type"] == "kimi_k2":  # the same model under another name
         config["model_type"] = "deepseek_v3"
     plain = tiny_quant.dequantize(tiny_models.make_tensors(case))
-    tensors = {name: a.astype(np.float32) for name, a in plain.items()}
+    tensors = {
+        name: a if a.dtype == np.int64 else a.astype(np.float32) for name, a in plain.items()
+    }
     if "text_config" in tiny_models.hf_config(case):
         tensors = {
             own + name.removeprefix(part): array
@@ -88,6 +95,8 @@ def routing_margins(config: Mapping[str, Any], logits: np.ndarray, bias: np.ndar
     """How far each token's routing decision is from another one, in router-logit units: `[T]`."""
     if config.get("scoring_func") == "sigmoid" or config["model_type"] in SIGMOID_TYPES:
         choice, unit = 1.0 / (1.0 + np.exp(-logits.astype(np.float64))) + bias, 0.25
+    elif config.get("scoring_func") == "sqrtsoftplus":
+        choice, unit = np.sqrt(np.log1p(np.exp(logits.astype(np.float64)))) + bias, 0.3
     else:
         choice, unit = logits.astype(np.float64), 1.0
     num_groups = config.get("n_group") or 1
@@ -119,7 +128,7 @@ class Reference:
         self._biases = []
         for layer in self.model.model.layers:
             router = getattr(layer.mlp, "gate", None) or getattr(layer.mlp, "router", None)
-            if router is not None:
+            if router is not None and not hasattr(router, "tid2eid"):
                 router.register_forward_hook(self._record)
                 bias = getattr(layer.mlp, "e_score_correction_bias", torch.zeros(1))
                 bias = getattr(router, "e_score_correction_bias", bias)
@@ -167,9 +176,13 @@ class IndexedReference(CopyingReference):
         super().__init__(case, dtype)
         self._index_scores: list[torch.Tensor] = []
         for layer in self.model.model.layers:
-            indexer = layer.self_attn.indexer
+            indexer = self._indexer(layer.self_attn)
             if indexer is not None:
                 indexer.forward = functools.partial(self._recorded, indexer.forward)
+
+    @staticmethod
+    def _indexer(attention: Any) -> Any:
+        return attention.indexer
 
     def _recorded(self, forward: Any, *args: Any, **options: Any) -> torch.Tensor:
         topk = torch.Tensor.topk
@@ -185,8 +198,29 @@ class IndexedReference(CopyingReference):
         self._index_scores.clear()
         logits, margin = super().extend(tokens)
         top_k = self.config["index_topk"]
-        margins = [index_margins(scores[0].numpy(), top_k) for scores in self._index_scores]
+        margins = [self._index_margins(scores[0].numpy(), top_k) for scores in self._index_scores]
         return logits, min(margin, *(float(m.min()) for m in margins))
+
+    @staticmethod
+    def _index_margins(scores: np.ndarray, top_k: int) -> np.ndarray:
+        return index_margins(scores, top_k)
+
+
+class CompressedReference(IndexedReference):
+    """For DeepSeek-V4, whose indexers choose entries; those a token does not see score -inf."""
+
+    @staticmethod
+    def _indexer(attention: Any) -> Any:
+        return getattr(attention.compressor, "indexer", None)
+
+    @staticmethod
+    def _index_margins(scores: np.ndarray, top_k: int) -> np.ndarray:
+        margins = np.full(len(scores), np.inf)
+        for t, row in enumerate(scores):
+            ranked = -np.sort(-row[np.isfinite(row)])
+            if len(ranked) > top_k:
+                margins[t] = (ranked[top_k - 1] - ranked[top_k]) / (ranked.std() / 4)
+        return margins
 
 
 def index_margins(scores: np.ndarray, top_k: int) -> np.ndarray:
@@ -207,6 +241,7 @@ def make_reference(case: str, dtype: torch.dtype) -> Reference:
     config = text_config(case)
     kind = CopyingReference if is_linear(config) else Reference
     kind = IndexedReference if "index_topk" in config else kind
+    kind = CompressedReference if is_compressed(config) else kind
     return kind(case, dtype)
 
 
@@ -214,8 +249,13 @@ def is_linear(config: Mapping[str, Any]) -> bool:
     return "linear_conv_kernel_dim" in config
 
 
+def is_compressed(config: Mapping[str, Any]) -> bool:
+    return "compress_ratios" in config
+
+
 def grow_prompt(reference: Reference, length: int, rng: np.random.Generator) -> list[int]:
     vocab = reference.config["vocab_size"]
+    clear = COMPRESSED_MARGIN if is_compressed(reference.config) else CLEAR_MARGIN
     reference.reset()
     tokens: list[int] = []
     for _ in range(length):
@@ -225,7 +265,7 @@ def grow_prompt(reference: Reference, length: int, rng: np.random.Generator) -> 
             if margin > best_margin:
                 best, best_margin = candidate, margin
             reference.step_back()
-            if margin >= CLEAR_MARGIN:
+            if margin >= clear:
                 break
         reference.extend([best])
         tokens.append(best)
@@ -284,6 +324,7 @@ def make_prompts(case: str) -> list[list[int]]:
     reference = make_reference(case, torch.float32)
     prompts = []
     lengths = LINEAR_PROMPT_LENGTHS if is_linear(text_config(case)) else PROMPT_LENGTHS
+    lengths = COMPRESSED_PROMPT_LENGTHS if is_compressed(text_config(case)) else lengths
     for i, length in enumerate(lengths):
         for attempt in range(20):
             prompt = grow_prompt(reference, length, np.random.default_rng([i, attempt]))

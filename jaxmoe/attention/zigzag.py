@@ -260,8 +260,11 @@ class RingOps:
         window: int | None = None,
         sinks: jax.Array | None = None,
         selected: jax.Array | None = None,
+        num_selected: jax.Array | None = None,
     ) -> tuple[jax.Array, Arrays]:
-        assert selected is None, "positions are chosen among all keys, the ring brings some"
+        assert selected is None and num_selected is None, (
+            "positions are chosen among all keys, the ring brings some"
+        )
 
         def attend(piece: Arrays, positions: jax.Array, count: jax.Array) -> Part:
             keys, values = piece[0], piece[1] if len(piece) > 1 else None

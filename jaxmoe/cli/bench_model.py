@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.cli.bench_machine import Work
+from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.engine_config import EngineConfig
-from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.config.model_config import CompressedConfig, MlaConfig, ModelConfig
 from jaxmoe.engine.start import Started, start
 from jaxmoe.ffi.attention import paged_attention
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
@@ -125,6 +126,8 @@ def attention_chunk(
 ) -> Callable[[], Work]:
     """The attention of one layer for a prompt's last `tokens` tokens of `context`, BF16 cache."""
     attention = config.attention
+    if isinstance(attention, CompressedConfig):
+        raise ConfigError(f"{config.architecture}'s attention is no one call to be timed alone")
     if isinstance(attention, MlaConfig):
         kv_heads, v_dim = 1, attention.kv_lora_rank
         head_dim = attention.kv_lora_rank + attention.rope_head_dim

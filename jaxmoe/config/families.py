@@ -8,6 +8,7 @@ from typing import Any
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.config import (
     deepseek,
+    deepseek_v4,
     glm4_moe,
     gpt_oss,
     kimi_k25,
@@ -25,6 +26,7 @@ PARSERS: Mapping[str, Callable[[HfFields, str], ModelConfig]] = {
     "DeepseekV2ForCausalLM": deepseek.parse,
     "DeepseekV3ForCausalLM": deepseek.parse,
     "DeepseekV32ForCausalLM": deepseek.parse,
+    "DeepseekV4ForCausalLM": deepseek_v4.parse,
     "Glm4MoeForCausalLM": glm4_moe.parse,
     "Glm4MoeLiteForCausalLM": deepseek.parse,
     "GlmMoeDsaForCausalLM": deepseek.parse,

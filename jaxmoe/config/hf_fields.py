@@ -140,5 +140,9 @@ class HfFields:
         )
 
     @property
+    def values(self) -> Mapping[str, Any]:
+        return self._values
+
+    @property
     def where(self) -> str:
         return self._where

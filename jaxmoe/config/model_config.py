@@ -29,12 +29,13 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """`dim` may be less than a head's: then the first `dim` elements of a head turn."""
+    """`dim` may be less than a head's: then its first `dim` elements turn, or its last."""
 
     dim: int
     theta: float
     interleaved: bool
     scaling: YarnScaling | None = None
+    at_end: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,53 @@ class GqaConfig:
     kind: Literal["gqa"] = "gqa"
 
 
+LayerKind = Literal["window", "sparse", "heavy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedConfig:
+    """Attention to a window of positions and to compressed entries for all before (DeepSeek-V4).
+
+    All heads share one vector a position, which is key and value; the turn of its last
+    `rope.dim` elements is undone in what a head attends to. kinds: of each layer: "window" has
+    nothing else; "sparse" an entry every 4 positions, made of 8, of which an indexer chooses
+    `index_top_k`; "heavy" an entry every 128. compressed_rope: of layers that have entries.
+    o_groups: parts of the heads' row that have an output map of rank `o_rank` each.
+    """
+
+    num_heads: int
+    head_dim: int
+    q_lora_rank: int
+    window: int
+    kinds: tuple[LayerKind, ...]
+    compressed_rope: RopeConfig
+    softmax_scale: float
+    o_groups: int
+    o_rank: int
+    index_heads: int
+    index_head_dim: int
+    index_top_k: int
+    sinks: bool = True
+
+    kind: Literal["compressed"] = "compressed"
+
+    def ratio(self, layer: int) -> int:
+        """Positions an entry of a layer stands for; 0: it has none."""
+        return {"window": 0, "sparse": 4, "heavy": 128}[self.kinds[layer]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamsConfig:
+    """Several residual streams, mixed by doubly stochastic matrices (arXiv 2512.24880).
+
+    sinkhorn_iterations: of the normalisation that makes a matrix one; eps is added to its sums.
+    """
+
+    count: int
+    sinkhorn_iterations: int
+    eps: float
+
+
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaConfig:
     """Linear attention by the gated delta rule (arXiv 2412.06464), with one decay a head.
@@ -127,9 +175,11 @@ class GatedDeltaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
+    """hashed_layers: those where a table of token ids names the experts; scores weigh them."""
+
     num_experts: int
     experts_per_token: int
-    score: Literal["softmax", "sigmoid"]
+    score: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     correction_bias: bool
     renormalize: bool
     weight_scale: float
@@ -139,14 +189,16 @@ class RouterConfig:
     renormalize_eps: float = 0.0
     logit_bias: bool = False
     float32_weights: bool = False  # stored in float32, whatever the model's own dtype
+    hashed_layers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class ClampedSwiglu:
-    """gpt-oss: (u + 1) g sigmoid(alpha g), with g = min(gate, limit), u = up within ±limit."""
+    """(u + up_offset) g sigmoid(alpha g), with g = min(gate, limit), u = up within ±limit."""
 
     alpha: float
     limit: float
+    up_offset: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +207,7 @@ class MoeConfig:
     expert_intermediate: int
     shared_intermediate: int  # 0: no shared experts
     activation: ClampedSwiglu | None = None  # None: silu(gate) * up
+    shared_activation: ClampedSwiglu | None = None
     shared_gate: bool = False  # the shared experts' sum is weighed by the sigmoid of one more map
     expert_bias: bool = False
 
@@ -183,17 +236,19 @@ class QuantConfig:
     layout: whose names and dtypes the tensors have. only_experts: nothing but routed experts.
     group: inputs that share a scale in AWQ and GPTQ. zeros_as_they_are: GPTQ's second version,
     whose zero points are not stored less one.
+    mxfp4_experts: routed experts are MXFP4, whatever the format of the rest.
     """
 
     format: QuantFormat
     not_converted: tuple[str, ...] = ()
-    layout: Literal["fp8", "mxfp4", "mxfp8", "compressed-tensors", "awq", "gptq", "modelopt"] = (
-        "fp8"
-    )
+    layout: Literal[
+        "fp8", "mxfp4", "mxfp8", "compressed-tensors", "awq", "gptq", "modelopt", "deepseek_v4"
+    ] = "fp8"
     converted: tuple[str, ...] = ()
     only_experts: bool = False
     group: int = 0
     zeros_as_they_are: bool = False
+    mxfp4_experts: bool = False
 
     def converts(self, module: str) -> bool:
         """Whether the linear map of that name is stored in `format`."""
@@ -223,7 +278,7 @@ class ModelConfig:
     norm_eps: float
     tie_embeddings: bool
     max_position: int
-    attention: MlaConfig | GqaConfig
+    attention: MlaConfig | GqaConfig | CompressedConfig
     rope: RopeConfig
     moe: MoeConfig
     quant: QuantConfig
@@ -236,6 +291,7 @@ class ModelConfig:
     linear_layers: tuple[int, ...] = ()
     linear_attention: GatedDeltaConfig | None = None
     norm_offset: float = 0.0  # is added to the weights of all norms but linear attention's own
+    streams: StreamsConfig | None = None  # None: one residual stream
     num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run
 
     @property

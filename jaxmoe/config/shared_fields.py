@@ -8,6 +8,7 @@ from typing import Literal
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.hf_fields import HfFields
 from jaxmoe.config.model_config import (
+    CompressedConfig,
     GqaConfig,
     MlaConfig,
     ModelConfig,
@@ -188,7 +189,7 @@ def parse_model(
     fields: HfFields,
     architecture: str,
     *,
-    attention: GqaConfig | MlaConfig,
+    attention: GqaConfig | MlaConfig | CompressedConfig,
     rope: RopeConfig,
     moe: MoeConfig,
     mlp_types: tuple[Literal["dense", "moe"], ...] | None = None,

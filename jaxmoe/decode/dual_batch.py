@@ -26,7 +26,9 @@ from jaxmoe.moe.moe_block import Submitted
 
 
 class _State(NamedTuple):
-    """Of a microbatch: float32 `h [T / N, D]` and its layer's experts, where they are under way."""
+    """Of a microbatch: float32 `h [T / N, D]` (`[T / N, S, D]` of streams) and its layer's experts,
+    where they are under way.
+    """
 
     h: jax.Array
     submitted: Submitted | None
@@ -90,7 +92,7 @@ def forward(
                 states[m] = _State(model.mlp(i, h, steps[m], ops), None)
         updated.append(cache)
     parts = [_finished(model, len(caches) - 1, state, ops, m) for m, state in enumerate(states)]
-    h = jnp.stack(parts, axis=1).reshape(num_tokens, -1)
+    h = jnp.stack(parts, axis=1).reshape(num_tokens, *parts[0].shape[1:])
     return model.head(jnp.take(h, logit_indices, axis=0, mode="clip"), ops), updated
 
 

@@ -11,7 +11,7 @@ import jax
 
 from jaxmoe.common.errors import CapacityError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
-from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.config.model_config import CompressedConfig, MlaConfig, ModelConfig
 from jaxmoe.engine.long_prompts import LongPrompts, streaming_pace
 from jaxmoe.engine.placement import free_bytes
 from jaxmoe.engine.prompt_rates import DEVICE_FLOPS, token_flops
@@ -129,6 +129,8 @@ def _problem(model: ModelConfig, loaded: LoadedModel, devices: Sequence[Device])
         return f"{model.architecture} has no routed experts to stream"
     if model.linear_attention is not None:
         return f"{model.architecture}'s recurrent layers take their tokens one after the other"
+    if isinstance(model.attention, CompressedConfig):
+        return f"{model.architecture}'s entries take their tokens one after the other"
     if isinstance(model.attention, MlaConfig) and model.attention.indexer is not None:
         return (
             f"{model.architecture}'s layers choose among all positions, of which a device has some"

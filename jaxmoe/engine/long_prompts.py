@@ -9,7 +9,7 @@ import jax
 
 from jaxmoe.common.errors import CapacityError, CheckpointError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
-from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.config.model_config import CompressedConfig, MlaConfig, ModelConfig
 from jaxmoe.engine.placement import free_bytes
 from jaxmoe.engine.prefill_worker import PrefillWorker
 from jaxmoe.engine.prompt_rates import make_route
@@ -96,6 +96,8 @@ def start_streaming(
     problem = None
     if model.linear_attention is not None:
         problem = f"{model.architecture}'s recurrent layers cannot be computed apart from decode"
+    elif isinstance(model.attention, CompressedConfig):
+        problem = f"{model.architecture}'s open entries cannot be computed apart from decode"
     elif _shares_choices(model):
         problem = f"{model.architecture}'s layers attend what another layer chose"
     if problem is not None:

@@ -16,7 +16,7 @@ import jax
 
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.engine_config import EngineConfig
-from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.config.model_config import CompressedConfig, MlaConfig, ModelConfig
 from jaxmoe.decode.batch import step_shapes
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.gpu_plan import GpuPlan, plan_gpu
@@ -195,6 +195,11 @@ def temporary_bytes(tokens: int, model: ModelConfig) -> int:
     if isinstance(attention, MlaConfig):  # absorbed queries, and the latents they attend to
         latent = 2 * attention.kv_lora_rank + attention.rope_head_dim
         floats = attention.num_heads * latent
+    elif isinstance(attention, CompressedConfig):
+        # Queries before and after they turn, what they attend to, and the streams beside them.
+        floats = 4 * attention.num_heads * attention.head_dim
+        if model.streams is not None:
+            floats += 4 * model.streams.count * model.hidden_size
     else:  # queries, what they attend to, keys and values
         floats = (2 * attention.num_heads + attention.num_kv_heads) * attention.head_dim
     linear = model.linear_attention

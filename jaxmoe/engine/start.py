@@ -12,8 +12,9 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
+from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.engine_config import EngineConfig
-from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.config.model_config import CompressedConfig, ModelConfig
 from jaxmoe.decode.batch import PREFILL_SIZES, likely_first, step_shapes
 from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import calibration, compile_cache, read_ceiling
@@ -269,8 +270,20 @@ def num_threads(wanted: int | None, device: Device) -> int | None:
 
 def cache_layout(config: EngineConfig, model_config: ModelConfig) -> CacheLayout:
     """How large the KV cache is with these options; raises ConfigError."""
+    attention = model_config.attention
+    if (
+        isinstance(attention, CompressedConfig)
+        and "sparse" in attention.kinds
+        and config.page_size % 4
+    ):
+        raise ConfigError(
+            f"page_size: got {config.page_size}, but {model_config.architecture} keeps an entry "
+            "for every 4 positions; use a multiple of 4"
+        )
     return plan_cache(
-        token_bytes=store.token_bytes(cache_spec(model_config, config.compute_dtype)),
+        token_bytes=store.token_bytes(
+            cache_spec(model_config, config.compute_dtype), config.page_size
+        ),
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
         model_limit=model_config.max_position,

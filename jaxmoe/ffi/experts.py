@@ -59,6 +59,7 @@ def _activation(activation: ClampedSwiglu | None) -> dict[str, np.float32]:
     return {
         "alpha": np.float32(activation.alpha if activation else 0.0),
         "limit": np.float32(activation.limit if activation else 0.0),
+        "up_offset": np.float32(activation.up_offset if activation else 0.0),
     }
 
 

@@ -145,6 +145,7 @@ class NativeOps:
         window: int | None = None,
         sinks: jax.Array | None = None,
         selected: jax.Array | None = None,
+        num_selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         new = (k_new,) if v_new is None else (k_new, v_new)
         cache = tuple(
@@ -171,9 +172,9 @@ class NativeOps:
             return attended(cache, step), cache
 
         def sparse() -> jax.Array:
-            return attended(*as_pages_of_one(cache, step, selected))
+            return attended(*as_pages_of_one(cache, step, selected, num_selected))
 
-        if attention.CHUNK_POSITIONS % cache[0].shape[1]:
+        if num_selected is not None or attention.CHUNK_POSITIONS % cache[0].shape[1]:
             return sparse(), cache
         # Where every position is selected both give the same bits, and tokens of a row share the
         # reading of their keys in one of them only.

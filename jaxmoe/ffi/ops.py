@@ -193,6 +193,7 @@ class Ops(Protocol):
         window: int | None = None,
         sinks: jax.Array | None = None,
         selected: jax.Array | None = None,
+        num_selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Causal attention of T packed tokens over their own sequences' paged cache.
 
@@ -202,7 +203,9 @@ class Ops(Protocol):
         v_new is None: values are then the first `v_dim` elements of the keys (MLA's latent cache).
         With a `window`, a token attends its last `window` positions only, its own among them.
         `sinks [N]` float32 are scores of one more position each head sees, which has no value.
-        With `selected`, what `select` returned, a token attends those positions only.
+        With `selected`, what `select` returned, a token attends those positions only; with
+        `num_selected [T]` too, the first so many of its row of any list of flat slots `[T, L]`.
+        `k_new` and `step.kv_slots` may then have more rows than there are tokens.
         Softmax in FP32. Returns f32 `[T, N, v_dim]` and the updated cache (same buffers where the
         platform can alias them).
         """

@@ -88,7 +88,7 @@ def activate(gate: jax.Array, up: jax.Array, activation: ClampedSwiglu | None) -
         return jax.nn.silu(gate) * up
     gate = jnp.minimum(gate, activation.limit)
     up = jnp.clip(up, -activation.limit, activation.limit)
-    return (up + 1.0) * gate * jax.nn.sigmoid(activation.alpha * gate)
+    return (up + activation.up_offset) * gate * jax.nn.sigmoid(activation.alpha * gate)
 
 
 class ReferenceOps:
@@ -193,6 +193,7 @@ class ReferenceOps:
         window: int | None = None,
         sinks: jax.Array | None = None,
         selected: jax.Array | None = None,
+        num_selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         new = (k_new,) if v_new is None else (k_new, v_new)
         cache = tuple(
@@ -200,7 +201,7 @@ class ReferenceOps:
         )
         seen = cache
         if selected is not None:
-            seen, step = as_pages_of_one(cache, step, selected)
+            seen, step = as_pages_of_one(cache, step, selected, num_selected)
         out = paged_attention(
             q,
             seen,
@@ -393,8 +394,9 @@ class BatchedSequenceOps(ReferenceOps):
         window: int | None = None,
         sinks: jax.Array | None = None,
         selected: jax.Array | None = None,
+        num_selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        assert selected is None, "sparse attention is not trained"
+        assert selected is None and num_selected is None, "sparse attention is not trained"
         if cache:
             raise ValueError(
                 f"training attends whole sequences: cache must be (), got {len(cache)}"

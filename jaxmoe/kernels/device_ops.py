@@ -193,8 +193,9 @@ class DeviceOps:
         window: int | None = None,
         sinks: jax.Array | None = None,
         selected: jax.Array | None = None,
+        num_selected: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        assert selected is None, "no kernel attends selected positions"
+        assert selected is None and num_selected is None, "no kernel attends selected positions"
         new = (k_new,) if v_new is None else (k_new, v_new)
         cache = tuple(
             kv_write(pages, values, step.kv_slots) for pages, values in zip(cache, new, strict=True)

@@ -24,6 +24,7 @@ class PageArray(Protocol):
     def head_dim(self) -> int: ...
     @property
     def dtype(self) -> np.dtype: ...
+    def slots(self, page_size: int) -> int: ...
 
 
 class StateArray(Protocol):
@@ -40,9 +41,14 @@ def slot_bytes(layers: Sequence[Sequence[StateArray]]) -> int:
     return sum(math.prod(a.shape) * a.dtype.itemsize for layer in layers for a in layer)
 
 
-def token_bytes(layers: Sequence[Sequence[PageArray]]) -> int:
-    """Bytes that one position takes in all layers."""
-    return sum(a.num_heads * a.head_dim * a.dtype.itemsize for layer in layers for a in layer)
+def token_bytes(layers: Sequence[Sequence[PageArray]], page_size: int) -> int:
+    """Bytes that one position takes in all layers, of a page's rounded up."""
+    page_bytes = sum(
+        a.slots(page_size) * a.num_heads * a.head_dim * a.dtype.itemsize
+        for layer in layers
+        for a in layer
+    )
+    return -(-page_bytes // page_size)
 
 
 def allocate(
@@ -54,7 +60,7 @@ def allocate(
     *,
     device: Device | None = None,
 ) -> list[tuple[jax.Array, ...]]:
-    """Zeros `[P, Z, K, H]` for every page array and `[num_slots, ...]` for every state array of
+    """Zeros `[P, slots, K, H]` for every page array and `[num_slots, ...]` for every state array of
     every layer, committed to `device` (the CPU): what a step returns is committed, and a first call
     with anything else would be compiled twice.
     """
@@ -66,7 +72,9 @@ def allocate(
     if states is None:
         states = [()] * len(layers)
     return [
-        tuple(zeros((num_pages, page_size, a.num_heads, a.head_dim), a.dtype) for a in pages)
+        tuple(
+            zeros((num_pages, a.slots(page_size), a.num_heads, a.head_dim), a.dtype) for a in pages
+        )
         + tuple(zeros((num_slots, *a.shape), a.dtype) for a in slots)
         for pages, slots in zip(layers, states, strict=True)
     ]

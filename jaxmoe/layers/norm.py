@@ -10,6 +10,16 @@ from jaxmoe.ffi.ops import Ops
 from jaxmoe.weights.param_spec import ParamSpec, new_param
 
 
+def rms_normalized(x: jax.Array, eps: float, ops: Ops) -> jax.Array:
+    """`[T, ..., D]` to x / rms(x) over the last axis, float32."""
+
+    def one(row: jax.Array) -> jax.Array:
+        mean = jnp.mean(row * row, axis=-1, keepdims=True)
+        return row * jax.lax.rsqrt(mean + eps)
+
+    return ops.map_rows(one, x.astype(jnp.float32))
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * (offset + weight) over the last axis, all in FP32: callers round the result,
     once.
@@ -23,14 +33,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, ops: Ops) -> jax.Array:
         """`[T, ..., D] -> [T, ..., D]` float32."""
-        x = x.astype(jnp.float32)
-
-        def normalized(row: jax.Array) -> jax.Array:
-            mean = jnp.mean(row * row, axis=-1, keepdims=True)
-            return row * jax.lax.rsqrt(mean + self.eps)
-
         weight = self.weight[...] + self.offset if self.offset else self.weight[...]
-        return ops.map_rows(normalized, x) * weight
+        return rms_normalized(x, self.eps, ops) * weight
 
 
 class LayerNorm(nnx.Module):

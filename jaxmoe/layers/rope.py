@@ -67,9 +67,13 @@ def cos_sin(positions: jax.Array, rope: RopeConfig) -> tuple[jax.Array, jax.Arra
 
 
 def apply(x: jax.Array, positions: jax.Array, rope: RopeConfig, ops: Ops) -> jax.Array:
-    """`x [T, N, H]` with its first `dim` elements rotated to `positions [T]`, as `rotate` does;
-    float32.
+    """`x [T, N, H]` with its first `dim` elements, or its last, rotated to `positions [T]`, as
+    `rotate` does; float32.
     """
+    if rope.at_end and rope.dim < x.shape[-1]:
+        rest = x.shape[-1] - rope.dim
+        turned = apply(x[..., rest:], positions, rope, ops)
+        return jnp.concatenate([x[..., :rest].astype(jnp.float32), turned], axis=-1)
     if rope.dim < x.shape[-1]:
         turned = apply(x[..., : rope.dim], positions, rope, ops)
         return jnp.concatenate([turned, x[..., rope.dim :].astype(jnp.float32)], axis=-1)
@@ -77,6 +81,23 @@ def apply(x: jax.Array, positions: jax.Array, rope: RopeConfig, ops: Ops) -> jax
     def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         cos, sin = cos_sin(row[1][None], rope)
         return rotate(row[0][None], cos, sin, interleaved=rope.interleaved)[0]
+
+    return ops.map_rows(one, (x, positions))
+
+
+def undo(x: jax.Array, positions: jax.Array, rope: RopeConfig, ops: Ops) -> jax.Array:
+    """`x [T, N, H]`, whose last `dim` elements are as `apply` leaves them, turned back from
+    `positions [T]`, pairs where they were before; float32.
+    """
+    assert rope.at_end and rope.interleaved
+    rest = x.shape[-1] - rope.dim
+
+    def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        cos, sin = cos_sin(row[1][None], rope)
+        first, second = jnp.split(row[0].astype(jnp.float32)[:, rest:], 2, axis=-1)
+        pairs = first * cos + second * sin, second * cos - first * sin
+        back = jnp.stack(pairs, axis=-1).reshape(-1, rope.dim)
+        return jnp.concatenate([row[0][:, :rest], back], axis=-1)
 
     return ops.map_rows(one, (x, positions))
 

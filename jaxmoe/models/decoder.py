@@ -14,27 +14,41 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.attention.compressed import CompressedAttention
+from jaxmoe.attention.compressor import state_shape
 from jaxmoe.attention.gated_delta import GatedDeltaAttention
 from jaxmoe.attention.gqa import GqaAttention
 from jaxmoe.attention.mla import MlaAttention
-from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.config.model_config import CompressedConfig, MlaConfig, ModelConfig
 from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.layers.embedding import Embedding
 from jaxmoe.layers.linear import Linear
 from jaxmoe.layers.mlp import Mlp
 from jaxmoe.layers.norm import RMSNorm
+from jaxmoe.layers.streams import Streams, StreamsHead
 from jaxmoe.moe.moe_block import MoeBlock, Others, Submitted
 from jaxmoe.weights.param_spec import Formats
 
-Cache = tuple[jax.Array, ...]  # the page arrays, or the state arrays, of one layer
+Cache = tuple[jax.Array, ...]  # the page arrays and then the state arrays of one layer
 
 
 class PageArraySpec(NamedTuple):
-    """One page array of a layer: `[num_pages, page_size, num_heads, head_dim]` of `dtype`."""
+    """One page array of a layer: `[num_pages, slots, num_heads, head_dim]` of `dtype`.
+
+    A page's slots are those of its positions, then one for every `entry_every` positions, at least
+    one, where that is not 0.
+    """
 
     num_heads: int
     head_dim: int
     dtype: jnp.dtype
+    has_positions: bool = True
+    entry_every: int = 0
+
+    def slots(self, page_size: int) -> int:
+        """Of a page."""
+        entries = -(-page_size // self.entry_every) if self.entry_every else 0
+        return entries + (page_size if self.has_positions else 0)
 
 
 def cache_spec(
@@ -45,6 +59,8 @@ def cache_spec(
     """
     dtype = jnp.dtype(compute_dtype)
     attention = config.attention
+    if isinstance(attention, CompressedConfig):
+        return [_compressed_spec(attention, i, dtype) for i in range(config.num_layers)]
     if isinstance(attention, MlaConfig):
         layer = (PageArraySpec(1, attention.kv_lora_rank + attention.rope_head_dim, dtype),)
         if (indexer := attention.indexer) is not None:
@@ -56,6 +72,16 @@ def cache_spec(
     return [() if i in config.linear_layers else layer for i in range(config.num_layers)]
 
 
+def _compressed_spec(
+    attention: CompressedConfig, layer: int, dtype: jnp.dtype
+) -> tuple[PageArraySpec, ...]:
+    ratio = attention.ratio(layer)
+    keys = PageArraySpec(1, attention.head_dim, dtype, entry_every=ratio)
+    if attention.kinds[layer] != "sparse":
+        return (keys,)
+    return keys, PageArraySpec(1, attention.index_head_dim, dtype, False, ratio)
+
+
 class StateArraySpec(NamedTuple):
     """One state array of a layer: `[num_slots, *shape]` of `dtype`."""
 
@@ -64,9 +90,12 @@ class StateArraySpec(NamedTuple):
 
 
 def state_spec(config: ModelConfig) -> list[tuple[StateArraySpec, ...]]:
-    """For every layer, the state arrays that `Decoder` expects as its cache: none where it has
-    page arrays.
+    """For every layer, the state arrays that `Decoder` expects as its cache, behind the page
+    arrays it may have.
     """
+    attention = config.attention
+    if isinstance(attention, CompressedConfig):
+        return [_open_entries(attention, i) for i in range(config.num_layers)]
     linear = config.linear_attention
     if linear is None:
         return [()] * config.num_layers
@@ -76,8 +105,20 @@ def state_spec(config: ModelConfig) -> list[tuple[StateArraySpec, ...]]:
     return [(conv, delta) if i in config.linear_layers else () for i in range(config.num_layers)]
 
 
+def _open_entries(attention: CompressedConfig, layer: int) -> tuple[StateArraySpec, ...]:
+    """Of the compressor, and of the indexer's."""
+    kind = attention.kinds[layer]
+    if kind == "window":
+        return ()
+    sizes = (attention.head_dim, attention.index_head_dim)[: 2 if kind == "sparse" else 1]
+    float32 = jnp.dtype(jnp.float32)
+    return tuple(StateArraySpec(state_shape(kind == "sparse", size), float32) for size in sizes)
+
+
 class DecoderLayer(nnx.Module):
-    """Leaves: attention_norm, attention, mlp_norm, mlp."""
+    """Leaves: attention_norm, attention, mlp_norm, mlp; where the model has several residual
+    streams, attention_streams and mlp_streams.
+    """
 
     def __init__(self, config: ModelConfig, layer_idx: int, formats: Formats):
         hidden, path = config.hidden_size, f"layers.{layer_idx}"
@@ -85,6 +126,16 @@ class DecoderLayer(nnx.Module):
         if config.linear_attention is not None and layer_idx in config.linear_layers:
             self.attention = GatedDeltaAttention(
                 config.linear_attention, hidden, config.norm_eps, formats, f"{path}.attention"
+            )
+        elif isinstance(config.attention, CompressedConfig):
+            self.attention = CompressedAttention(
+                config.attention,
+                config.rope,
+                hidden,
+                config.norm_eps,
+                formats,
+                f"{path}.attention",
+                layer_idx,
             )
         elif isinstance(config.attention, MlaConfig):
             indexer = config.attention.indexer
@@ -110,9 +161,21 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(hidden, config.norm_eps, config.norm_offset)
         if config.mlp_types[layer_idx] == "moe":
             moe_layer_idx = config.moe_layers.index(layer_idx)
-            self.mlp = MoeBlock(config.moe, moe_layer_idx, hidden, formats, f"{path}.mlp")
+            is_hashed = layer_idx in config.moe.router.hashed_layers
+            hashed_vocab = config.vocab_size if is_hashed else 0
+            self.mlp = MoeBlock(
+                config.moe, moe_layer_idx, hidden, formats, f"{path}.mlp", hashed_vocab
+            )
         else:
             self.mlp = Mlp(hidden, config.dense_intermediate, formats, f"{path}.mlp")
+
+        def streams(name: str) -> Streams | None:
+            if config.streams is None:
+                return None
+            return Streams(config.streams, hidden, config.norm_eps, formats, f"{path}.{name}")
+
+        self.attention_streams = streams("attention_streams")
+        self.mlp_streams = streams("mlp_streams")
 
     def attend(
         self, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops, dtype: jnp.dtype
@@ -120,23 +183,56 @@ class DecoderLayer(nnx.Module):
         """The first half: float32 `h [T, D]` and the layer's cache, both updated, and the step as
         the next layer needs it. dtype: of what the linear maps read.
         """
-        x = self.attention_norm(h, ops).astype(dtype)
+        x, weights = _collapsed(self.attention_streams, h, ops)
+        x = self.attention_norm(x, ops).astype(dtype)
         if isinstance(self.attention, MlaAttention):
             y, cache, step = self.attention(x, cache, step, ops)
         else:
             y, cache = self.attention(x, cache, step, ops)
-        return h + y, cache, step
+        return _added(self.attention_streams, h, y, weights, ops), cache, step
 
-    def feed_forward(self, h: jax.Array, valid: jax.Array, ops: Ops, dtype: jnp.dtype) -> jax.Array:
-        """The second half: float32 `[T, D] -> [T, D]`; `valid [T]`: which rows are no padding."""
-        x = self.mlp_norm(h, ops)
+    def feed_forward(
+        self,
+        h: jax.Array,
+        valid: jax.Array,
+        ops: Ops,
+        dtype: jnp.dtype,
+        token_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """The second half: float32 `[T, D] -> [T, D]`; `valid [T]`: which rows are no padding;
+        `token_ids [T]` where the router asks a table.
+        """
+        x, weights = _collapsed(self.mlp_streams, h, ops)
+        x = self.mlp_norm(x, ops)
         if isinstance(self.mlp, MoeBlock):
-            return h + self.mlp(x, valid, ops, dtype)
-        return h + self.mlp(x.astype(dtype), ops)
+            y = self.mlp(x, valid, ops, dtype, token_ids)
+        else:
+            y = self.mlp(x.astype(dtype), ops)
+        return _added(self.mlp_streams, h, y, weights, ops)
+
+
+Weights = tuple[jax.Array, jax.Array] | None
+
+
+def _collapsed(streams: Streams | None, h: jax.Array, ops: Ops) -> tuple[jax.Array, Weights]:
+    """What a block reads of the residual stream, or of several, and how they go on."""
+    return (h, None) if streams is None else streams.collapse(h, ops)
+
+
+def _added(
+    streams: Streams | None, h: jax.Array, y: jax.Array, weights: Weights, ops: Ops
+) -> jax.Array:
+    if streams is None or weights is None:
+        return h + y
+    return streams.expand(h, y, weights, ops)
 
 
 class Decoder(nnx.Module):
-    """Leaves: embedding, layers.{i}, final_norm, lm_head (absent where embeddings are tied)."""
+    """Leaves: embedding, layers.{i}, final_norm, lm_head (absent where embeddings are tied);
+    streams_head where there are several residual streams.
+
+    The residual stream, here `[T, D]`, is then `[T, S, D]`.
+    """
 
     def __init__(self, config: ModelConfig, compute_dtype: jax.typing.DTypeLike, formats: Formats):
         self.config = config
@@ -150,9 +246,19 @@ class Decoder(nnx.Module):
             else Linear(config.hidden_size, config.vocab_size, formats("lm_head"))
         )
 
+        self.streams_head = (
+            None
+            if config.streams is None
+            else StreamsHead(
+                config.streams, config.hidden_size, config.norm_eps, formats, "streams_head"
+            )
+        )
+
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """`[T]` to the residual stream, float32 `[T, D]`."""
-        return self.embedding(token_ids)
+        h = self.embedding(token_ids)
+        streams = self.config.streams
+        return h if streams is None else jnp.repeat(h[:, None], streams.count, axis=1)
 
     def attention(
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
@@ -164,7 +270,8 @@ class Decoder(nnx.Module):
 
     def mlp(self, i: int, h: jax.Array, step: StepInputs, ops: Ops) -> jax.Array:
         """The second half of layer i: float32 `[T, D] -> [T, D]`."""
-        return self.layers[i].feed_forward(h, step.token_rows >= 0, ops, self.compute_dtype)
+        valid = step.token_rows >= 0
+        return self.layers[i].feed_forward(h, valid, ops, self.compute_dtype, step.token_ids)
 
     def is_moe(self, i: int) -> bool:
         return isinstance(self.layers[i].mlp, MoeBlock)
@@ -175,17 +282,22 @@ class Decoder(nnx.Module):
         """Starts `mlp(i)` of a MoE layer; `others` and `slot` as in `MoeBlock.submit`."""
         layer = self.layers[i]
         assert isinstance(layer.mlp, MoeBlock)
-        x = layer.mlp_norm(h, ops)
-        valid = step.token_rows >= 0
-        return layer.mlp.submit(x, valid, ops, self.compute_dtype, others, slot=slot)
+        # Of streams, how they go on is computed again after the wait: less than what a ticket
+        # would have to carry.
+        x, _ = _collapsed(layer.mlp_streams, h, ops)
+        x = layer.mlp_norm(x, ops)
+        valid, ids = step.token_rows >= 0, step.token_ids
+        return layer.mlp.submit(x, valid, ops, self.compute_dtype, others, slot=slot, token_ids=ids)
 
     def mlp_wait(
         self, i: int, h: jax.Array, submitted: Submitted, ops: Ops, *, slot: int
     ) -> jax.Array:
         """Ends what `mlp_submit` started from `h`."""
-        mlp = self.layers[i].mlp
-        assert isinstance(mlp, MoeBlock)
-        return h + mlp.wait(submitted, ops, self.compute_dtype, slot=slot)
+        layer = self.layers[i]
+        assert isinstance(layer.mlp, MoeBlock)
+        y = layer.mlp.wait(submitted, ops, self.compute_dtype, slot=slot)
+        _, weights = _collapsed(layer.mlp_streams, h, ops)
+        return _added(layer.mlp_streams, h, y, weights, ops)
 
     def layer(
         self, i: int, h: jax.Array, cache: Cache, step: StepInputs, ops: Ops
@@ -196,6 +308,8 @@ class Decoder(nnx.Module):
 
     def head(self, h: jax.Array, ops: Ops) -> jax.Array:
         """`[*, D]` of the residual stream to float32 logits `[*, V]`."""
+        if self.streams_head is not None:
+            h = self.streams_head(h, ops)
         x = self.final_norm(h, ops).astype(self.compute_dtype)
         if self.lm_head is None:
             return ops.linear(x, self.embedding.weight, jnp.float32)

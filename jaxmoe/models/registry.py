@@ -18,6 +18,7 @@ from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import MlaConfig, ModelConfig
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_names import DeepseekNames, IndexedNames, head_map_format
+from jaxmoe.models.deepseek_v4_names import DeepseekV4Names
 from jaxmoe.models.glm4_moe_names import Glm4MoeNames
 from jaxmoe.models.gpt_oss_names import GptOssNames
 from jaxmoe.models.kimi_k25_names import KimiK25Names
@@ -38,6 +39,7 @@ _log = logging.getLogger(__name__)
 _NEVER_QUANTIZED = (
     *(".router.logits", ".shared_gate", ".indexer.head_weights"),
     *(".attention.ba", ".attention.b", ".attention.a"),
+    *(".compressor.kv", ".compressor.gate"),
 )
 
 
@@ -58,6 +60,7 @@ SUPPORTED: Mapping[str, Family] = {
         DeepseekNames, "DeepSeek-V3, R1, V3.1; Kimi-K2-Instruct, K2-Thinking (`kimi_k2`)"
     ),
     "DeepseekV32ForCausalLM": Family(IndexedNames, "DeepSeek-V3.2"),
+    "DeepseekV4ForCausalLM": Family(DeepseekV4Names, "DeepSeek-V4, V4-Flash"),
     "Glm4MoeForCausalLM": Family(Glm4MoeNames, "GLM-4.5, 4.5-Air, 4.6, 4.7"),
     "Glm4MoeLiteForCausalLM": Family(DeepseekNames, "GLM-4.7-Flash"),
     "GlmMoeDsaForCausalLM": Family(
@@ -131,11 +134,15 @@ def configured_formats(config: ModelConfig) -> Forms:
     def configured(path: str) -> StoredForm:
         if path.endswith(".router.logits") and config.moe.router.float32_weights:
             return PLAIN["F32"]
+        if path.endswith("streams.fn") or path == "streams_head.fn":
+            return PLAIN["F32"]
         if path.endswith(_NEVER_QUANTIZED) or path in ("embedding", "lm_head"):
             return plain
         if quant.only_experts and not path.endswith(".mlp.experts"):
             return plain
-        return configured_form(quant) if quant.converts(names.module_name(path)) else plain
+        if not quant.converts(names.module_name(path)):
+            return plain
+        return configured_form(quant, is_experts=path.endswith(".mlp.experts"))
 
     return _with_head_maps(config, configured)
 

@@ -82,9 +82,14 @@ def weight_of_scale(name: str) -> str | None:
     return None
 
 
-def configured_form(quant: QuantConfig) -> StoredForm:
-    """The form that config.json describes."""
+def configured_form(quant: QuantConfig, *, is_experts: bool = False) -> StoredForm:
+    """The form that config.json describes, of routed experts or of everything else."""
     assert quant.format != "none"
+    if is_experts and quant.mxfp4_experts:
+        return MXFP4_INT8
+    if quant.layout == "deepseek_v4":
+        scales = ("F8_E8M0", "F32", "BF16")
+        return dataclasses.replace(FP8_BLOCK, scale=".scale", scale_dtypes=scales)
     if quant.layout == "mxfp4":
         return MXFP4_BLOCKS
     if quant.layout in ("awq", "gptq"):

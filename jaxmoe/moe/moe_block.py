@@ -55,26 +55,43 @@ class MoeBlock(nnx.Module):
     """
 
     def __init__(
-        self, config: MoeConfig, moe_layer_idx: int, hidden: int, formats: Formats, path: str
+        self,
+        config: MoeConfig,
+        moe_layer_idx: int,
+        hidden: int,
+        formats: Formats,
+        path: str,
+        hashed_vocab: int = 0,
     ):
         self.config = config
         self.moe_layer_idx = moe_layer_idx
-        self.router = Router(config.router, hidden, formats(f"{path}.router.logits"))
+        router_format = formats(f"{path}.router.logits")
+        self.router = Router(config.router, hidden, router_format, hashed_vocab)
         width = config.shared_intermediate
-        self.shared = Mlp(hidden, width, formats, f"{path}.shared") if width else None
+        shared = hidden, width, formats, f"{path}.shared", config.shared_activation
+        self.shared = Mlp(*shared) if width else None
         gate_format = formats(f"{path}.shared_gate") if config.shared_gate else None
         self.shared_gate = None if gate_format is None else Linear(hidden, 1, gate_format)
         sizes = config.router.num_experts, config.expert_intermediate, hidden
         self.expert_bias = ExpertBias(*sizes) if config.expert_bias else None
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, ops: Ops, compute_dtype: jax.typing.DTypeLike
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        ops: Ops,
+        compute_dtype: jax.typing.DTypeLike,
+        token_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """Float32 `x [T, D]`, unrounded for the router; `valid [T]`. Float32 `[T, D]`."""
+        """Float32 `x [T, D]`, unrounded for the router; `valid [T]`; `token_ids [T]` as the router
+        takes them. Float32 `[T, D]`.
+        """
         if ops.splits_experts and (self.shared is not None or self.expert_bias is not None):
-            submitted, _ = self.submit(x, valid, ops, compute_dtype, (), rest_follows=True)
+            submitted, _ = self.submit(
+                x, valid, ops, compute_dtype, (), rest_follows=True, token_ids=token_ids
+            )
             return self.wait(submitted, ops, compute_dtype)
-        expert_ids, combine_weights = self.router(x, valid, ops)
+        expert_ids, combine_weights = self.router(x, valid, ops, token_ids)
         y = ops.experts(
             x.astype(compute_dtype),
             expert_ids,
@@ -96,15 +113,16 @@ class MoeBlock(nnx.Module):
         *,
         slot: int = 0,
         rest_follows: bool = False,
+        token_ids: jax.Array | None = None,
     ) -> tuple[Submitted, Others]:
-        """Starts the routed experts; `x` and `valid` as in a call.
+        """Starts the routed experts; `x`, `valid` and `token_ids` as in a call.
 
         others: a tree of arrays passed through: what is computed from them comes after the start.
         slot: of the blocks whose experts are under way at once, each has its own.
         rest_follows: puts what `wait` computes of the block itself after the start too, at the
             price of a copy of `combine_weights` where the experts have biases.
         """
-        expert_ids, combine_weights = self.router(x, valid, ops)
+        expert_ids, combine_weights = self.router(x, valid, ops, token_ids)
         through = (x, combine_weights if self.expert_bias is not None else None)
         leaves, tree = jax.tree.flatten((others, through if rest_follows else None))
         ticket, *leaves = ops.experts_submit(

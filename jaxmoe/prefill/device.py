@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxmoe.config.model_config import MlaConfig, ModelConfig
+from jaxmoe.config.model_config import CompressedConfig, MlaConfig, ModelConfig
 from jaxmoe.decode.batch import StepRow
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
@@ -31,6 +31,7 @@ from jaxmoe.weights.loaded_model import LoadedModel
 def prompt_shape(config: ModelConfig, expert_bytes: int, compute_bytes: int = 2) -> PromptShape:
     """What a model's prompts take of device memory."""
     attention = config.attention
+    assert not isinstance(attention, CompressedConfig), "its prompts are not streamed"
     heads = attention.num_heads
     if isinstance(attention, MlaConfig):
         key = attention.nope_head_dim + attention.rope_head_dim

@@ -63,7 +63,7 @@ def plan_for(
         num_ranks,
         free_bytes,
         max_prompt_tokens,
-        kv_bytes=store.token_bytes(cache_spec(config, compute_dtype)[:1]),
+        kv_bytes=store.token_bytes(cache_spec(config, compute_dtype)[:1], 1),
         max_context=max_context,
         chunk_tokens=chunk_tokens,
     )

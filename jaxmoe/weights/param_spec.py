@@ -28,7 +28,8 @@ Formats = Callable[[str], WeightFormat]
 # matrix [N, K], head_map [G, N, K]: linear maps, outputs first, as their format lays them out
 # (quant/formats.py); scale_inv: the scales of one of those; embedding [V, D]; norm: RMS-norm
 # weights, or norm_offset: what they are beyond 1; bias: of a linear map; router_bias: the router's
-# score correction; conv [W, C]: a convolution over W tokens, channel by channel.
+# score correction; conv [W, C]: a convolution over W tokens, channel by channel;
+# expert_table [V, A]: expert ids, those of a row distinct.
 ParamKind = Literal[
     "matrix",
     "head_map",
@@ -39,6 +40,7 @@ ParamKind = Literal[
     "bias",
     "router_bias",
     "conv",
+    "expert_table",
 ]
 
 DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {

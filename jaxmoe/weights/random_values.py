@@ -106,6 +106,10 @@ class RandomValues:
             out[...] = (1 + 0.1 * self._generator(name).standard_normal(out.shape)).astype(
                 out.dtype
             )
+        elif kind == "expert_table":
+            # Of the first experts only: how many there are is not in the table.
+            rows, per_token = out.shape
+            out[...] = (np.arange(rows)[:, None] + np.arange(per_token)) % per_token
         elif kind == "conv":
             self._fill(out, name, 0.5)  # of about four tokens
         else:  # bias, router_bias, norm_offset

@@ -133,6 +133,41 @@ def test_same_bits_where_an_indexer_chooses_the_context(tmp_path):
         pages.free(held)
 
 
+@pytest.mark.slow
+def test_same_bits_where_entries_are_compressed(tmp_path):
+    """Entries are in the pages, open ones in recurrent states: both are found by the prefix cache
+    and computed again after preemption. Contexts are on both sides of the window, of the first
+    entry of 128 positions and of the entries an indexer chooses.
+    """
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logprobs=0)
+    options = {"max_model_len": 160, "max_num_seqs": 2, "prefill_chunk_tokens": 64}
+    with load(write(tmp_path, "deepseek_v4"), **options) as llm:
+        ids = np.random.default_rng(0).integers(2, 64, 150).tolist()
+        prompts = [ids[:length] for length in (5, 90, 122, 150)]
+        alone = [results(llm.generate(p, params))[0] for p in prompts]
+        assert results(llm.generate(prompts[::-1], params)) == alone[::-1]
+        assert llm.engine.prefix.hit_tokens > 200
+        llm.engine.scheduler.prefix = None
+        pages = llm.engine.pages
+        held = pages.allocate(pages.num_free - 29)  # both prompts fit, their answers do not
+        assert results(llm.generate(prompts[1:3], params)) == alone[1:3]
+        assert llm.engine.stats()["preemptions_total"] > 0
+        pages.free(held)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"page_size": 6}, ["page_size: got 6", "multiple of 4"]),
+        ({"prefill": "slp"}, ["DeepseekV4ForCausalLM", "open entries", "prefill=chunked"]),
+    ],
+)
+def test_what_compressed_entries_do_not_go_with_is_refused(tmp_path, options, words):
+    with pytest.raises(ConfigError) as error:
+        load(write(tmp_path, "deepseek_v4"), **options)
+    assert all(word in str(error.value) for word in words), error.value
+
+
 def test_recurrent_states_are_reported_and_without_room_prompts_are_computed_whole(tmp_path):
     prompt, params = TEXT[:60], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     write(tmp_path, "qwen3_next")

@@ -64,6 +64,7 @@ TITLES = {
     "glm_moe_dsa_fp8": "GLM-5-like, FP8",
     "deepseek_v32_sparse": "DeepSeek-V3.2-like, FP8, contexts beyond index_topk",
     "glm_moe_dsa_sparse": "GLM-5-like, BF16, contexts beyond index_topk",
+    "deepseek_v4": "DeepSeek-V4-like, FP8 and MXFP4, contexts beyond window and index_topk",
     "glm_moe_dsa_shared": "GLM-5.2-like, BF16, contexts beyond index_topk",
 }
 CASES = tuple(TITLES)
@@ -78,6 +79,7 @@ FORMATS = {
         "fp8_block",
     ),
     "glm4_moe_fp8": "fp8_channel",
+    "deepseek_v4": "mxfp4",
     "kimi_k2_int4": "int4_g32",
     "kimi_k25_int4": "int4_g32",
     "qwen3_moe_awq": "uint4_g128",
@@ -105,6 +107,8 @@ DTYPE_NAMES = {
     F16: "F16",
     E8M0: "F8_E8M0",
     np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
+    np.dtype(np.int8): "I8",
     np.dtype(np.uint8): "U8",
 }
 
@@ -183,6 +187,9 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     if "quantization_config" in whole:  # outside the text model's
         config = config | {"quantization_config": whole["quantization_config"]}
     b = _Builder(config, seed)
+    if config["model_type"] == "deepseek_v4":
+        _deepseek_v4(b)
+        return b.tensors
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     b.tensors["model.embed_tokens.weight"] = _normal("embed", seed, (vocab, hidden)).astype(BF16)
     num_layers = config["num_hidden_layers"]
@@ -235,6 +242,89 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
         b.norm("mtp.norm", hidden)
         b.matrix("mtp.fc", hidden, 2 * hidden, plain=True)
     return b.tensors
+
+
+def _deepseek_v4(b: _Builder) -> None:
+    c = b.config
+    hidden, vocab, streams = c["hidden_size"], c["vocab_size"], c["hc_mult"]
+    b.tensors["embed.weight"] = _normal("embed", b.seed, (vocab, hidden)).astype(BF16)
+    for i in range(c["num_hidden_layers"]):
+        prefix = f"layers.{i}"
+        b.norm(f"{prefix}.attn_norm", hidden)
+        b.norm(f"{prefix}.ffn_norm", hidden)
+        _v4_attention(b, f"{prefix}.attn", c["compress_ratios"][i])
+        _v4_moe(b, f"{prefix}.ffn", is_hashed=i < c["num_hash_layers"])
+        for block in ("attn", "ffn"):
+            _v4_streams(b, f"{prefix}.hc_{block}", (2 + streams) * streams, 3)
+    _v4_streams(b, "hc_head", streams, 1)
+    b.norm("norm", hidden)
+    b.matrix("head", vocab, hidden, 2.0, plain=True)
+    b.norm("mtp.0.norm", hidden)  # the draft head of training
+    b.matrix("mtp.0.e_proj", hidden, hidden)
+
+
+def _v4_streams(b: _Builder, name: str, rows: int, num_scales: int) -> None:
+    width = b.config["hc_mult"] * b.config["hidden_size"]
+    fn = _normal(f"{name}_fn", b.seed, (rows, width)) * np.float32(width**-0.5)
+    b.tensors[f"{name}_fn"] = fn
+    b.tensors[f"{name}_base"] = np.float32(0.5) * _normal(f"{name}_base", b.seed, (rows,))
+    b.tensors[f"{name}_scale"] = 1 + np.float32(0.2) * _normal(
+        f"{name}_scale", b.seed, (num_scales,)
+    )
+
+
+def _v4_attention(b: _Builder, prefix: str, ratio: int) -> None:
+    c = b.config
+    hidden, heads, dim, rank = (
+        *(c["hidden_size"], c["num_attention_heads"], c["head_dim"], c["q_lora_rank"]),
+    )
+    b.matrix(f"{prefix}.wq_a", rank, hidden)
+    b.norm(f"{prefix}.q_norm", rank)
+    b.matrix(f"{prefix}.wq_b", heads * dim, rank, 1.5)
+    b.matrix(f"{prefix}.wkv", dim, hidden)
+    b.norm(f"{prefix}.kv_norm", dim)
+    b.matrix(f"{prefix}.wo_a", c["o_groups"] * c["o_lora_rank"], heads * dim // c["o_groups"], 2.0)
+    b.matrix(f"{prefix}.wo_b", hidden, c["o_groups"] * c["o_lora_rank"], 2.0)
+    name = f"{prefix}.attn_sink"
+    b.tensors[name] = 2 * _normal(name, b.seed, (heads,))
+    if ratio:
+        _v4_compressor(b, f"{prefix}.compressor", ratio, dim)
+    if ratio == 4:
+        index_heads, index_dim = c["index_n_heads"], c["index_head_dim"]
+        b.matrix(f"{prefix}.indexer.wq_b", index_heads * index_dim, rank)
+        b.matrix(f"{prefix}.indexer.weights_proj", index_heads, hidden, plain=True)
+        _v4_compressor(b, f"{prefix}.indexer.compressor", ratio, index_dim)
+
+
+def _v4_compressor(b: _Builder, prefix: str, ratio: int, dim: int) -> None:
+    row = 2 * dim if ratio == 4 else dim
+    b.matrix(f"{prefix}.wkv", row, b.config["hidden_size"], plain=True)
+    b.matrix(f"{prefix}.wgate", row, b.config["hidden_size"], plain=True)
+    b.norm(f"{prefix}.norm", dim)
+    name = f"{prefix}.ape"
+    b.tensors[name] = _normal(name, b.seed, (ratio, row))
+
+
+def _v4_moe(b: _Builder, prefix: str, *, is_hashed: bool) -> None:
+    c = b.config
+    hidden, width, num_experts = c["hidden_size"], c["moe_intermediate_size"], c["n_routed_experts"]
+    b.matrix(f"{prefix}.gate", num_experts, hidden, 1.5, plain=True)
+    if is_hashed:
+        name, per_token = f"{prefix}.gate.tid2eid", c["num_experts_per_tok"]
+        order = _normal(name, b.seed, (c["vocab_size"], num_experts)).argsort(axis=1, kind="stable")
+        b.tensors[name] = np.ascontiguousarray(order[:, :per_token].astype(np.int64))
+    else:
+        name = f"{prefix}.gate.bias"
+        b.tensors[name] = np.float32(0.2) * _normal(name, b.seed, (num_experts,))
+    for e in range(num_experts):
+        _v4_expert(b, f"{prefix}.experts.{e}", hidden, width)
+    _v4_expert(b, f"{prefix}.shared_experts", hidden, width * c["n_shared_experts"])
+
+
+def _v4_expert(b: _Builder, prefix: str, hidden: int, width: int) -> None:
+    b.matrix(f"{prefix}.w1", width, hidden, 1.5)
+    b.matrix(f"{prefix}.w3", width, hidden, 1.5)
+    b.matrix(f"{prefix}.w2", hidden, width)
 
 
 def _has_indexer(config: Mapping[str, Any], layer: int) -> bool:

@@ -98,6 +98,17 @@ def _mxfp4(w: np.ndarray) -> Tensors:
     return {".weight_packed": blocks.reshape(len(w), -1), ".weight_scale": exponents}
 
 
+def _deepseek_v4(w: np.ndarray) -> Tensors:
+    """What is not a routed expert: FP8 blocks with e8m0 scales under a name of their own."""
+    data, scale = fp8_block(w, E8M0)
+    return {".weight": data, ".scale": scale}
+
+
+def _mxfp4_int8(w: np.ndarray) -> Tensors:
+    blocks, exponents = mxfp4_blocks(w)
+    return {".weight": blocks.reshape(len(w), -1).view(np.int8), ".scale": exponents.view(E8M0)}
+
+
 def _mxfp8(w: np.ndarray) -> Tensors:
     scaled, exponents = _shared_exponents(w, 8)
     data = np.clip(scaled, -_FP8_MAX, _FP8_MAX).reshape(w.shape).astype(FP8)
@@ -219,6 +230,7 @@ class Scheme:
         self._ignored: list[str] = []
         self._make: Callable[[np.ndarray], Tensors] | None = None
         self.is_mxfp4_experts = False
+        self._is_v4 = config["model_type"] == "deepseek_v4"
         if quant is None:
             return
         method = quant["quant_method"]
@@ -260,6 +272,8 @@ class Scheme:
             for entry in self._ignored
         ):
             return None
+        if self._is_v4:
+            return _mxfp4_int8(w) if ".experts." in name else _deepseek_v4(w)
         return self._make(w)
 
 
@@ -291,7 +305,8 @@ def _dequantize_uint4(
 
 
 _BESIDE = (
-    *("_scale_inv", "_scale", "_scales", ".weight_scale_2", ".weight_shape"),
+    *("_scale_inv", ".weight_scale", ".scale", "_scales", ".weight_scale_2", ".weight_shape"),
+    *(".weight_global_scale", ".input_scale", ".input_global_scale"),
     *(".qzeros", ".scales", ".g_idx"),
 )
 
@@ -306,7 +321,7 @@ def dequantize(stored: Mapping[str, np.ndarray]) -> Tensors:
         scale = next(
             (
                 stored[base + s]
-                for s in (".weight_scale_inv", ".weight_scale")
+                for s in (".weight_scale_inv", ".weight_scale", ".scale")
                 if base + s in stored
             ),
             None,
@@ -339,6 +354,12 @@ def dequantize(stored: Mapping[str, np.ndarray]) -> Tensors:
                 values = _fp4_values(_nibbles(array)).reshape(n, groups, -1)
                 values = values * _two_to_the(scale)[..., None]
             plain[base + ".weight"] = values.reshape(n, -1)
+        elif array.dtype == np.int8:
+            assert scale is not None
+            values = _fp4_values(_nibbles(array.view(np.uint8))).reshape(*scale.shape, 32)
+            plain[name] = (values * _two_to_the(scale.view(np.uint8))[..., None]).reshape(
+                len(array), -1
+            )
         elif array.dtype == FP8:
             assert scale is not None
             if scale.dtype == np.uint8:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe import models
-from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.config.model_config import CompressedConfig, ModelConfig
 from jaxmoe.ffi.ops import StepInputs, Weight
 from jaxmoe.ffi.reference import ReferenceOps
 from jaxmoe.kernels.device_ops import DeviceOps
@@ -99,26 +99,29 @@ class TinyRunner:
         weights: Any,
         *,
         num_rows: int = 3,
-        max_tokens: int = 112,
+        max_tokens: int | None = None,
         compiler_options: dict[str, Any] | None = None,
     ):
         self._step_fn = jax.jit(step_fn, donate_argnums=2, compiler_options=compiler_options)
         self._weights = weights
+        if max_tokens is None:  # the longest of the fixtures' prompts, and what follows it
+            max_tokens = 288 if isinstance(config.attention, CompressedConfig) else 112
         pages_each = -(-max_tokens // PAGE_SIZE)
         # Pages in no order, so that a position read from the wrong page shows.
         pages = np.random.default_rng(0).permutation(num_rows * pages_each).astype(np.int32)
         self._rows = [Row(p) for p in pages.reshape(num_rows, pages_each)]
         self._caches = [
             tuple(
-                jnp.zeros((pages.size, PAGE_SIZE, a.num_heads, a.head_dim), a.dtype) for a in arrays
+                jnp.zeros((pages.size, a.slots(PAGE_SIZE), a.num_heads, a.head_dim), a.dtype)
+                for a in arrays
             )
             # What no token may read is NaN.
-            or tuple(jnp.full((num_rows, *a.shape), jnp.nan, a.dtype) for a in states)
+            + tuple(jnp.full((num_rows, *a.shape), jnp.nan, a.dtype) for a in states)
             for arrays, states in zip(
                 models.cache_spec(config, compute_dtype), models.state_spec(config), strict=True
             )
         ]
-        self._has_states = config.linear_attention is not None
+        self._has_states = any(models.state_spec(config))
 
         self.keep: Any = None  # what must live as long as the runner
 
@@ -229,7 +232,9 @@ def device_runner(
     )
 
 
-def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> TinyRunner:
+def native_runner(
+    case: str, compute_dtype: str, folder: Path, family: str, edit: ConfigEdit | None = None
+) -> TinyRunner:
     """The same on the CPU kernels: the checkpoint written to `folder` and loaded as shipped."""
     from jaxmoe.ffi.cpu_runtime import CpuRuntime
     from jaxmoe.ffi.native_ops import NativeOps
@@ -240,6 +245,8 @@ def native_runner(case: str, compute_dtype: str, folder: Path, family: str) -> T
     if not (folder / "config.json").exists():
         tiny_models.write_checkpoint(folder, case)
     config = ModelConfig.from_hf(tiny_models.hf_config(case))
+    if edit is not None:
+        config = edit(config)
     runtime = CpuRuntime(num_threads=1)  # more would only wait for each other here
     loaded = load_model(
         Checkpoint.open(folder), config, registry, runtime, compute_dtype=compute_dtype

@@ -36,6 +36,7 @@ Status bind_layer(const char* op, const ExpertsAttributes& attributes, ExpertsOb
   call->family = *kind;
   call->alpha = attributes.alpha;
   call->limit = attributes.limit;
+  call->up_offset = attributes.up_offset;
   return {};
 }
 

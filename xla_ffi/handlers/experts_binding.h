@@ -19,7 +19,7 @@ struct ExpertsObjects {
 // Which layer of what, as attributes say.
 struct ExpertsAttributes {
   int64_t runtime_id = 0, store_id = 0, layer = 0, family = 0;
-  float alpha = 0, limit = 0;
+  float alpha = 0, limit = 0, up_offset = 0;
   bool has_biases = false;
 };
 

@@ -24,14 +24,14 @@ DevicePlace place_of(DeviceStream stream, int32_t ordinal, ffi::RunId run, int64
 ffi::Error experts_impl(DeviceStream stream, int32_t ordinal, ffi::RunId run, ffi::AnyBuffer x,
                         ffi::AnyBuffer ids, ffi::AnyBuffer weights, ffi::RemainingArgs biases,
                         ffi::Result<ffi::AnyBuffer> y, int64_t runtime_id, int64_t store_id,
-                        int64_t layer, int64_t family, float alpha, float limit) {
+                        int64_t layer, int64_t family, float alpha, float limit, float up_offset) {
   constexpr const char* kOp = "experts";
   ExpertsObjects objects;
   ExpertsCall call;
   const bool has_biases = biases.size() != 0;
   JAXMOE_RETURN_IF_ERROR(bind_experts(
-      kOp, x, ids, weights, biases, {runtime_id, store_id, layer, family, alpha, limit, has_biases},
-      &objects, &call));
+      kOp, x, ids, weights, biases,
+      {runtime_id, store_id, layer, family, alpha, limit, up_offset, has_biases}, &objects, &call));
   const int64_t hidden = x.dimensions()[1];
   JAXMOE_RETURN_IF_ERROR(
       expect(kOp, "the result", *y, ffi::DataType::F32, {call.num_tokens, hidden}));
@@ -48,13 +48,13 @@ ffi::Error submit_impl(DeviceStream stream, int32_t ordinal, ffi::RunId run, ffi
                        ffi::AnyBuffer ids, ffi::AnyBuffer weights, ffi::RemainingArgs rest,
                        ffi::Result<ffi::AnyBuffer> ticket, ffi::RemainingRets others_out,
                        int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
-                       float alpha, float limit, bool has_biases, int64_t slot) {
+                       float alpha, float limit, float up_offset, bool has_biases, int64_t slot) {
   constexpr const char* kOp = "experts_submit";
   ExpertsObjects objects;
   ExpertsCall call;
   JAXMOE_RETURN_IF_ERROR(bind_experts(
-      kOp, x, ids, weights, rest, {runtime_id, store_id, layer, family, alpha, limit, has_biases},
-      &objects, &call));
+      kOp, x, ids, weights, rest,
+      {runtime_id, store_id, layer, family, alpha, limit, up_offset, has_biases}, &objects, &call));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", *ticket, ffi::DataType::S32, {1}));
   JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, rest, has_biases ? 2 : 0, others_out));
   return to_error(objects.runtime->device_experts().submit(place_of(stream, ordinal, run, slot),
@@ -65,14 +65,14 @@ ffi::Error submit_packed_impl(DeviceStream stream, int32_t ordinal, ffi::RunId r
                               ffi::AnyBuffer packed, ffi::RemainingArgs rest,
                               ffi::Result<ffi::AnyBuffer> ticket, ffi::RemainingRets others_out,
                               int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
-                              float alpha, float limit, bool has_biases, int64_t slot,
-                              int64_t num_tokens, int64_t per_token, bool x_is_bf16) {
+                              float alpha, float limit, float up_offset, bool has_biases,
+                              int64_t slot, int64_t num_tokens, int64_t per_token, bool x_is_bf16) {
   constexpr const char* kOp = "experts_submit";
   ExpertsObjects objects;
   ExpertsCall call;
   JAXMOE_RETURN_IF_ERROR(bind_packed_experts(
       kOp, packed, {num_tokens, per_token, x_is_bf16}, rest,
-      {runtime_id, store_id, layer, family, alpha, limit, has_biases}, &objects, &call));
+      {runtime_id, store_id, layer, family, alpha, limit, up_offset, has_biases}, &objects, &call));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", *ticket, ffi::DataType::S32, {1}));
   JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, rest, has_biases ? 2 : 0, others_out));
   return to_error(objects.runtime->device_experts().submit(place_of(stream, ordinal, run, slot),

@@ -43,7 +43,7 @@ ffi::Error experts_group_impl(ffi::AnyBuffer y, ffi::AnyBuffer x, ffi::AnyBuffer
                               ffi::AnyBuffer weights, ffi::RemainingArgs rest,
                               ffi::Result<ffi::AnyBuffer> out, int64_t runtime_id,
                               int64_t first_expert, int64_t family, int64_t format_code,
-                              float alpha, float limit, bool has_biases) {
+                              float alpha, float limit, float up_offset, bool has_biases) {
   ExpertsObjects objects;
   JAXMOE_RETURN_IF_ERROR(find_runtime(kOp, runtime_id, &objects));
   std::optional<Family> kind = family_of(family);
@@ -106,6 +106,7 @@ ffi::Error experts_group_impl(ffi::AnyBuffer y, ffi::AnyBuffer x, ffi::AnyBuffer
   call.first_expert = static_cast<int32_t>(first_expert);
   call.alpha = alpha;
   call.limit = limit;
+  call.up_offset = up_offset;
   return to_error(experts(*objects.runtime->cpu, BufferExperts(spec, data, scales), call));
 }
 
@@ -125,6 +126,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExpertsGroup, experts_group_impl,
                                   .Attr<int64_t>("format")
                                   .Attr<float>("alpha")
                                   .Attr<float>("limit")
+                                  .Attr<float>("up_offset")
                                   .Attr<bool>("has_biases"));
 
 }  // namespace jaxmoe

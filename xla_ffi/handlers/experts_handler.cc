@@ -12,14 +12,14 @@ namespace {
 ffi::Error experts_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                         ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> y,
                         int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
-                        float alpha, float limit) {
+                        float alpha, float limit, float up_offset) {
   constexpr const char* kOp = "experts";
   ExpertsObjects objects;
   ExpertsCall call;
   const bool has_biases = biases.size() != 0;
   JAXMOE_RETURN_IF_ERROR(bind_experts(
-      kOp, x, ids, weights, biases, {runtime_id, store_id, layer, family, alpha, limit, has_biases},
-      &objects, &call));
+      kOp, x, ids, weights, biases,
+      {runtime_id, store_id, layer, family, alpha, limit, up_offset, has_biases}, &objects, &call));
   if (has_biases && biases.size() != 2) {
     return failure("experts: " + std::to_string(biases.size()) +
                    " bias arrays; wanted those of gate and up, or none");
@@ -34,14 +34,14 @@ ffi::Error experts_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer wei
 ffi::Error submit_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                        ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> ticket,
                        ffi::RemainingRets others_out, int64_t runtime_id, int64_t store_id,
-                       int64_t layer, int64_t family, float alpha, float limit, bool has_biases,
-                       int64_t /*slot*/) {
+                       int64_t layer, int64_t family, float alpha, float limit, float up_offset,
+                       bool has_biases, int64_t /*slot*/) {
   constexpr const char* kOp = "experts_submit";
   ExpertsObjects objects;
   ExpertsCall call;
   JAXMOE_RETURN_IF_ERROR(bind_experts(
-      kOp, x, ids, weights, rest, {runtime_id, store_id, layer, family, alpha, limit, has_biases},
-      &objects, &call));
+      kOp, x, ids, weights, rest,
+      {runtime_id, store_id, layer, family, alpha, limit, up_offset, has_biases}, &objects, &call));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", *ticket, ffi::DataType::S32, {1}));
   JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, rest, has_biases ? 2 : 0, others_out));
   return to_error(objects.runtime->experts.submit(objects.store, call,
@@ -51,14 +51,15 @@ ffi::Error submit_impl(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weig
 ffi::Error submit_packed_impl(ffi::AnyBuffer packed, ffi::RemainingArgs rest,
                               ffi::Result<ffi::AnyBuffer> ticket, ffi::RemainingRets others_out,
                               int64_t runtime_id, int64_t store_id, int64_t layer, int64_t family,
-                              float alpha, float limit, bool has_biases, int64_t /*slot*/,
-                              int64_t num_tokens, int64_t per_token, bool x_is_bf16) {
+                              float alpha, float limit, float up_offset, bool has_biases,
+                              int64_t /*slot*/, int64_t num_tokens, int64_t per_token,
+                              bool x_is_bf16) {
   constexpr const char* kOp = "experts_submit";
   ExpertsObjects objects;
   ExpertsCall call;
   JAXMOE_RETURN_IF_ERROR(bind_packed_experts(
       kOp, packed, {num_tokens, per_token, x_is_bf16}, rest,
-      {runtime_id, store_id, layer, family, alpha, limit, has_biases}, &objects, &call));
+      {runtime_id, store_id, layer, family, alpha, limit, up_offset, has_biases}, &objects, &call));
   JAXMOE_RETURN_IF_ERROR(expect(kOp, "the ticket", *ticket, ffi::DataType::S32, {1}));
   JAXMOE_RETURN_IF_ERROR(check_pass_through(kOp, rest, has_biases ? 2 : 0, others_out));
   return to_error(objects.runtime->experts.submit(objects.store, call,

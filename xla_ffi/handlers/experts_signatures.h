@@ -15,7 +15,8 @@ auto bind_which_experts(Binding&& binding) {
       .template Attr<int64_t>("layer")
       .template Attr<int64_t>("family")
       .template Attr<float>("alpha")
-      .template Attr<float>("limit");
+      .template Attr<float>("limit")
+      .template Attr<float>("up_offset");
 }
 
 // x, ids and weights, then biases.

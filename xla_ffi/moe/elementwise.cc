@@ -32,12 +32,12 @@ void swiglu(const float* gate, const float* up, int64_t n, float* h) {
   }
 }
 
-void swiglu_clamped(const float* gate, const float* up, int64_t n, float alpha, float limit,
-                    float* h) {
+void swiglu_clamped(const float* gate, const float* up, int64_t n, Clamped by, float* h) {
+  const float limit = by.limit;
   for (int64_t i = 0; i < n; ++i) {
     const float g = gate[i] > limit ? limit : gate[i];
     const float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
-    h[i] = g / (1.0f + exp_clamped(-alpha * g)) * (u + 1.0f);
+    h[i] = g / (1.0f + exp_clamped(-by.alpha * g)) * (u + by.up_offset);
   }
 }
 

@@ -280,7 +280,8 @@ void ExpertsJob::stage1_unit(int node, uint32_t unit, int participant) {
       add_scaled(call_.up_bias + bias, 1.0f, f, up + i * f);
     }
     if (call_.limit > 0) {
-      swiglu_clamped(gate + i * f, up + i * f, f, call_.alpha, call_.limit, h + i * intermediate_);
+      swiglu_clamped(gate + i * f, up + i * f, f, {call_.alpha, call_.limit, call_.up_offset},
+                     h + i * intermediate_);
     } else {
       swiglu(gate + i * f, up + i * f, f, h + i * intermediate_);
     }

@@ -43,7 +43,7 @@ struct ExpertsCall {
   const float* gate_bias = nullptr;
   const float* up_bias = nullptr;
   // The activation is swiglu_clamped where there is a limit, else swiglu.
-  float alpha = 0, limit = 0;
+  float alpha = 0, limit = 0, up_offset = 0;
 };
 
 class ExpertsJob final : public Job {
