@@ -19,15 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoe.decode import dual_batch
+from jaxmoe.decode import drafting, dual_batch
 from jaxmoe.decode.batch import (
     BlockTables,
     StepRow,
     decode_size,
+    pack_drafts,
     pack_masks,
     pack_step,
     prefill_size,
+    with_guesses,
 )
+from jaxmoe.decode.drafting import DraftInputs
 from jaxmoe.ffi.device_driver import Device
 from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.request import TokenLogprob
@@ -50,7 +53,8 @@ LOGITS_CHUNK_TOKENS = 64  # [T, V] float32 at V = 150,000 is 38 MB
 @dataclasses.dataclass(frozen=True)
 class RowResult:
     """What a step drew for one row: -1 where its logits were not finite. The rest only
-    where asked for; prompt_logprobs: of the row's targets.
+    where asked for; prompt_logprobs: of the row's targets. more: what was drawn after those of the
+    row's guesses that were right, one for each. guesses: of the tokens after all of these.
     """
 
     token_id: int
@@ -58,6 +62,8 @@ class RowResult:
     top_ids: Sequence[int]
     top_logprobs: Sequence[float]
     prompt_logprobs: Sequence[TokenLogprob] | None = None
+    more: Sequence[RowResult] = ()
+    guesses: Sequence[int] = ()
 
 
 class BatchPolicy(Protocol):
@@ -79,6 +85,8 @@ class HybridStep:
         device: that everything is on; default: the CPU.
         policy: in how many microbatches (decode/dual_batch.py) a decode is computed; None: one.
         has_states: whether any layer has state arrays.
+        most_guesses: of a sequence's next tokens that a decode may verify; more than 0 for a model
+            that runs its draft head, and only for it.
 
     on_compile: may be set; called with True before a step whose program has to be compiled first,
     and with False after it.
@@ -99,8 +107,10 @@ class HybridStep:
         device: Device | None = None,
         policy: BatchPolicy | None = None,
         has_states: bool = False,
+        most_guesses: int = 0,
     ) -> None:
         self._policy = policy
+        self._most_guesses = most_guesses
         self._leaves, treedef = jax.tree.flatten(state)
         self._caches = caches
         self._counts: TokenCounts | None = None
@@ -132,15 +142,30 @@ class HybridStep:
             biases: Biases | None,
             masks: jax.Array | None,
             targets: jax.Array | None,
+            drafts: DraftInputs | None,
             kind: Kind,
             num_microbatches: int,
-        ) -> tuple[Drawn, PromptLogprobs | None, list[tuple[jax.Array, ...]], TokenCounts | None]:
+            num_guesses: int,
+        ) -> tuple[
+            Drawn,
+            PromptLogprobs | None,
+            list[tuple[jax.Array, ...]],
+            TokenCounts | None,
+            jax.Array | None,
+        ]:
             indices = rows.logit_index
             if targets is not None:
                 indices = jnp.concatenate([indices, jnp.arange(targets.shape[0], dtype=jnp.int32)])
             begun = ops[kind].mark(step.token_ids, "begin")
             step = dataclasses.replace(step, token_ids=begun)
-            raw, caches = forward(leaves, caches, step, kind, indices, num_microbatches)
+            model: Any = None
+            h: Any = None
+            if drafts is None:
+                raw, caches = forward(leaves, caches, step, kind, indices, num_microbatches)
+            else:
+                model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+                h, caches = model.trunk(step, caches, ops[kind])
+                raw = model.head(jnp.take(h, indices, axis=0, mode="clip"), ops[kind])
             raw = ops[kind].mark(raw, "logits")
             prompt = None
             if targets is not None:
@@ -153,8 +178,23 @@ class HybridStep:
             if masks is not None:
                 adjusted = apply_masks(adjusted, masks)
             drawn = sample(raw, adjusted, rows)
+            guesses = None
+            if drafts is not None:
+                guesses, caches = drafting.propose(
+                    model,
+                    h,
+                    drawn.token_ids,
+                    step,
+                    drafts,
+                    rows.logit_index,
+                    caches,
+                    ops[kind],
+                    num_guesses=num_guesses,
+                    most_guesses=most_guesses if kind == "decode" else 0,
+                )
             ended = ops[kind].mark(drawn.token_ids, "end")
-            return dataclasses.replace(drawn, token_ids=ended), prompt, caches, counts
+            drawn = dataclasses.replace(drawn, token_ids=ended)
+            return drawn, prompt, caches, counts, guesses
 
         def logits(leaves, caches, step):
             indices = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32)
@@ -162,7 +202,7 @@ class HybridStep:
 
         self._run = jax.jit(
             run,
-            static_argnames=("kind", "num_microbatches"),
+            static_argnames=("kind", "num_microbatches", "num_guesses"),
             donate_argnames=("caches", "counts"),
         )
         self._logits = jax.jit(logits, donate_argnames=("caches",))
@@ -238,17 +278,23 @@ class HybridStep:
         return counts
 
     def run(
-        self, kind: Kind, rows: Sequence[StepRow], *, num_microbatches: int | None = None
+        self,
+        kind: Kind,
+        rows: Sequence[StepRow],
+        *,
+        num_microbatches: int | None = None,
+        num_guesses: int = 0,
     ) -> list[RowResult]:
         """Computes the rows' tokens and draws the next one of each.
 
         num_microbatches: of a decode; None: as the policy chooses. The results do not depend on it.
+        num_guesses: of each row's further tokens, to be handed to the next decode.
         """
         policy = self._policy if kind == "decode" and num_microbatches is None else None
         if policy is not None:
             num_microbatches = policy.choose([row.start for row in rows])
         begin = time.perf_counter()
-        results = self._run_rows(kind, rows, num_microbatches or 1)
+        results = self._run_rows(kind, rows, num_microbatches or 1, num_guesses)
         if policy is not None and self.last_compiled:
             policy.skip()
         elif policy is not None:
@@ -256,8 +302,10 @@ class HybridStep:
         return results
 
     def _run_rows(
-        self, kind: Kind, rows: Sequence[StepRow], num_microbatches: int
+        self, kind: Kind, given: Sequence[StepRow], num_microbatches: int, num_guesses: int
     ) -> list[RowResult]:
+        rows = with_guesses(given) if any(row.guesses for row in given) else given
+        assert kind == "decode" or rows is given
         total = sum(len(row.token_ids) for row in rows)
         targets = rows[0].targets
         if kind == "decode":
@@ -282,15 +330,25 @@ class HybridStep:
             padded[: len(targets)] = targets
         if not dual_batch.divides(num_tokens, num_rows, num_microbatches):
             num_microbatches = 1
+        drafts = None
+        if self._most_guesses:
+            num_microbatches = 1
+            drafts = DraftInputs(*pack_drafts(given, num_tokens, num_rows))  # pyright: ignore
         # A mask or a bias of another kind makes another program, as do all shapes.
-        inputs = (step, settings, counts, biases, masks, padded)
+        inputs = (step, settings, counts, biases, masks, padded, drafts)
         structure = jax.tree.structure(inputs)
-        shapes = kind, num_microbatches, structure, *(x.shape for x in jax.tree.leaves(inputs))
+        shapes = (
+            kind,
+            num_microbatches,
+            num_guesses,
+            structure,
+            *(x.shape for x in jax.tree.leaves(inputs)),
+        )
         self.last_compiled = shapes not in self._shapes
         if self.last_compiled:
             self._shapes.add(shapes)
             self.on_compile(True)
-        drawn, prompt, self._caches, counts = self._run(
+        drawn, prompt, self._caches, counts, guesses = self._run(
             self._leaves,
             self._caches,
             counts,
@@ -299,12 +357,16 @@ class HybridStep:
             biases,
             masks,
             padded,
+            drafts,
             kind=kind,
             num_microbatches=num_microbatches,
+            num_guesses=num_guesses,
         )
         if counts is not None:
             self._counts = counts
         results = _results(drawn, rows)
+        if guesses is not None:
+            results = _verified(results, given, np.asarray(guesses).tolist())
         if self.last_compiled:
             self.on_compile(False)
         if targets is not None and prompt is not None:
@@ -327,6 +389,26 @@ class HybridStep:
 
 
 _NOTHING_DRAWN: Any = None
+
+
+def _verified(
+    results: Sequence[RowResult], rows: Sequence[StepRow], guesses: Sequence[Sequence[int]]
+) -> list[RowResult]:
+    """The results of `with_guesses(rows)`, gathered by row, without those after a wrong guess."""
+    out, at = [], 0
+    for row in rows:
+        right = 0
+        while right < len(row.guesses) and results[at + right].token_id == row.guesses[right]:
+            right += 1
+        out.append(
+            dataclasses.replace(
+                results[at],
+                more=tuple(results[at + 1 : at + 1 + right]),
+                guesses=[token for token in guesses[at + right] if token >= 0],
+            )
+        )
+        at += 1 + len(row.guesses)
+    return out
 
 
 def _prompt_entries(

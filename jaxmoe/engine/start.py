@@ -15,7 +15,7 @@ from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.decode.batch import PREFILL_SIZES
 from jaxmoe.decode.hybrid_step import HybridStep
-from jaxmoe.engine import calibration, compile_cache, read_ceiling
+from jaxmoe.engine import calibration, compile_cache, read_ceiling, speculation
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.dslp_prompts import start_dslp, unused_devices
@@ -99,12 +99,13 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     on_stage("reading the configuration", 0.0)
     _log.info("options: %s", config.describe())
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
+    device, notes = choose_device(config, directory.model_config)
+    directory = speculation.with_draft(config, directory, device)
     model_config = directory.model_config
     spec = cache_spec(model_config, config.compute_dtype)
     layout, states = cache_layout(config, model_config), state_layout(config, model_config)
     _require_cache_memory(layout, states)
     programs = compile_cache.enable(config.cache_path)
-    device, notes = choose_device(config, model_config)
     prefill_device, more = choose_prefill_device(config, device)
     notes += more
     runtime, prefill_runtime = _runtimes(config, device, prefill_device)
@@ -147,6 +148,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             vocab_size=model_config.vocab_size,
             device=device,
             has_states=states is not None,
+            most_guesses=config.max_draft_tokens if model_config.runs_draft else 0,
         )
         if config.prefill == "dslp":
             long_prompts = start_dslp(
@@ -192,6 +194,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         seed=config.seed,
         prefix_cache=config.prefix_cache,
         states=states,
+        drafts=speculation.make_policy(config, model_config, loaded),
         counters=runtime.stats,
         profile=profile,
         streamer=long_prompts.stream if long_prompts else None,
@@ -204,6 +207,9 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     placed = list(describe_placement(device, long_prompts, prefill_device))
     if target is not None:
         placed.append(target.describe())
+    drafting = speculation.describe(config, model_config, loaded)
+    if drafting is not None:
+        placed.append(drafting)
     if calibrated is not None:
         placed.insert(0, calibrated.describe())
     report = describe(
