@@ -20,8 +20,8 @@ _FIRST_RATE = 0.85
 _RATE_LEARNING = 0.02
 # A measured step moves the correction of its number of guesses by this much.
 _LEARNING = 0.1
-# Now and then what seems not to pay is tried again, for texts change: long enough to learn from
-# (the first step only makes the guesses), and 3 % of the steps.
+# Now and then the other choice is tried again, for texts and loads change: long enough to learn
+# from (the first step with guesses only makes them), and 3 % of the steps.
 _TRY_EVERY_STEPS = 512
 _TRY_STEPS = 16
 
@@ -124,16 +124,15 @@ class DraftWherePays(AlwaysDraft):
     def choose(self, num_sequences: int) -> int:
         costs = [self.seconds_per_token(num_sequences, n) for n in range(self.most_guesses + 1)]
         best = min(range(len(costs)), key=costs.__getitem__)
-        if best:
-            self._since_tried = self._trying = 0
-            return best
+        if 0 not in self._correction:
+            return 0  # what a gain is measured by
         self._since_tried += 1
         if self._since_tried >= _TRY_EVERY_STEPS:
             self._since_tried, self._trying = 0, _TRY_STEPS
         if self._trying:
             self._trying -= 1
-            return 1
-        return 0
+            return 0 if best else 1
+        return best
 
     def observe_step(
         self, num_sequences: int, num_rows: int, num_guesses: int, seconds: float
