@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Collection
+from collections.abc import Sequence as Seq
 from typing import Any, Literal, Protocol
 
 from jaxmoe.common.timing import Timings
@@ -67,6 +68,7 @@ class Sequence:
     no step has had it in that slot yet. num_cached: prompt tokens that were found in the prefix
     cache when it was first admitted; -1 before. page_keys: of the prompt's whole pages, once they
     were asked for. state_from: the slot of a kept state that its first step starts from, or -1.
+    guesses: of the tokens after its last one, to be verified (decode/drafting.py).
     num_known_pages: of its prompt when it was admitted, whether or not their state was kept.
     prefill_path, predicted_ttft_s: which way its prompt was begun (scheduler/prefill_route.py) and
     what was expected of it, time in the queue included; empty where there is one way only.
@@ -90,6 +92,7 @@ class Sequence:
     prefill_path: str = ""
     predicted_ttft_s: float = 0.0
     grammar: Grammar | None = None
+    guesses: Seq[int] = ()
 
     @property
     def num_prompt(self) -> int:

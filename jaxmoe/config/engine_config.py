@@ -170,6 +170,17 @@ class EngineConfig:
         low_open=True,
         optional=True,
     )
+    speculative: str = checked(
+        "off",
+        "str",
+        "guess the next tokens with the draft head (multi-token prediction) that some checkpoints "
+        "ship, and verify them in the next step: mtp always, auto where it is predicted and "
+        "measured to be faster; off: the head is not loaded. Texts are the same",
+        choices=("off", "auto", "mtp"),
+    )
+    max_draft_tokens: int = checked(
+        1, "int", "with speculative: tokens of a sequence guessed at once at most", low=1, high=8
+    )
     num_threads: int | None = checked(
         None,
         "int",

@@ -292,12 +292,23 @@ class ModelConfig:
     linear_attention: GatedDeltaConfig | None = None
     norm_offset: float = 0.0  # is added to the weights of all norms but linear attention's own
     streams: StreamsConfig | None = None  # None: one residual stream
-    num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer; not run
+    num_draft_layers: int = 0  # multi-token-prediction heads stored after the last layer
+    runs_draft: bool = False  # whether the first of them is loaded and run too, as one more layer
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Layers that hold routed experts; a position in here is the `moe_layer_idx` of the ops."""
         return tuple(i for i, kind in enumerate(self.mlp_types) if kind == "moe")
+
+    @property
+    def num_held_layers(self) -> int:
+        """Layers with weights and a cache: the model's, and the draft head's."""
+        return self.num_layers + self.runs_draft
+
+    def with_draft(self) -> ModelConfig:
+        """This with its first draft head, whose layer has routed experts as the last ones do."""
+        assert self.num_draft_layers and not self.runs_draft
+        return dataclasses.replace(self, mlp_types=(*self.mlp_types, "moe"), runs_draft=True)
 
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelConfig:

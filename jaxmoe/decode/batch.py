@@ -31,8 +31,10 @@ class StepRow:
     `sampling.inputs.pack_biases`, None where the row's logits are not adjusted. mask: bits of the
     tokens that may be drawn, `[ceil(V / 32)]` uint32, None where all may. targets: the prompt
     tokens that follow those fed, where their log probabilities are wanted; the row is then the
-    step's only one. state_from: the slot that its recurrent state is read from, -1: its own. saves:
-    (i, slot): where the state after token i of those fed is kept too.
+    step's only one. guesses: of the tokens after those fed, in a decode: they are fed as well, each
+    in a row of its own (decode/drafting.py). following: the token after those fed, where it is
+    known and not drawn, else -1. state_from: the slot that its recurrent state is read from, -1:
+    its own. saves: (i, slot): where the state after token i of those fed is kept too.
     """
 
     token_ids: Sequence[int]
@@ -43,6 +45,8 @@ class StepRow:
     biases: dict[int, float] | None = None
     mask: np.ndarray | None = None
     targets: Sequence[int] | None = None
+    guesses: Sequence[int] = ()
+    following: int = -1
     state_from: int = -1
     saves: Sequence[tuple[int, int]] = ()
 
@@ -60,10 +64,14 @@ def prefill_size(num_tokens: int, num_rows: int, *, chunk: int, max_rows: int) -
     return tokens, min(rows, decode_size(max_rows))
 
 
-def step_shapes(max_num_seqs: int, chunk: int) -> list[Shape]:
-    """Every (kind, tokens, rows) that steps can have: one compiled program each."""
+def step_shapes(max_num_seqs: int, chunk: int, most_guesses: int = 0) -> list[Shape]:
+    """Every (kind, tokens, rows) that steps can have: one compiled program each.
+
+    most_guesses: of a sequence that a decode verifies.
+    """
     sizes = range(1, max_num_seqs + 1)
-    decode: set[Shape] = {("decode", decode_size(n), decode_size(n)) for n in sizes}
+    decoded = range(1, max_num_seqs * (1 + most_guesses) + 1)
+    decode: set[Shape] = {("decode", decode_size(n), decode_size(n)) for n in decoded}
     prefill: set[Shape] = set()
     for tokens in [s for s in PREFILL_SIZES if s < chunk] + [chunk]:
         for rows in sizes[:tokens]:  # each with a token at least
@@ -83,6 +91,37 @@ def likely_first(shapes: Sequence[Shape]) -> list[Shape]:
         return rows, 1 if kind == "decode" else 2 * (tokens < longest), -tokens
 
     return sorted(shapes, key=order)
+
+
+def with_guesses(rows: Sequence[StepRow]) -> list[StepRow]:
+    """Rows of a decode and, after each, one for each of its guesses."""
+    out: list[StepRow] = []
+    for row in rows:
+        for i, token in enumerate((*row.token_ids, *row.guesses)):
+            settings = dataclasses.replace(
+                row.settings, logit_index=len(out), token_idx=row.settings.token_idx + i
+            )
+            start = row.start + i
+            out.append(dataclasses.replace(row, token_ids=(token,), start=start, settings=settings))
+    return out
+
+
+def pack_drafts(
+    rows: Sequence[StepRow], num_tokens: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`following [num_tokens]` and `guesses [num_rows]` of `drafting.DraftInputs`, of rows as they
+    came: before `with_guesses`.
+    """
+    following = np.full(num_tokens, -1, np.int32)
+    guesses = np.full(num_rows, -1, np.int32)
+    token = at = 0
+    for row in rows:
+        count = len(row.token_ids)
+        following[token : token + count] = [*row.token_ids[1:], row.following]
+        guesses[at : at + len(row.guesses)] = row.guesses
+        token += count + len(row.guesses)
+        at += 1 + len(row.guesses)
+    return following, guesses
 
 
 class BlockTables:

@@ -68,7 +68,8 @@ def forward(
             f"{n} microbatches of {num_tokens} tokens and {num_rows} rows; wanted as many tokens "
             "as rows, and a multiple of the microbatches"
         )
-    first = next((i for i in range(len(caches)) if model.is_moe(i)), len(caches))
+    num_layers = model.config.num_layers
+    first = next((i for i in range(num_layers) if model.is_moe(i)), num_layers)
     h = model.embed(step.token_ids)
     updated: list[Cache] = []
     # Dense layers before the first experts have nothing to overlap with.
@@ -77,7 +78,7 @@ def forward(
         updated.append(cache)
     steps = split_step(step, n)
     states = [_State(h[m::n], None) for m in range(n)]
-    for i in range(first, len(caches)):
+    for i in range(first, num_layers):
         cache = caches[i]
         for m in range(n):
             h = _finished(model, i - 1, states[m], ops, m)
@@ -91,8 +92,9 @@ def forward(
             else:
                 states[m] = _State(model.mlp(i, h, steps[m], ops), None)
         updated.append(cache)
-    parts = [_finished(model, len(caches) - 1, state, ops, m) for m, state in enumerate(states)]
+    parts = [_finished(model, num_layers - 1, state, ops, m) for m, state in enumerate(states)]
     h = jnp.stack(parts, axis=1).reshape(num_tokens, *parts[0].shape[1:])
+    updated += caches[num_layers:]
     return model.head(jnp.take(h, logit_indices, axis=0, mode="clip"), ops), updated
 
 

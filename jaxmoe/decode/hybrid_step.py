@@ -19,16 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoe.decode import dual_batch
+from jaxmoe.decode import drafting, dual_batch
 from jaxmoe.decode.batch import (
     BlockTables,
     Kind,
     StepRow,
     decode_size,
+    pack_drafts,
     pack_masks,
     pack_step,
     prefill_size,
+    with_guesses,
 )
+from jaxmoe.decode.drafting import DraftInputs
 from jaxmoe.decode.programs import Programs
 from jaxmoe.ffi.device_driver import Device
 from jaxmoe.ffi.ops import Ops, StepInputs
@@ -52,7 +55,8 @@ LOGITS_CHUNK_TOKENS = 64  # [T, V] float32 at V = 150,000 is 38 MB
 @dataclasses.dataclass(frozen=True)
 class RowResult:
     """What a step drew for one row: -1 where its logits were not finite. The rest only
-    where asked for; prompt_logprobs: of the row's targets.
+    where asked for; prompt_logprobs: of the row's targets. more: what was drawn after those of the
+    row's guesses that were right, one for each. guesses: of the tokens after all of these.
     """
 
     token_id: int
@@ -60,6 +64,8 @@ class RowResult:
     top_ids: Sequence[int]
     top_logprobs: Sequence[float]
     prompt_logprobs: Sequence[TokenLogprob] | None = None
+    more: Sequence[RowResult] = ()
+    guesses: Sequence[int] = ()
 
 
 class _Inputs(NamedTuple):
@@ -71,11 +77,20 @@ class _Inputs(NamedTuple):
     biases: Biases | None = None
     masks: Any = None
     targets: Any = None
+    drafts: DraftInputs | None = None
 
-    def key(self, kind: Kind, num_microbatches: int) -> tuple[Any, ...]:
+
+class _Variant(NamedTuple):
+    """What a program is compiled for, beside its inputs' shapes."""
+
+    kind: Kind
+    num_microbatches: int
+    num_guesses: int
+
+    def key(self, inputs: _Inputs) -> tuple[Any, ...]:
         """Names the program: a mask or a bias of another kind makes another, as do all shapes."""
-        structure = jax.tree.structure(self)
-        return kind, num_microbatches, structure, *(x.shape for x in jax.tree.leaves(self))
+        structure = jax.tree.structure(inputs)
+        return *self, structure, *(x.shape for x in jax.tree.leaves(inputs))
 
 
 class BatchPolicy(Protocol):
@@ -97,6 +112,8 @@ class HybridStep:
         device: that everything is on; default: the CPU.
         policy: in how many microbatches (decode/dual_batch.py) a decode is computed; None: one.
         has_states: whether any layer has state arrays.
+        most_guesses: of a sequence's next tokens that a decode may verify; more than 0 for a model
+            that runs its draft head, and only for it.
 
     on_compile: may be set; called with True before a step whose program has to be compiled first,
     and with False after it.
@@ -117,8 +134,10 @@ class HybridStep:
         device: Device | None = None,
         policy: BatchPolicy | None = None,
         has_states: bool = False,
+        most_guesses: int = 0,
     ) -> None:
         self._policy = policy
+        self._most_guesses = most_guesses
         self._leaves, treedef = jax.tree.flatten(state)
         self._caches = caches
         self._counts: TokenCounts | None = None
@@ -154,15 +173,30 @@ class HybridStep:
             biases: Biases | None,
             masks: jax.Array | None,
             targets: jax.Array | None,
+            drafts: DraftInputs | None,
             kind: Kind,
             num_microbatches: int,
-        ) -> tuple[Drawn, PromptLogprobs | None, list[tuple[jax.Array, ...]], TokenCounts | None]:
+            num_guesses: int,
+        ) -> tuple[
+            Drawn,
+            PromptLogprobs | None,
+            list[tuple[jax.Array, ...]],
+            TokenCounts | None,
+            jax.Array | None,
+        ]:
             indices = rows.logit_index
             if targets is not None:
                 indices = jnp.concatenate([indices, jnp.arange(targets.shape[0], dtype=jnp.int32)])
             begun = ops[kind].mark(step.token_ids, "begin")
             step = dataclasses.replace(step, token_ids=begun)
-            raw, caches = forward(leaves, caches, step, kind, indices, num_microbatches)
+            model: Any = None
+            h: Any = None
+            if drafts is None:
+                raw, caches = forward(leaves, caches, step, kind, indices, num_microbatches)
+            else:
+                model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+                h, caches = model.trunk(step, caches, ops[kind])
+                raw = model.head(jnp.take(h, indices, axis=0, mode="clip"), ops[kind])
             raw = ops[kind].mark(raw, "logits")
             prompt = None
             if targets is not None:
@@ -175,8 +209,23 @@ class HybridStep:
             if masks is not None:
                 adjusted = apply_masks(adjusted, masks)
             drawn = sample(raw, adjusted, rows)
+            guesses = None
+            if drafts is not None:
+                guesses, caches = drafting.propose(
+                    model,
+                    h,
+                    drawn.token_ids,
+                    step,
+                    drafts,
+                    rows.logit_index,
+                    caches,
+                    ops[kind],
+                    num_guesses=num_guesses,
+                    most_guesses=most_guesses if kind == "decode" else 0,
+                )
             ended = ops[kind].mark(drawn.token_ids, "end")
-            return dataclasses.replace(drawn, token_ids=ended), prompt, caches, counts
+            drawn = dataclasses.replace(drawn, token_ids=ended)
+            return drawn, prompt, caches, counts, guesses
 
         def logits(leaves, caches, step):
             indices = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32)
@@ -184,7 +233,7 @@ class HybridStep:
 
         self._run = jax.jit(
             run,
-            static_argnames=("kind", "num_microbatches"),
+            static_argnames=("kind", "num_microbatches", "num_guesses"),
             donate_argnames=("caches", "counts"),
         )
         self._logits = jax.jit(logits, donate_argnames=("caches",))
@@ -257,33 +306,33 @@ class HybridStep:
         step = pack_step(
             [row], tables, num_tokens, num_rows, self._page_size, has_states=self._has_states
         )
-        inputs = _Inputs(None, step, pack_rows([settings], num_rows))
+        drafts = None
+        if self._most_guesses:
+            drafts = DraftInputs(*pack_drafts([row], num_tokens, num_rows))  # pyright: ignore
+        inputs = _Inputs(None, step, pack_rows([settings], num_rows), drafts=drafts)
+        variant = _Variant(kind, 1, self._most_guesses)
         compiled = False
 
         def compile() -> Any:
             nonlocal compiled
             compiled = True
-            return self._compile(kind, 1, inputs)
+            return self._compile(variant, inputs)
 
-        self._programs.get(inputs.key(kind, 1), compile)
+        self._programs.get(variant.key(inputs), compile)
         return compiled
 
-    def _compile(self, kind: Kind, num_microbatches: int, inputs: _Inputs) -> Any:
+    def _compile(self, variant: _Variant, inputs: _Inputs) -> Any:
         return self._run.lower(
-            self._leaves,
-            self._cache_shapes,
-            *inputs,
-            kind=kind,
-            num_microbatches=num_microbatches,
+            self._leaves, self._cache_shapes, *inputs, **variant._asdict()
         ).compile()
 
-    def _program(self, kind: Kind, num_microbatches: int, inputs: _Inputs) -> Any:
+    def _program(self, variant: _Variant, inputs: _Inputs) -> Any:
         """What computes a step, compiled if it has to be."""
-        key = inputs.key(kind, num_microbatches)
+        key = variant.key(inputs)
         self.last_compiled = key not in self._programs
         if self.last_compiled:
             self.on_compile(True)
-        return self._programs.get(key, lambda: self._compile(kind, num_microbatches, inputs))
+        return self._programs.get(key, lambda: self._compile(variant, inputs))
 
     def _pack(self, rows: Sequence[StepRow], num_tokens: int, num_rows: int) -> StepInputs:
         return pack_step(
@@ -306,17 +355,23 @@ class HybridStep:
         return counts
 
     def run(
-        self, kind: Kind, rows: Sequence[StepRow], *, num_microbatches: int | None = None
+        self,
+        kind: Kind,
+        rows: Sequence[StepRow],
+        *,
+        num_microbatches: int | None = None,
+        num_guesses: int = 0,
     ) -> list[RowResult]:
         """Computes the rows' tokens and draws the next one of each.
 
         num_microbatches: of a decode; None: as the policy chooses. The results do not depend on it.
+        num_guesses: of each row's further tokens, to be handed to the next decode.
         """
         policy = self._policy if kind == "decode" and num_microbatches is None else None
         if policy is not None:
             num_microbatches = policy.choose([row.start for row in rows])
         begin = time.perf_counter()
-        results = self._run_rows(kind, rows, num_microbatches or 1)
+        results = self._run_rows(kind, rows, num_microbatches or 1, num_guesses)
         if policy is not None and self.last_compiled:
             policy.skip()
         elif policy is not None:
@@ -324,8 +379,10 @@ class HybridStep:
         return results
 
     def _run_rows(
-        self, kind: Kind, rows: Sequence[StepRow], num_microbatches: int
+        self, kind: Kind, given: Sequence[StepRow], num_microbatches: int, num_guesses: int
     ) -> list[RowResult]:
+        rows = with_guesses(given) if any(row.guesses for row in given) else given
+        assert kind == "decode" or rows is given
         total = sum(len(row.token_ids) for row in rows)
         targets = rows[0].targets
         if kind == "decode":
@@ -350,12 +407,18 @@ class HybridStep:
             padded[: len(targets)] = targets
         if not dual_batch.divides(num_tokens, num_rows, num_microbatches):
             num_microbatches = 1
-        inputs = _Inputs(counts, step, settings, biases, masks, padded)
-        program = self._program(kind, num_microbatches, inputs)
-        drawn, prompt, self._caches, counts = program(self._leaves, self._caches, *inputs)
+        drafts = None
+        if self._most_guesses:
+            num_microbatches = 1
+            drafts = DraftInputs(*pack_drafts(given, num_tokens, num_rows))  # pyright: ignore
+        inputs = _Inputs(counts, step, settings, biases, masks, padded, drafts)
+        program = self._program(_Variant(kind, num_microbatches, num_guesses), inputs)
+        drawn, prompt, self._caches, counts, guesses = program(self._leaves, self._caches, *inputs)
         if counts is not None:
             self._counts = counts
         results = _results(drawn, rows)
+        if guesses is not None:
+            results = _verified(results, given, np.asarray(guesses).tolist())
         if self.last_compiled:
             self.on_compile(False)
         if targets is not None and prompt is not None:
@@ -378,6 +441,26 @@ class HybridStep:
 
 
 _NOTHING_DRAWN: Any = None
+
+
+def _verified(
+    results: Sequence[RowResult], rows: Sequence[StepRow], guesses: Sequence[Sequence[int]]
+) -> list[RowResult]:
+    """The results of `with_guesses(rows)`, gathered by row, without those after a wrong guess."""
+    out, at = [], 0
+    for row in rows:
+        right = 0
+        while right < len(row.guesses) and results[at + right].token_id == row.guesses[right]:
+            right += 1
+        out.append(
+            dataclasses.replace(
+                results[at],
+                more=tuple(results[at + 1 : at + 1 + right]),
+                guesses=[token for token in guesses[at + right] if token >= 0],
+            )
+        )
+        at += 1 + len(row.guesses)
+    return out
 
 
 def _prompt_entries(

@@ -40,6 +40,7 @@ from jaxmoe.request import Sequence as RequestSequence
 from jaxmoe.sampling.grammar import GrammarCompiler, SequenceGrammar
 from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.scheduler.draft_policy import DraftPolicy
 from jaxmoe.scheduler.prefill_route import Path, PrefillRoute
 from jaxmoe.scheduler.scheduler import Keeper, Row, Scheduler, StepPlan
 from jaxmoe.scheduler.tpot_target import TpotTarget
@@ -56,7 +57,9 @@ class StepRunner(Protocol):
     @property
     def last_compiled(self) -> bool: ...
     def assign(self, slot: int, seen: Sequence[int] = ()) -> None: ...
-    def run(self, kind: Kind, rows: Sequence[StepRow]) -> list[RowResult]: ...
+    def run(
+        self, kind: Kind, rows: Sequence[StepRow], *, num_guesses: int = 0
+    ) -> list[RowResult]: ...
     def logits(self, token_ids: Sequence[int], pages: Sequence[int], slot: int) -> np.ndarray: ...
 
 
@@ -71,6 +74,7 @@ class Engine:
         eos_token_ids: end of text, unless a request ignores it.
         defaults: what requests that say nothing get.
         seed: where the seeds of requests that bring none start.
+        drafts: how many guesses of the model's draft head are verified; None: it is not run.
         counters: of the native runtime (`CpuRuntime.stats`), for figures.
         profile: counts where the time of steps goes (profile.py).
         streamer, route: what computes long prompts with their experts streamed, and which prompts
@@ -105,6 +109,7 @@ class Engine:
         target: TpotTarget | None = None,
         keeper: Keeper | None = None,
         states: StateLayout | None = None,
+        drafts: DraftPolicy | None = None,
         counters: Callable[[], Mapping[str, int]] = dict,
         profile: StepProfile | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -140,6 +145,7 @@ class Engine:
             keeper=None if states is not None else keeper,
         )
         self._target = target
+        self._drafts = drafts
         self._aside = None if worker is None else AsidePrompt(worker)
         self._throttle = throttle
         self._throttled = False
@@ -254,6 +260,8 @@ class Engine:
             self._streamed.drop_stale()
         ended = self._take_in()
         self._set_throttle()
+        if self._drafts is not None:
+            self.scheduler.num_guesses = self._choose_guesses(self._drafts)
         plan = self.scheduler.plan()
         if plan is None:
             if self._aside is not None and self._aside.plan is not None:
@@ -264,8 +272,18 @@ class Engine:
             return plan, ended + self._stream(plan)
         return plan, ended + self._compute(plan)
 
+    def _choose_guesses(self, drafts: DraftPolicy) -> int:
+        decoding = [s for s in self.scheduler.running if s.status is Status.DECODE]
+        if all(map(undrafted, decoding)):
+            return 0
+        return drafts.choose(len(decoding))
+
     def _learn(self, plan: StepPlan, seconds: float) -> None:
         """Corrects what prompts and batches are expected to take."""
+        if self._drafts is not None and plan.kind == "decode":
+            self._drafts.observe_step(
+                len(plan.rows), plan.num_tokens, self.scheduler.num_guesses, seconds
+            )
         if self._target is not None:
             self._target.observe(plan.kind, plan.num_tokens, seconds)
         # Small chunks mislead.
@@ -304,11 +322,14 @@ class Engine:
                 self._note_start(row.seq, "chunked", now)
         disturbed = self._warming
         try:
-            results = self._runner.run(plan.kind, _step_rows(plan))
+            results = self._runner.run(
+                plan.kind, _step_rows(plan), num_guesses=self._num_guesses(plan)
+            )
         except BaseException as e:
             self._note_failure(e)
             raise
-        self.scheduler.advance(plan)
+        right = [len(result.more) for result in results] if plan.kind == "decode" else ()
+        self.scheduler.advance(plan, right)
         self._note_progress(plan)
         for row, result in zip(plan.rows, results, strict=True):
             if result.prompt_logprobs is not None:
@@ -319,11 +340,36 @@ class Engine:
         self._stats.note_step(plan, now - started, self._counters(), compiled=compiled)
         if not compiled and not disturbed and not self._warming:
             self._learn(plan, now - started)
-        return [
-            self._take(row, result, now)
-            for row, result in zip(plan.rows, results, strict=True)
-            if row.samples
-        ]
+        if self._drafts is not None:
+            self._note_drafts(plan, results, self._drafts)
+        deltas = []
+        for row, result in zip(plan.rows, results, strict=True):
+            if row.samples:
+                deltas += self._take(row, result, now)
+        return deltas
+
+    def _num_guesses(self, plan: StepPlan) -> int:
+        """Of each row, to be made; always the same after prompts, which would else be computed by
+        more programs.
+        """
+        if self._drafts is None:
+            return 0
+        return self.scheduler.num_guesses if plan.kind == "decode" else self._drafts.most_guesses
+
+    def _note_drafts(
+        self, plan: StepPlan, results: Sequence[RowResult], drafts: DraftPolicy
+    ) -> None:
+        """Counts what was verified, and keeps the guesses of those that may have some."""
+        for row, result in zip(plan.rows, results, strict=True):
+            if not row.samples:
+                continue
+            why_not = undrafted(row.seq)
+            row.seq.guesses = () if why_not else result.guesses
+            if plan.kind == "decode":
+                verified, right = row.count - 1, len(result.more)
+                drafts.observe_guesses(verified, right)
+                self._stats.note_guesses(verified, right, why_not)
+        self._stats.note_draft_policy(self.scheduler.num_guesses, drafts.rate)
 
     def _stream(self, plan: StepPlan) -> list[Delta]:
         """One more layer of a long prompt, or all of them handed to the worker."""
@@ -544,7 +590,16 @@ class Engine:
             cache_salt=cache_salt,
         )
 
-    def _take(self, row: Row, result: RowResult, now: float) -> Delta:
+    def _take(self, row: Row, result: RowResult, now: float) -> list[Delta]:
+        """The row's draw and those after its right guesses, to the first that ends the text."""
+        deltas = []
+        for drawn in (result, *result.more):
+            deltas.append(self._take_one(row, drawn, now))
+            if deltas[-1].finish_reason is not None:
+                break
+        return deltas
+
+    def _take_one(self, row: Row, result: RowResult, now: float) -> Delta:
         request = row.seq.request
         completion = self._completions[request.request_id][row.seq.choice_idx]
         delta = completion.push(result, now)
@@ -610,8 +665,9 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
     for row in plan.rows:
         seq = row.seq
         request, params = seq.request, seq.request.params
-        end += row.count
+        following, guesses = -1, ()
         adjusts = params.adjusts_logits
+        end += row.count if plan.kind != "decode" else 1
         settings = RowSettings(
             params=params,
             logit_index=end - 1,
@@ -625,8 +681,11 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
             tokens = request.prompt_token_ids[row.start : row.start + row.count]
         else:
             tokens = (seq.token(row.start),)
+            guesses = seq.guesses[: row.count - 1]
         mask = _mask(seq) if row.samples and seq.grammar is not None else None
         biases = _biases(seq, masked=mask is not None) if adjusts else None
+        if not row.samples and row.start + row.count < seq.num_tokens:
+            following = seq.token(row.start + row.count)
         targets = None
         if plan.kind == "prefill" and seq.wants_prompt_logprobs:
             targets = request.prompt_token_ids[row.start + 1 : row.start + row.count + 1]
@@ -640,11 +699,22 @@ def _step_rows(plan: StepPlan) -> list[StepRow]:
                 biases,
                 mask=mask,
                 targets=targets,
+                guesses=guesses,
+                following=following,
                 state_from=seq.state_from,
                 saves=[(position - row.start - 1, slot) for position, slot in row.saves],
             )
         )
     return rows
+
+
+def undrafted(seq: RequestSequence) -> str:
+    """Why a sequence has no guesses: its next draws' logits depend on the draws before them beyond
+    the model. Empty where it has.
+    """
+    if seq.grammar is not None:
+        return "grammar"
+    return "adjusted_logits" if seq.request.params.adjusts_logits else ""
 
 
 def _mask(seq: RequestSequence) -> np.ndarray | None:

@@ -22,6 +22,7 @@ from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.gpu_plan import GpuPlan, plan_gpu
 from jaxmoe.engine.memory_plan import Change, Item, MemoryPlan, peak_bytes
 from jaxmoe.engine.placement import check_leaves, choose_device, unsupported
+from jaxmoe.engine.speculation import with_draft
 from jaxmoe.engine.start import cache_layout, state_layout
 from jaxmoe.ffi.device_driver import DeviceDriver
 from jaxmoe.kv_cache.layout import CacheLayout
@@ -68,6 +69,9 @@ def make_plan(config: EngineConfig, gpu_memory_gb: float | None = None) -> Memor
     """
     jax.local_devices(backend="cpu")  # so that what is measured below is there
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
+    if config.speculative != "off":
+        device, _ = choose_device(config, directory.model_config)
+        directory = with_draft(config, directory, device)
     sizes = weight_sizes(config, directory)
     own = memory.anonymous_bytes()
     process = memory.peak_rss_bytes()
@@ -150,9 +154,10 @@ def _items(
     process_bytes: int,
 ) -> tuple[Item, ...]:
     experts = sizes.experts - (sizes.mapped if _is_mapped(config) else 0)
-    shapes = step_shapes(config.max_num_seqs, config.prefill_chunk_tokens)
+    guesses = config.max_draft_tokens if model.runs_draft else 0
+    shapes = step_shapes(config.max_num_seqs, config.prefill_chunk_tokens, guesses)
     layer_bytes = MLA_LAYER_BYTES if isinstance(model.attention, MlaConfig) else GQA_LAYER_BYTES
-    programs = COMPILER_BYTES + len(shapes) * (PROGRAM_BYTES + layer_bytes * model.num_layers)
+    programs = COMPILER_BYTES + len(shapes) * (PROGRAM_BYTES + layer_bytes * model.num_held_layers)
     kv = (
         f"{layout.total_tokens} tokens, {config.max_num_seqs} sequences of up to "
         f"{layout.max_model_len}"

@@ -17,7 +17,7 @@ from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import CompressedConfig, ModelConfig
 from jaxmoe.decode.batch import PREFILL_SIZES, likely_first, step_shapes
 from jaxmoe.decode.hybrid_step import HybridStep
-from jaxmoe.engine import calibration, compile_cache, read_ceiling
+from jaxmoe.engine import calibration, compile_cache, read_ceiling, speculation
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.dslp_prompts import start_dslp, unused_devices
@@ -104,12 +104,13 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     on_stage("reading the configuration", 0.0)
     _log.info("options: %s", config.describe())
     directory = read_directory(model_path(config), dummy=config.load_format == "dummy")
+    device, notes = choose_device(config, directory.model_config)
+    directory = speculation.with_draft(config, directory, device)
     model_config = directory.model_config
     spec = cache_spec(model_config, config.compute_dtype)
     layout, states = cache_layout(config, model_config), state_layout(config, model_config)
     _require_cache_memory(layout, states)
     programs = compile_cache.enable(config.cache_path)
-    device, notes = choose_device(config, model_config)
     prefill_device, more = choose_prefill_device(config, device)
     notes += more
     runtime, prefill_runtime = _runtimes(config, device, prefill_device)
@@ -152,6 +153,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             vocab_size=model_config.vocab_size,
             device=device,
             has_states=states is not None,
+            most_guesses=config.max_draft_tokens if model_config.runs_draft else 0,
         )
         if config.prefill == "dslp":
             long_prompts = start_dslp(
@@ -197,6 +199,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         seed=config.seed,
         prefix_cache=config.prefix_cache,
         states=states,
+        drafts=speculation.make_policy(config, model_config, loaded),
         counters=runtime.stats,
         profile=profile,
         streamer=long_prompts.stream if long_prompts else None,
@@ -207,11 +210,17 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
     )
     if config.warm_up:
-        shapes = likely_first(step_shapes(config.max_num_seqs, config.prefill_chunk_tokens))
+        guesses = config.max_draft_tokens if loaded.config.runs_draft else 0
+        shapes = likely_first(
+            step_shapes(config.max_num_seqs, config.prefill_chunk_tokens, guesses)
+        )
         engine.warm_up = WarmUp(shapes, lambda shape: step.prepare(*shape), lambda: engine.has_work)
     placed = list(describe_placement(device, long_prompts, prefill_device))
     if target is not None:
         placed.append(target.describe())
+    drafting = speculation.describe(config, model_config, loaded)
+    if drafting is not None:
+        placed.append(drafting)
     if calibrated is not None:
         placed.insert(0, calibrated.describe())
     if engine.warm_up is not None:

@@ -21,6 +21,7 @@ TTFT_BUCKETS_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 TPOT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 _KINDS = ("prefill", "decode", "stream")
+_UNDRAFTED = ("adjusted_logits", "grammar")  # of sequences whose next tokens are not guessed
 
 
 class Stats:
@@ -38,6 +39,11 @@ class Stats:
                 *(f'step_seconds_total{{kind="{kind}"}}' for kind in _KINDS),
                 *(f'step_tokens_total{{kind="{kind}"}}' for kind in _KINDS),
                 "compiled_steps_total",
+                "draft_tokens_total",
+                "draft_tokens_accepted_total",
+                *(f'undrafted_tokens_total{{reason="{reason}"}}' for reason in _UNDRAFTED),
+                "draft_tokens_per_step",
+                "draft_acceptance_rate",
                 "weight_bytes_read_total",
                 "kv_bytes_read_total",
                 "decode_bytes_read_total",
@@ -88,6 +94,18 @@ class Stats:
         """One layer of a streamed prompt; its step is noted when all are done."""
         self._totals['step_seconds_total{kind="stream"}'] += seconds
         self._longest_s = max(self._longest_s, seconds)
+
+    def note_guesses(self, verified: int, right: int, why_not: str) -> None:
+        """Of one sequence in a decode; why_not: the reason where its tokens are not guessed."""
+        self._totals["draft_tokens_total"] += verified
+        self._totals["draft_tokens_accepted_total"] += right
+        if why_not:
+            self._totals[f'undrafted_tokens_total{{reason="{why_not}"}}'] += 1
+
+    def note_draft_policy(self, num_guesses: int, rate: float) -> None:
+        """What is guessed at present, and how many of 1 are right (scheduler/draft_policy.py)."""
+        self._totals["draft_tokens_per_step"] = num_guesses
+        self._totals["draft_acceptance_rate"] = rate
 
     def note_first_token(self, ttft_s: float) -> None:
         self._ttft.observe(ttft_s)

@@ -26,6 +26,7 @@ from jaxmoe.layers.linear import Linear
 from jaxmoe.layers.mlp import Mlp
 from jaxmoe.layers.norm import RMSNorm
 from jaxmoe.layers.streams import Streams, StreamsHead
+from jaxmoe.models.draft import DraftHead
 from jaxmoe.moe.moe_block import MoeBlock, Others, Submitted
 from jaxmoe.weights.param_spec import Formats
 
@@ -55,7 +56,7 @@ def cache_spec(
     config: ModelConfig, compute_dtype: jax.typing.DTypeLike
 ) -> list[tuple[PageArraySpec, ...]]:
     """For every layer, the page arrays that `Decoder` expects as its cache: none where it has
-    state arrays instead.
+    state arrays instead. The draft head's layer, where it is run, comes last.
     """
     dtype = jnp.dtype(compute_dtype)
     attention = config.attention
@@ -66,10 +67,10 @@ def cache_spec(
         if (indexer := attention.indexer) is not None:
             with_keys = (*layer, PageArraySpec(1, indexer.head_dim, dtype))
             shares = indexer.sharing_layers
-            return [layer if i in shares else with_keys for i in range(config.num_layers)]
+            return [layer if i in shares else with_keys for i in range(config.num_held_layers)]
     else:
         layer = (PageArraySpec(attention.num_kv_heads, attention.head_dim, dtype),) * 2
-    return [() if i in config.linear_layers else layer for i in range(config.num_layers)]
+    return [() if i in config.linear_layers else layer for i in range(config.num_held_layers)]
 
 
 def _compressed_spec(
@@ -98,11 +99,13 @@ def state_spec(config: ModelConfig) -> list[tuple[StateArraySpec, ...]]:
         return [_open_entries(attention, i) for i in range(config.num_layers)]
     linear = config.linear_attention
     if linear is None:
-        return [()] * config.num_layers
+        return [()] * config.num_held_layers
     conv = StateArraySpec((linear.conv_width - 1, linear.conv_channels), jnp.dtype(jnp.float32))
     heads, key, value = linear.num_value_heads, linear.key_head_dim, linear.value_head_dim
     delta = StateArraySpec((heads, key, value), jnp.dtype(jnp.float32))
-    return [(conv, delta) if i in config.linear_layers else () for i in range(config.num_layers)]
+    return [
+        (conv, delta) if i in config.linear_layers else () for i in range(config.num_held_layers)
+    ]
 
 
 def _open_entries(attention: CompressedConfig, layer: int) -> tuple[StateArraySpec, ...]:
@@ -228,8 +231,9 @@ def _added(
 
 
 class Decoder(nnx.Module):
-    """Leaves: embedding, layers.{i}, final_norm, lm_head (absent where embeddings are tied);
-    streams_head where there are several residual streams.
+    """Leaves: embedding, layers.{i}, final_norm, lm_head (absent where embeddings are tied), draft
+    (where it is run; its layer is then the last of `layers`); streams_head where there are several
+    residual streams.
 
     The residual stream, here `[T, D]`, is then `[T, S, D]`.
     """
@@ -238,13 +242,17 @@ class Decoder(nnx.Module):
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, formats("embedding"))
-        self.layers = nnx.List([DecoderLayer(config, i, formats) for i in range(config.num_layers)])
+        self.layers = nnx.List(
+            [DecoderLayer(config, i, formats) for i in range(config.num_held_layers)]
+        )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.lm_head = (
             None
             if config.tie_embeddings
             else Linear(config.hidden_size, config.vocab_size, formats("lm_head"))
         )
+        sizes = config.hidden_size, config.norm_eps, config.norm_offset
+        self.draft = DraftHead(*sizes, formats) if config.runs_draft else None
 
         self.streams_head = (
             None
@@ -310,7 +318,11 @@ class Decoder(nnx.Module):
         """`[*, D]` of the residual stream to float32 logits `[*, V]`."""
         if self.streams_head is not None:
             h = self.streams_head(h, ops)
-        x = self.final_norm(h, ops).astype(self.compute_dtype)
+        return self.logits(self.final_norm(h, ops), ops)
+
+    def logits(self, x: jax.Array, ops: Ops) -> jax.Array:
+        """`[*, D]` after a final norm to float32 logits `[*, V]`."""
+        x = x.astype(self.compute_dtype)
         if self.lm_head is None:
             return ops.linear(x, self.embedding.weight, jnp.float32)
         return self.lm_head(x, ops, jnp.float32)
@@ -330,9 +342,37 @@ class Decoder(nnx.Module):
         Returns:
             Float32 logits `[R, V]` and the updated caches.
         """
-        h = self.embed(step.token_ids)
-        updated = []
-        for i, cache in enumerate(caches):
-            h, cache, step = self.layer(i, h, cache, step, ops)
-            updated.append(cache)
+        h, updated = self.trunk(step, caches, ops)
         return self.head(jnp.take(h, logit_indices, axis=0, mode="clip"), ops), updated
+
+    def trunk(
+        self, step: StepInputs, caches: Sequence[Cache], ops: Ops
+    ) -> tuple[jax.Array, list[Cache]]:
+        """A step through all layers of the model: the residual stream after the last one, float32
+        `[T, D]`, and the updated caches; the draft head's is left as it is.
+        """
+        h = self.embed(step.token_ids)
+        updated = list(caches)
+        for i in range(self.config.num_layers):
+            h, updated[i], step = self.layer(i, h, caches[i], step, ops)
+        return h, updated
+
+    def draft_layer(
+        self, x: jax.Array, next_ids: jax.Array, cache: Cache, step: StepInputs, ops: Ops
+    ) -> tuple[jax.Array, Cache]:
+        """The draft head over the tokens of a step (models/draft.py).
+
+        Args:
+            x: float32 `[T, D]`: `final_norm` of the residual stream, or what a call of this
+                returned for the positions before the step's.
+            next_ids: `[T]` int32: the tokens that follow those of the step.
+            cache: the draft layer's pages.
+            step: whose positions, rows and cache slots count; its token ids do not.
+
+        Returns:
+            Float32 `[T, D]` for `logits`, and the cache.
+        """
+        assert self.draft is not None
+        joined = self.draft(self.embed(next_ids), x, ops, self.compute_dtype)
+        h, cache, _ = self.layer(self.config.num_layers, joined, cache, step, ops)
+        return self.draft.norm(h, ops), cache

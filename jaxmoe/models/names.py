@@ -21,6 +21,14 @@ from jaxmoe.weights.stored_form import Forms, StoredForm
 _LAYER_PATH = re.compile(r"layers\.(\d+)\.(.+)")
 _LAYER_TENSOR = re.compile(r"layers\.(\d+)\.")
 _OF_TRUNK = {"embedding": "embed_tokens", "final_norm": "norm"}
+_OF_DRAFT = {
+    "draft.embedding_norm": "enorm",
+    "draft.hidden_norm": "hnorm",
+    "draft.join": "eh_proj",
+    "draft.norm": "shared_head.norm",
+}
+# Copies of the model's own, which are used in their place.
+_OF_DRAFT_UNUSED = ("embed_tokens.weight", "shared_head.head.weight")
 # What small tensors may be stored as: they are held in float32, and both widen to it exactly.
 FLOAT_DTYPES = ("F32", "BF16")
 
@@ -60,6 +68,8 @@ class HfNames:
             return self.prefix + path
         if path in _OF_TRUNK:
             return self.prefix + self.trunk + _OF_TRUNK[path]
+        if path in _OF_DRAFT:
+            return self._in_layer(self._config.num_layers, _OF_DRAFT[path])
         match = _LAYER_PATH.fullmatch(path)
         assert match, path
         layer, module = int(match[1]), match[2]
@@ -122,7 +132,10 @@ class HfNames:
             return name.startswith(self.other_parts)
         name = name.removeprefix(self.prefix)
         match = _LAYER_TENSOR.match(name.removeprefix(self.trunk))
-        if match and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers:
+        draft = int(match[1]) - config.num_layers if match else -1
+        if config.runs_draft and draft == 0:
+            return name.endswith(_OF_DRAFT_UNUSED)
+        if 0 <= draft < config.num_draft_layers:
             return True
         if name.endswith("rotary_emb.inv_freq"):
             return True

@@ -47,22 +47,24 @@ _NEVER_QUANTIZED = (
 class Family:
     """What sets an architecture apart beyond its `ModelConfig`.
 
-    models: which ones have it, in the words of the README.
+    models: which ones have it, in the words of the README. has_draft_head: whether they may ship
+    one that models/draft.py describes.
     """
 
     names: type[HfNames]
     models: str
+    has_draft_head: bool = False
 
 
 SUPPORTED: Mapping[str, Family] = {
     "DeepseekV2ForCausalLM": Family(DeepseekNames, "DeepSeek-V2, V2-Lite, Coder-V2"),
     "DeepseekV3ForCausalLM": Family(
-        DeepseekNames, "DeepSeek-V3, R1, V3.1; Kimi-K2-Instruct, K2-Thinking (`kimi_k2`)"
+        DeepseekNames, "DeepSeek-V3, R1, V3.1; Kimi-K2-Instruct, K2-Thinking (`kimi_k2`)", True
     ),
     "DeepseekV32ForCausalLM": Family(IndexedNames, "DeepSeek-V3.2"),
     "DeepseekV4ForCausalLM": Family(DeepseekV4Names, "DeepSeek-V4, V4-Flash"),
-    "Glm4MoeForCausalLM": Family(Glm4MoeNames, "GLM-4.5, 4.5-Air, 4.6, 4.7"),
-    "Glm4MoeLiteForCausalLM": Family(DeepseekNames, "GLM-4.7-Flash"),
+    "Glm4MoeForCausalLM": Family(Glm4MoeNames, "GLM-4.5, 4.5-Air, 4.6, 4.7", True),
+    "Glm4MoeLiteForCausalLM": Family(DeepseekNames, "GLM-4.7-Flash", True),
     "GlmMoeDsaForCausalLM": Family(
         IndexedNames,
         "GLM-5, 5.1, 5.2",
@@ -136,7 +138,7 @@ def configured_formats(config: ModelConfig) -> Forms:
             return PLAIN["F32"]
         if path.endswith("streams.fn") or path == "streams_head.fn":
             return PLAIN["F32"]
-        if path.endswith(_NEVER_QUANTIZED) or path in ("embedding", "lm_head"):
+        if path.endswith(_NEVER_QUANTIZED) or path in ("embedding", "lm_head", "draft.join"):
             return plain
         if quant.only_experts and not path.endswith(".mlp.experts"):
             return plain

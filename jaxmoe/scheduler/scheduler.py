@@ -27,7 +27,7 @@ import contextlib
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol
 
 from jaxmoe.common.errors import CapacityError
@@ -41,7 +41,9 @@ from jaxmoe.request import Sequence, Status
 class Row:
     """One sequence's part of a step: `count` tokens from position `start`.
 
-    samples: whether the step's last token of this row is the last known one, so that its draw is
+    A row of a decode may have guesses of its sequence's next tokens after its one known token.
+
+    samples: whether the step's last known token of this row is its last one, so that its draw is
     kept. saves: (position, slot): where the recurrent state before that position is kept.
     """
 
@@ -125,6 +127,7 @@ class Scheduler:
         self._stream_count = 0
         self._last_kind = "decode"
         self._last_prefill = "prefill"
+        self.num_guesses = 0  # of each sequence, that the next decode verifies at most
 
     @property
     def has_work(self) -> bool:
@@ -196,11 +199,15 @@ class Scheduler:
         self._streaming = min(streamed, key=self._turn, default=None)
         self._stream_count = self._stream_size(self._streaming) if self._streaming else 0
 
-    def advance(self, plan: StepPlan) -> None:
-        """Notes that the step was computed. Call it before the drawn tokens are appended."""
-        for row in plan.rows:
+    def advance(self, plan: StepPlan, right: Iterable[int] = ()) -> None:
+        """Notes that the step was computed. Call it before the drawn tokens are appended.
+
+        right: of a decode with guesses, how many of each row's were drawn too.
+        """
+        counts = [1 + n for n in right] or [row.count for row in plan.rows]
+        for row, count in zip(plan.rows, counts, strict=True):
             row.seq.is_new = False
-            row.seq.num_computed = row.start + row.count
+            row.seq.num_computed = row.start + count
             self._release_state(row.seq)
             if plan.kind == "stream":
                 self._streaming = None
@@ -425,7 +432,28 @@ class Scheduler:
                 continue
             at = seq.num_computed
             rows.append(Row(seq, at, 1, samples=at + 1 == seq.num_tokens))
-        return StepPlan("decode", tuple(r for r in rows if r.seq.status is Status.DECODE))
+        rows = [r for r in rows if r.seq.status is Status.DECODE]
+        if self.num_guesses:
+            rows = [self._with_guesses(r) for r in rows]
+        return StepPlan("decode", tuple(rows))
+
+    def _with_guesses(self, row: Row) -> Row:
+        """The row with as many of its sequence's guesses as may still become tokens of its text and
+        as there are pages for without anybody giving way.
+        """
+        seq = row.seq
+        if not row.samples or not seq.guesses:
+            return row
+        left = seq.request.max_tokens - len(seq.output_token_ids)
+        count = min(1 + len(seq.guesses), 1 + self.num_guesses, left)
+        room = (len(seq.pages) + self.pages.num_free) * self.pages.page_size
+        count = max(min(count, room - row.start), 1)
+        # Further guesses are made through positions of their own.
+        end = min(row.start + count + self.num_guesses - 1, row.start + left, room)
+        missing = self.pages.pages_for(max(end, row.start + count)) - len(seq.pages)
+        if missing > 0:
+            seq.pages += self.pages.allocate(missing)
+        return dataclasses.replace(row, count=count)
 
     def _hold_page(self, seq: Sequence) -> bool:
         """Makes sure that the position to be written has a page; False when `seq` itself had to
@@ -465,4 +493,4 @@ class Scheduler:
         self._release_state(seq)
         self.pages.free(seq.pages)
         heapq.heappush(self._free_slots, seq.slot)
-        seq.slot = -1
+        seq.slot, seq.guesses = -1, ()

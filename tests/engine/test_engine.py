@@ -251,7 +251,7 @@ def test_broken_logits_end_that_completion_only():
     engine, step = make()
     engine.add_request(list(b"x"), GREEDY, request_id="x")
     original = step.run
-    step.run = lambda kind, rows: [
+    step.run = lambda kind, rows, **_: [
         RowResult(-1, 0.0, (), ()) if r.settings.num_prompt == 5 else o
         for r, o in zip(rows, original(kind, rows), strict=True)
     ]

@@ -10,6 +10,7 @@ import pytest
 from support import fake_step
 
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.scheduler.draft_policy import AlwaysDraft
 
 
 def script(prompt: bytes) -> bytes:
@@ -57,10 +58,11 @@ def drain(engine):
         yield from engine.step()
 
 
-def mix(seed, *, count, prefix_cache):
+def mix(seed, *, count, prefix_cache, drafts=None):
     """Answers by request id; requests come, step and go as `seed` says."""
     rng = random.Random(seed)
     options = {"num_pages": rng.choice([10, 13, 40]), "max_num_seqs": rng.choice([1, 3, 5])}
+    options["drafts"] = drafts
     engine, _ = fake_step.make_engine(script, prefix_cache=prefix_cache, **options)
     restart_at = rng.choice([None, rng.randrange(40)])
     waiting = list(requests(rng, count))
@@ -102,6 +104,37 @@ def test_every_answer_is_the_one_given_alone(seed, prefix_cache):
     stats = engine.stats()
     assert (stats["prefix_cache_hit_tokens_total"] > 0) <= prefix_cache
     assert stats["requests_running"] == stats["requests_waiting"] == stats["kv_pages_used"] == 0
+
+
+class AnyNumber(AlwaysDraft):
+    """As many guesses as it comes."""
+
+    def __init__(self, rng, most_guesses):
+        super().__init__(most_guesses)
+        self.rng = rng
+
+    def choose(self, num_sequences):
+        return self.rng.randrange(self.most_guesses + 1)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_answers_are_the_same_where_guesses_are_verified(seed):
+    drafts = AnyNumber(random.Random(seed), 1 + seed % 3)
+    answers, engine = mix(seed, count=12, prefix_cache=seed % 2 == 0, drafts=drafts)
+    for prompt, params, got in answers.values():
+        assert got == alone(prompt, params)
+    assert engine.stats()["kv_pages_used"] == 0
+
+
+def test_the_mixes_with_guesses_meet_right_and_wrong_ones():
+    totals = {}
+    for seed in range(20):
+        _, engine = mix(seed, count=12, prefix_cache=True, drafts=AlwaysDraft(2))
+        for name, value in engine.stats().items():
+            totals[name] = totals.get(name, 0) + value
+    assert 500 < totals["draft_tokens_accepted_total"] < 0.9 * totals["draft_tokens_total"]
+    assert totals["preemptions_total"] > 10
+    assert totals['undrafted_tokens_total{reason="adjusted_logits"}'] > 100
 
 
 def test_the_mixes_meet_what_they_are_for():

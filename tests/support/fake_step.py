@@ -5,6 +5,7 @@ wrong text.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from jaxmoe.decode.hybrid_step import RowResult
@@ -31,7 +32,7 @@ class FakeStep:
     def assign(self, slot, seen=()):
         pass
 
-    def run(self, kind, rows):
+    def run(self, kind, rows, *, num_guesses=0):
         if self.fail_with is not None:
             raise self.fail_with
         self.calls.append((kind, len(rows)))
@@ -60,7 +61,23 @@ class FakeStep:
                     TokenLogprob(t, -float(i), ((t, -float(i)), (7, -99.0))[:n_prompt])
                     for i, t in enumerate(row.targets, row.start + 1)
                 ]
-            out.append(RowResult(token, -0.5, [token, 7][:n], [-0.5, -1.0][:n], entries))
+            more, drawn = [], token
+            for i, guess in enumerate(row.guesses):
+                assert kind == "decode" and not row.biases
+                # Wrong ones too: what they leave behind must never be read.
+                self.memory[row.pages[(last + i) // size], (last + i) % size] = guess
+                if guess != drawn or len(more) < i:
+                    continue
+                drawn = text[at + i + 1] if at + i + 1 < len(text) else EOS
+                more.append(RowResult(drawn, -0.5, [drawn, 7][:n], [-0.5, -1.0][:n]))
+            guesses = [
+                text[i] if i < len(text) else EOS
+                for i in range(at + 1 + len(more), at + 1 + len(more) + num_guesses)
+            ]
+            if (last + len(more)) % 2 == 0 and guesses:  # a wrong one now and then
+                guesses[last % len(guesses)] ^= 1
+            row_result = RowResult(token, -0.5, [token, 7][:n], [-0.5, -1.0][:n], entries)
+            out.append(dataclasses.replace(row_result, more=more, guesses=guesses))
         return out
 
     def logits(self, token_ids, pages, slot):

@@ -190,6 +190,13 @@ def _reference_weights(
     tensors = dict(tiny_models.make_tensors(case))
     if edit is not None:
         edit(tensors)
+    return weights_of(config, tensors, compute_dtype)
+
+
+def weights_of(
+    config: ModelConfig, tensors: Mapping[str, np.ndarray], compute_dtype: str
+) -> tuple[Description, Any]:
+    """The model of a checkpoint's tensors, its state and experts."""
     formats = stored_formats(config, tensors)
     described = models.describe_model(config, compute_dtype, formats)
     names = models.name_map(config, described.specs, formats)
