@@ -134,7 +134,7 @@ def test_ids_are_reused_lowest_first(runtime, layer):
     "layers, backing, match",
     [
         ([(3, 0, 8, "bf16")], "arena", "layer 0 .* intermediate 0"),
-        ([(3, 8, 8, "int3")], "arena", '"int3"; wanted "f32", "bf16", .* or "mxfp8"'),
+        ([(3, 8, 8, "int3")], "arena", '"int3"; wanted "f32", "bf16", .* or "nvfp4"'),
         ([(3, 8, 32, "mxfp4")], "arena", "layer 0 of format mxfp4 has rows of 8 weights"),
         ([(3, 8, 8, "bf16")], "disk", '"disk"; wanted "arena" or "mmap"'),
         ([(1 << 16, 1 << 20, 1 << 20, "f32")], "arena", "more than a petabyte"),

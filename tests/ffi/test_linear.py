@@ -151,8 +151,8 @@ def test_the_handler_checks_by_itself(runtime):
         call(int4.data, code=mxfp4)
     with pytest.raises(NATIVE_ERRORS, match="wanted uint8 of .* for format mxfp4"):
         call(fp8.data, fp8.scale_inv, code=mxfp4)
-    with pytest.raises(NATIVE_ERRORS, match="weight format 8; wanted 0 to 7"):
-        call(fp8.data, fp8.scale_inv, code=8)
+    with pytest.raises(NATIVE_ERRORS, match="weight format 11; wanted 0 to 10"):
+        call(fp8.data, fp8.scale_inv, code=11)
     with pytest.raises(NATIVE_ERRORS, match="rows of 16 weights .* multiple of 32"):
         call(int4.data[:, :8], int4.scale_inv, code=mxfp4)
     with pytest.raises(ValueError, match="family"):
