@@ -210,7 +210,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
     )
     if config.warm_up:
-        guesses = config.max_draft_tokens if loaded.config.runs_draft else 0
+        guesses = config.max_draft_tokens if model_config.runs_draft else 0
         shapes = likely_first(
             step_shapes(config.max_num_seqs, config.prefill_chunk_tokens, guesses)
         )
