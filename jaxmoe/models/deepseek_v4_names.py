@@ -12,11 +12,12 @@ import numpy as np
 
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import CompressedConfig
-from jaxmoe.models.names import HfNames
+from jaxmoe.models.names import HfNames, to_float32
 from jaxmoe.quant.formats import FORMATS, data_shape, scale_shape
 from jaxmoe.weights.name_map import StoredTensor, TensorSource
 
 _OF_TRUNK = {"embedding": "embed", "final_norm": "norm", "lm_head": "head"}
+_SMALL = ("F32",)  # what sinks, biases and the streams' weights are shipped in
 _STREAMS_HEAD = "streams_head."
 _COMPRESSOR = {"kv": "wkv", "gate": "wgate", "norm": "norm"}
 
@@ -72,8 +73,12 @@ class DeepseekV4Names(HfNames):
     def tensors_for(self, path: str) -> TensorSource:
         spec = self._specs[path]
         if path in (f"{_STREAMS_HEAD}base", f"{_STREAMS_HEAD}scale"):
-            tensor = StoredTensor(self.module_name(path), spec.shape, ("F32", "BF16"))
-            return TensorSource((tensor,), lambda a: np.asarray(a, np.float32))
+            name = self.module_name(path)
+            return TensorSource((StoredTensor(name, spec.shape, _SMALL),), to_float32)
+        layer_leaf = path.partition(".")[2].partition(".")[2]
+        if layer_leaf in self.leaves:
+            name = self._in_layer(path.split(".")[1], self.leaves[layer_leaf])
+            return TensorSource((StoredTensor(name, spec.shape, _SMALL),), to_float32)
         if spec.kind == "expert_table":
             layer = path.split(".")[1]
             name = self._in_layer(layer, "ffn.gate.tid2eid")

@@ -40,7 +40,7 @@ INT4: Mapping[WeightFormat, StoredForm] = {
 }
 MXFP4 = dataclasses.replace(_PACKED, format="mxfp4", weight_dtype="U8", scale_dtypes=_E8M0)
 # DeepSeek-V4's experts
-MXFP4_INT8 = StoredForm("mxfp4", "I8", scale=".scale", scale_dtypes=_E8M0)
+MXFP4_INT8 = StoredForm("mxfp4", "I8", scale=".scale", scale_dtypes=("F8_E8M0", "U8"))
 # gpt-oss's experts, all of a layer in a tensor
 MXFP4_BLOCKS = StoredForm("mxfp4", "U8", weight="_blocks", scale="_scales", scale_dtypes=_E8M0)
 _INPUTS_FIRST = ("int4_g32", "I32", ".qweight", ".scales", ("F16", "BF16"))
