@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ from jaxmoe.weights.tensor_table import (
 )
 
 _log = logging.getLogger(__name__)
+_LAYER = re.compile(r"\blayers\.(\d{1,6})\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +213,7 @@ def plan_load(
     num_threads: int,
 ) -> LoadPlan:
     """Decides everything; reads and allocates nothing. Raises CheckpointError."""
+    _check_depth(checkpoint, config)
     try:
         formats = checkpoint.formats(config, models)
         description = models.describe_model(config, compute_dtype, formats)
@@ -238,6 +241,18 @@ def plan_load(
             )[-num_threads:]
         ),
     )
+
+
+def _check_depth(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuses a config of a far deeper model before its modules are made: each has its objects.
+    Where a few layers are missing, the table names their tensors.
+    """
+    found = {int(m[1]) for name in checkpoint.tensors if (m := _LAYER.search(name))}
+    if found and config.num_layers > 2 * len(found):
+        raise CheckpointError(
+            f"{checkpoint.directory}: config.json has {config.num_layers} layers "
+            f"(num_hidden_layers), the tensors are of {len(found)}: one of them is of another model"
+        )
 
 
 def _list_all_problems(

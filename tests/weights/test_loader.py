@@ -345,6 +345,18 @@ def test_config_of_a_far_larger_model_is_refused_before_all_is_looked_for(
         tracemalloc.stop()
 
 
+def test_config_of_a_far_deeper_model_is_refused_before_it_is_made(
+    tmp_path: Path, runtime: CpuRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_models.write_checkpoint(tmp_path, "qwen3_moe")
+    config = tiny_models.hf_config("qwen3_moe")
+    layers = config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 511}))
+    monkeypatch.setattr(registry, "describe_model", None)
+    with pytest.raises(CheckpointError, match=f"511 layers .* of {layers}:"):
+        load_case(tmp_path, runtime)
+
+
 # --- damage and shortage while loading ----------------------------------------------------------
 
 
