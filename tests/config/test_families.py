@@ -408,7 +408,7 @@ REFUSED = [
     ("qwen35", qwen35_text(mlp_only_layers=[1]), ["mlp_only_layers"]),
     ("qwen35", qwen35_text(norm_topk_prob=False), ["norm_topk_prob"]),
     ("qwen35", qwen35_text(hidden_act="gelu"), ["text_config", "hidden_act"]),
-    ("qwen35", {"quantization_config": {"quant_method": "awq"}}, ["awq"]),
+    ("qwen35", {"quantization_config": {"quant_method": "eetq"}}, ["eetq"]),
     ("kimi", {"text_config": None}, ["lacks 'text_config'"]),
     ("kimi", {"tie_word_embeddings": True}, ["tie_word_embeddings"]),
     ("kimi", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "inside"]),

@@ -32,11 +32,11 @@ class Gate:
         self.allowed = threading.Semaphore(0)
         run = step.run
 
-        def gated(kind, rows):
+        def gated(kind, rows, **more):
             while not self.open.is_set():
                 if self.allowed.acquire(timeout=0.01):
                     break
-            return run(kind, rows)
+            return run(kind, rows, **more)
 
         step.run = gated
 

@@ -41,12 +41,15 @@ def test_every_tensor_is_used_or_known_as_not_needed(case: str):
                 name = names.expert_tensor(layer, expert, which)
                 used.add(form.weight_name(name))
                 others.update(form.others(name))
-                if form.scale is not None:
-                    used.add(form.scale_name(name))
+                n, k = config.moe.expert_intermediate, config.hidden_size
+                n, k = (k, n) if which == "down" else (n, k)
+                held = scale_shape(form.format, n, k)
                 packed = names.packed_experts(layer, which)
+                if form.scale is not None and packed is not None:
+                    used.add(form.scale_name(name))
+                elif held is not None:
+                    used.update(t.name for t in form.scale_tensors(name, held))
                 if packed is not None:
-                    n, k = config.moe.expert_intermediate, config.hidden_size
-                    n, k = (k, n) if which == "down" else (n, k)
                     assert packed.tensor == form.weight_name(name)
                     cut = packed.cut(tensors[packed.tensor][expert])
                     assert cut.shape == data_shape(form.format, n, k)

@@ -39,11 +39,11 @@ class Gate:
         self.waiting = threading.Event()
         run = step.run
 
-        def gated(kind, rows):
+        def gated(kind, rows, **more):
             if not self._open.is_set():
                 self.waiting.set()
                 self._open.wait()
-            return run(kind, rows)
+            return run(kind, rows, **more)
 
         step.run = gated
 
