@@ -80,9 +80,9 @@ def test_other_rows_of_a_batch_have_the_same_tokens_and_logprobs(llm, monkeypatc
     step, masked = llm._started.step, []
     program = step._program
 
-    def spy(kind, num_microbatches, inputs):
+    def spy(variant, inputs):
         masked.append(inputs.masks is not None)
-        return program(kind, num_microbatches, inputs)
+        return program(variant, inputs)
 
     monkeypatch.setattr(step, "_program", spy)
 

@@ -163,11 +163,11 @@ def test_a_request_waits_for_its_own_programs_alone(monkeypatch):
     stuck, may_end, begun = ("decode", 4, 4), threading.Event(), threading.Event()
     compile = step._compile
 
-    def compiling(kind, num_microbatches, inputs):
-        if (kind, *inputs.step.token_ids.shape) == stuck[:2]:
+    def compiling(variant, inputs):
+        if (variant.kind, *inputs.step.token_ids.shape) == stuck[:2]:
             begun.set()
             assert may_end.wait(30)
-        return compile(kind, num_microbatches, inputs)
+        return compile(variant, inputs)
 
     monkeypatch.setattr(step, "_compile", compiling)
     engine.warm_up._shapes = (stuck, *(s for s in shapes if s != stuck))

@@ -40,9 +40,9 @@ def slow_down(step):
     """Steps of a real engine's length: else hundreds are done before a busy client can leave."""
     run = step.run
 
-    def slow(kind, rows):
+    def slow(kind, rows, **more):
         time.sleep(0.02)
-        return run(kind, rows)
+        return run(kind, rows, **more)
 
     step.run = slow
 
