@@ -306,7 +306,9 @@ def test_streaming_is_throttled_while_others_decode(aside):
     assert observed.count("slp") == 1  # that one was held back
 
 
-@pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case", ["deepseek_v3_fp8", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
+)
 def test_texts_of_streamed_prompts_are_those_of_chunks(case, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     tiny_models.write_checkpoint(tmp_path, case)

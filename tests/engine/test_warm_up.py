@@ -142,6 +142,7 @@ def texts(engine):
     return out
 
 
+@pytest.mark.slow
 def test_steps_find_every_program_that_was_compiled_ahead():
     engine, step, shapes = make(warm=False)
     want = texts(engine)

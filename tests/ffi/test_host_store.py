@@ -154,7 +154,9 @@ def test_scales_are_checked(runtime, layer):
         store.set_scale(0, 0, GATE, np.ones(2, np.float32))
     with pytest.raises(ValueError, match="its format is bf16"):
         store.set_scale(1, 0, GATE, np.ones((1, 1), np.float32))
-    with pytest.raises(ValueError, match="is float64; wanted float32, bfloat16, uint32 .* or uint8"):
+    with pytest.raises(
+        ValueError, match="is float64; wanted float32, bfloat16, uint32 .* or uint8"
+    ):
         store.set_scale(0, 0, GATE, np.ones((1, 2)))
     with pytest.raises(ValueError, match="is uint8 .*; wanted float32 for format fp8_block"):
         store.set_scale(0, 0, GATE, np.ones((1, 2), np.uint8))
