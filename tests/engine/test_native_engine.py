@@ -30,7 +30,11 @@ def write(path: Path, case: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["deepseek_v3_fp8", "qwen3_moe", "qwen3_next"])
+# gpt-oss, below, has Qwen3-MoE's attention too.
+@pytest.fixture(
+    scope="module",
+    params=["deepseek_v3_fp8", pytest.param("qwen3_moe", marks=pytest.mark.slow), "qwen3_next"],
+)
 def directory(request, tmp_path_factory):
     return write(tmp_path_factory.mktemp(request.param), request.param)
 
