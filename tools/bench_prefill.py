@@ -8,10 +8,14 @@ to. On the CPU platform --copy_gb_per_s limits the copies; --ratios sets the lim
 copies take so many times what computing it takes, and gives for each ratio the time of a layer (all
 but the first, whose copies nothing can hide) over the larger of the two.
 
+With --devices=2 the same prompts are computed by two devices together afterwards (DSLP); bytes and
+rates are those of both. Weights are made and page-locked once.
+
 With --compute_ms the experts' products are replaced by as much sleep a layer, as of a device that
 takes no time of the CPUs': what is left is how well events, loader and programs keep both busy.
 
     tools/bench_prefill.py --config=configs/bench/deepseek_v3.json --tokens 4096 32768
+    tools/bench_prefill.py --config=configs/bench/deepseek_v3.json --moe_layers=8 --devices=2
     tools/bench_prefill.py --config=configs/bench/overlap.json --free_gb=2 --tokens 512 \\
         --threads=1 --ratios 0.25 0.5 1 2 4
     tools/bench_prefill.py --config=configs/bench/overlap.json --free_gb=2 --tokens 16 \\
@@ -33,10 +37,12 @@ import jax
 import numpy as np
 
 from jaxmoe.config.model_config import ModelConfig
+from jaxmoe.decode.batch import StepRow
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import DeviceDriver
 from jaxmoe.models import registry
 from jaxmoe.prefill.device import SlpDevice, prompt_row
+from jaxmoe.prefill.dslp_devices import DslpDevices
 from jaxmoe.weights.random_init import random_model
 
 NUM_GROUPS = 8  # of a layer's experts, where memory is no bound (prefill/plan.py)
@@ -115,12 +121,74 @@ def overlap_table(
     return rows
 
 
+def prompts_table(
+    prefill: SlpDevice | DslpDevices, config: ModelConfig, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What each length of prompt takes, whole and its halves alone; medians of --repeats."""
+    copy_rate = max(prefill.copy_alone() for _ in range(3))
+    print(f"copies alone: {copy_rate / 1e9:.2f} GB/s", flush=True)
+    results = []
+    rng = np.random.default_rng(0)
+    for count in args.tokens:
+        row = prompt_row(rng.integers(1, config.vocab_size, count).tolist(), prefill.page_size)
+
+        def seconds(row: StepRow, *, streamed: bool) -> float:
+            begin = time.perf_counter()
+            jax.block_until_ready(prefill.prefill(row, streamed=streamed))
+            return time.perf_counter() - begin
+
+        compute, whole, stats = [], [], {}
+        seconds(row, streamed=False)  # compiles
+        seconds(row, streamed=True)
+        for _ in range(args.repeats):
+            compute.append(seconds(row, streamed=False))
+            whole.append(seconds(row, streamed=True))
+            stats = prefill.stats()
+        compute_s, whole_s = statistics.median(compute), statistics.median(whole)
+        copy_s = prefill.streamed_bytes / copy_rate
+        per_layer = whole_s / args.moe_layers
+        result = {
+            "tokens": count,
+            "prefill_s": whole,
+            "compute_alone_s": compute,
+            "copy_alone_s": copy_s,
+            "ms_per_moe_layer": per_layer * 1e3,
+            "overlap_ratio": whole_s / max(copy_s, compute_s),
+            "copy_gb_per_s": stats["bytes"] / stats["copy_s"] / 1e9,
+            "copy_fraction_of_plain": stats["bytes"] / stats["copy_s"] / copy_rate,
+            "achieved_gb_per_s": prefill.streamed_bytes / whole_s / 1e9,
+            "ttft_s_of_all_layers": per_layer * args.layers,
+            "acquire_wait_s": stats["acquire_wait_s"],
+            "loader_wait_s": stats["loader_wait_s"],
+        }
+        results.append(result)
+        print(
+            f"{count} tokens: {per_layer * 1e3:.1f} ms a MoE layer (compute alone "
+            f"{compute_s / args.moe_layers * 1e3:.1f}, copy alone "
+            f"{copy_s / args.moe_layers * 1e3:.1f}), overlap ratio {result['overlap_ratio']:.3f}, "
+            f"copies at {result['copy_gb_per_s']:.1f} GB/s = "
+            f"{result['copy_fraction_of_plain']:.2f} of plain; {args.layers} layers: "
+            f"{result['ttft_s_of_all_layers']:.1f} s, "
+            f"{count / result['ttft_s_of_all_layers']:.0f} tok/s",
+            flush=True,
+        )
+    return {
+        "plan": prefill.plan.describe(),
+        "plan_device_bytes": prefill.plan.device_bytes,
+        "peak_device_bytes": prefill.peak_bytes(),
+        "plain_copy_gb_per_s": copy_rate / 1e9,
+        "expert_layer_bytes": prefill.streamed_bytes // args.moe_layers,
+        "runs": results,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=pathlib.Path, required=True)
     parser.add_argument("--moe_layers", type=int, default=4)
     parser.add_argument("--layers", type=int, default=61, help="layers of the whole model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--devices", type=int, default=1, help="together, after one alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--free_gb", type=float, default=None, help="device memory to use at most")
     parser.add_argument("--copy_gb_per_s", type=float, default=None, help="CPU platform only")
@@ -137,6 +205,8 @@ def main() -> None:
     hf |= {"first_k_dense_replace": dense, "num_hidden_layers": dense + args.moe_layers}
     config = ModelConfig.from_hf(hf)
     device = jax.devices()[0]
+    if args.devices > len(jax.devices()):
+        raise SystemExit(f"--devices: wanted {args.devices}, JAX sees {len(jax.devices())}")
     runtime = CpuRuntime(num_threads=args.threads)
     begin = time.perf_counter()
     loaded = random_model(config, registry, runtime)
@@ -145,6 +215,7 @@ def main() -> None:
     if device.platform == "cpu":
         driver = DeviceDriver.host(args.copy_gb_per_s and args.copy_gb_per_s * 1e9)
     begin = time.perf_counter()
+    assert loaded.host_store is not None
     driver.lock_store(loaded.host_store.native)
     lock_s = time.perf_counter() - begin
     free = args.free_gb and int(args.free_gb * 2**30)
@@ -170,64 +241,31 @@ def main() -> None:
             plan = slp.plan.describe()
             args.json.write_text(json.dumps({"plan": plan, "overlap": rows}, indent=1))
         return
-    copy_rate = max(slp.copy_alone() for _ in range(3))
-    print(f"copies alone: {copy_rate / 1e9:.2f} GB/s", flush=True)
-    results = []
-    rng = np.random.default_rng(0)
-    for count in args.tokens:
-        row = prompt_row(rng.integers(1, config.vocab_size, count).tolist(), slp.page_size)
-        compute, whole, stats = [], [], {}
-        slp.prefill(row, streamed=False)  # compiles
-        slp.prefill(row)
-        for _ in range(args.repeats):
-            begin = time.perf_counter()
-            slp.prefill(row, streamed=False)
-            compute.append(time.perf_counter() - begin)
-            begin = time.perf_counter()
-            slp.prefill(row)
-            whole.append(time.perf_counter() - begin)
-            stats = slp.stats()
-        compute_s, whole_s = statistics.median(compute), statistics.median(whole)
-        copy_s = slp.streamed_bytes / copy_rate
-        per_layer = whole_s / args.moe_layers
-        result = {
-            "tokens": count,
-            "prefill_s": whole,
-            "compute_alone_s": compute,
-            "copy_alone_s": copy_s,
-            "ms_per_moe_layer": per_layer * 1e3,
-            "overlap_ratio": whole_s / max(copy_s, compute_s),
-            "copy_gb_per_s": stats["bytes"] / stats["copy_s"] / 1e9,
-            "copy_fraction_of_plain": stats["bytes"] / stats["copy_s"] / copy_rate,
-            "achieved_gb_per_s": slp.streamed_bytes / whole_s / 1e9,
-            "ttft_s_of_all_layers": per_layer * args.layers,
-            "acquire_wait_s": stats["acquire_wait_s"],
-            "loader_wait_s": stats["loader_wait_s"],
-        }
-        results.append(result)
-        print(
-            f"{count} tokens: {per_layer * 1e3:.1f} ms a MoE layer (compute alone "
-            f"{compute_s / args.moe_layers * 1e3:.1f}, copy alone "
-            f"{copy_s / args.moe_layers * 1e3:.1f}), overlap ratio {result['overlap_ratio']:.3f}, "
-            f"copies at {result['copy_gb_per_s']:.1f} GB/s = "
-            f"{result['copy_fraction_of_plain']:.2f} of plain; {args.layers} layers: "
-            f"{result['ttft_s_of_all_layers']:.1f} s, "
-            f"{count / result['ttft_s_of_all_layers']:.0f} tok/s",
-            flush=True,
+    out = {
+        "device": device.device_kind,
+        "config": args.config.name,
+        "moe_layers": args.moe_layers,
+        "lock_s": lock_s,
+    }
+    out |= prompts_table(slp, config, args)
+    slp.close()
+    del slp
+    if args.devices > 1:
+        devices = jax.devices()[: args.devices]
+        drivers = {d: driver if d == device else DeviceDriver.for_device(d) for d in devices}
+        together = DslpDevices(
+            loaded,
+            config,
+            devices,
+            drivers,
+            runtime,
+            max_prompt_tokens=max(args.tokens),
+            free_bytes=free or min(drivers[d].memory_info()[0] for d in devices) * 8 // 10,
         )
+        print(together.plan.describe(), flush=True)
+        out["together"] = prompts_table(together, config, args)
+        together.close()
     if args.json:
-        out = {
-            "device": device.device_kind,
-            "config": args.config.name,
-            "moe_layers": args.moe_layers,
-            "plan": slp.plan.describe(),
-            "plan_device_bytes": slp.plan.device_bytes,
-            "peak_device_bytes": slp.peak_bytes(),
-            "lock_s": lock_s,
-            "plain_copy_gb_per_s": copy_rate / 1e9,
-            "expert_layer_bytes": slp.streamed_bytes // args.moe_layers,
-            "runs": results,
-        }
         args.json.write_text(json.dumps(out, indent=1))
 
 

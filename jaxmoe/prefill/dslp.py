@@ -15,9 +15,10 @@ the prompt was cached there already comes from it, a share for each rank.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,20 +32,31 @@ from jaxmoe.ffi.device_driver import Device
 from jaxmoe.ffi.ops import Ops, StepInputs
 from jaxmoe.ffi.reference import kv_write
 from jaxmoe.ffi.registry import NATIVE_ERRORS
+from jaxmoe.kernels.experts import ExpertGroup
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.moe.deferred import DeferredOps
-from jaxmoe.moe.experts_streamed import GroupExperts, StreamedExperts
+from jaxmoe.moe.experts_streamed import GroupExperts, Ring, StreamedExperts
 from jaxmoe.moe.moe_block import MoeBlock
 from jaxmoe.moe.small_ep import Exchange, most_experts
 from jaxmoe.prefill.dslp_plan import DslpPlan
 from jaxmoe.prefill.layer_kinds import LayerKind, layers_by_kind
 from jaxmoe.prefill.plan import LADDER
-from jaxmoe.prefill.rank_rings import RankRings
 
 # Prefixes are compiled for in multiples of this many positions, those of the ladder.
 _PREFIX_STEP = 1024
 
 Cache = tuple[jax.Array, ...]
+
+
+class LoadingRings(Ring, Protocol):
+    """The devices' rings as this module drives them (prefill/rank_rings.py)."""
+
+    @property
+    def groups(self) -> Sequence[ExpertGroup]: ...
+    def start(self) -> None: ...
+    def finish(self) -> None: ...
+    def abort(self, cause: str) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass
@@ -90,7 +102,7 @@ class DslpPrefill:
         home: Device,
         ops: Ops,
         parts: Parts,
-        rings: RankRings,
+        rings: LoadingRings,
         plan: DslpPlan,
         *,
         exchange: Exchange,
@@ -136,6 +148,12 @@ class DslpPrefill:
     def programs(self) -> dict[tuple[Any, ...], Any]:
         """What was compiled so far, by name, kind and sizes."""
         return dict(self._compiled)
+
+    def on_rings(self, rings: LoadingRings) -> DslpPrefill:
+        """The same programs on other rings: for benchmarks, on weights that lie there already."""
+        other = copy.copy(self)
+        other._rings, other._compiled = rings, {}
+        return other
 
     def close(self) -> None:
         """Drops the weights, the compiled programs that name the rings, and the rings."""

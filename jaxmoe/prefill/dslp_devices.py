@@ -17,11 +17,11 @@ from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Ops
 from jaxmoe.kernels.device_ops import DeviceOps
-from jaxmoe.kernels.experts import DeviceGroups
+from jaxmoe.kernels.experts import DeviceGroups, ExpertGroup
 from jaxmoe.kernels.partial_attention import DeviceParts
 from jaxmoe.kv_cache import store
 from jaxmoe.models.decoder import cache_spec
-from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups
+from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups, NoRing
 from jaxmoe.moe.small_ep import AllToAll, Exchange, SmallEp
 from jaxmoe.prefill.device import prompt_shape
 from jaxmoe.prefill.dslp import DslpPrefill
@@ -161,7 +161,7 @@ class DslpDevices:
         if ring is not None:
             rank = dataclasses.replace(plan.rank, group_experts=ring[0], num_slots=ring[1])
             plan = dataclasses.replace(plan, rank=rank)
-        self.plan, self.page_size = plan, page_size
+        self.plan, self.page_size, self._devices = plan, page_size, list(devices)
         spec = cache_spec(config, compute_dtype)
         self.caches = store.allocate(spec, pages, page_size, device=devices[0])
         self.dslp, self.rings = make_dslp(
@@ -177,9 +177,32 @@ class DslpDevices:
             ops=ops,
         )
 
-    def prefill(self, row: StepRow) -> jax.Array:
-        """The residual stream of the row's last token, on the first device."""
-        return self.dslp.prefill(row, lambda: self.caches)
+        self._resident = self.dslp.on_rings(ResidentRings(self.rings))
+
+    def prefill(self, row: StepRow, *, streamed: bool = True) -> jax.Array:
+        """The residual stream of the row's last token, on the first device. Not streamed: with
+        whatever weights lie in the rings, to measure computing alone."""
+        dslp = self.dslp if streamed else self._resident
+        return dslp.prefill(row, lambda: self.caches)
+
+    def copy_alone(self) -> float:
+        """Bytes per second of one run's copies to all devices with nothing computed."""
+        return self.streamed_bytes / self.rings.measure_pass_s()
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of one run, to all devices together."""
+        return self.rings.total_bytes
+
+    def stats(self) -> dict[str, float]:
+        """As `SlotRing.stats`: bytes of all devices, times of the one that took longest."""
+        ranks = self.rings.stats()
+        most = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+        return most | {"bytes": sum(rank["bytes"] for rank in ranks)}
+
+    def peak_bytes(self) -> int:
+        """Of the device that used most."""
+        return max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in self._devices)
 
     def layers(self, row: StepRow) -> Generator[int, None, jax.Array]:
         """The same, a layer at each `next`."""
@@ -188,3 +211,15 @@ class DslpDevices:
     def close(self) -> None:
         """Ends the loaders; the weights stay the caller's."""
         self.dslp.close()
+
+
+class ResidentRings(NoRing):
+    """The rings of `DslpDevices` as if their weights were always there."""
+
+    def __init__(self, rings: RankRings):
+        self.groups: Sequence[ExpertGroup] = rings.groups
+
+    def start(self) -> None: ...
+    def finish(self) -> None: ...
+    def abort(self, cause: str) -> None: ...
+    def close(self) -> None: ...

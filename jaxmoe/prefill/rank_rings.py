@@ -68,7 +68,7 @@ class RankRings:
             raise
         self._jobs = [self._make_jobs(rank, len(store.layouts)) for rank in range(len(devices))]
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-        self.groups = [
+        self.groups: Sequence[ExpertGroup] = [
             ExpertGroup(*(_one_array(parts, sharding) for parts in zip(*slots, strict=True)))
             for slots in zip(*(ring.slots for ring in self.rings), strict=True)
         ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -35,3 +38,51 @@ def test_first_tokens_are_those_of_the_cpu(case, tmp_path):
     # BF16 activations: a near tie may fall the other way.
     same = [a == b for a, b in zip(*texts, strict=True)]
     assert sum(same) >= len(same) - 1, texts
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v3_fp8", "qwen3_moe_fp8", "gpt_oss"])
+def test_logits_are_those_of_the_cpu(case, tmp_path):
+    """With every expert chosen, for a router near a tie decides by the last bit."""
+    tiny_models.write_checkpoint(tmp_path / "model", case)
+    every = tmp_path / "every_expert"
+    shutil.copytree(tmp_path / "model", every)
+    config = json.loads((every / "config.json").read_text())
+    names = ("n_routed_experts", "num_local_experts", "num_experts")
+    (config["num_experts_per_tok"],) = (config[k] for k in names if k in config)
+    if "topk_group" in config:
+        config["topk_group"] = config["n_group"]
+    (every / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(1, 90, n).tolist() for n in (1, 17, 60, 120)]
+    with _llm(every, "cpu") as cpu, _llm(every, "gpu", prefill="dslp") as gpus:
+        for prompt in prompts:
+            want, got = cpu.logits(prompt), gpus.logits(prompt)
+            error = np.abs(got - want).max(axis=-1) / np.abs(want).max()
+            assert error.max() < 4e-2, error
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe_fp8"])
+def test_prompts_of_a_second_gpu_are_written_on_the_first(case, tmp_path):
+    """Streamed by the GPU that decodes too, and by one of their own: the same programs."""
+    tiny_models.write_checkpoint(tmp_path, case)
+    rng = np.random.default_rng(9)
+    prompts = [rng.integers(1, 90, n).tolist() for n in (5, 17, 60, 100)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    texts = []
+    for more in ({"disaggregate": "off"}, {"disaggregate": "on"}):
+        with _llm(tmp_path, "gpu", prefill="slp", **more) as llm:
+            outputs = llm.generate(prompts, params)
+            texts.append([o.outputs[0].token_ids for o in outputs])
+    assert texts[0] == texts[1]
+
+
+def _llm(folder, device, **more):
+    return LLM(
+        str(folder),
+        device=device,
+        max_model_len=128,
+        num_threads=4,
+        cache_dir="",
+        show_progress=False,
+        **({"prefill": "chunked"} | more),
+    )

@@ -65,12 +65,12 @@ LONG = ("deepseek_v4",)
 
 
 def float32_runs() -> list[Any]:
+    # What the reference computes with others' modules, or their modules on another format; and
+    # mutations run on it.
     on_kernels = (
-        *ALIKE,
-        *OTHER_FORMATS,
-        *LONG,
-        "deepseek_v32_sparse",
-    )  # mutations run on the reference
+        *(*ALIKE, *OTHER_FORMATS, *LONG, "deepseek_v32_sparse", "deepseek_v2_lite", "deepseek_v3"),
+        *("kimi_k2", "kimi_k2_fp8", "qwen3_next_fp8", "qwen3_5_moe", "qwen3_5_moe_fp8"),
+    )
 
     def is_slow(case: str, backend: str) -> bool:
         on_reference = backend == "reference" and case in on_kernels
