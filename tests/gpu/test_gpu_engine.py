@@ -14,7 +14,10 @@ from jaxmoe import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
-CASES = ["deepseek_v3", "deepseek_v3_fp8", "qwen3_moe_fp8", "gpt_oss", "glm4_moe_lite"]
+CASES = [
+    *("deepseek_v3", "deepseek_v3_fp8", "qwen3_moe_fp8", "gpt_oss", "glm4_moe_lite"),
+    *("kimi_k2_int4", "gpt_oss_mxfp4"),
+]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -54,7 +57,7 @@ def _llm(folder, device: str, prefill: str = "chunked") -> LLM:
     )
 
 
-PROMPTS = [np.random.default_rng(n).integers(1, 90, n).tolist() for n in (1, 17, 60)]
+PROMPTS = [np.random.default_rng(n).integers(1, 60, n).tolist() for n in (1, 17, 60)]
 
 
 @pytest.mark.parametrize("prefill", ["chunked", "slp"])
