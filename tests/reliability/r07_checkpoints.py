@@ -94,5 +94,5 @@ def _child(folder: Path, what: str, begin: int, end: int, faults: Path) -> list[
 
 
 CHECK = Check(
-    "damaged checkpoints", {"short": 150, "ci": 5000, "release": 100_000}, "loads", measure
+    "damaged checkpoints", {"short": 40, "ci": 5000, "release": 100_000}, "loads", measure
 )

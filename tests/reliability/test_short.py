@@ -1,19 +1,19 @@
 """The reliability figures in their short form, where a short run can tell something. What is a
-matter of speed (R4, R8) or of hours (R2) is tools/reliability's alone; R7 and R12 have tests of
-their own besides (tests/weights/test_mutations.py, tests/engine/test_*mixes.py).
+matter of speed (R4, R8) or of hours (R2) is tools/reliability's alone. R12's mixes have tests of their own
+in the ordinary run besides (tests/engine/test_*mixes.py), without the engine's restarts.
 """
 
 import pytest
 from reliability.figures import as_json, from_json, markdown
 from reliability.main import CHECKS, main
 
-# Their goals are times, which a test must not depend on; tools/reliability runs them.
-_timed = pytest.mark.slow
+# Their goals are times, which a test must not depend on, or they take half a minute.
+_slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     "name",
-    [*(pytest.param(n, marks=_timed) for n in ("R1", "R3", "R5", "R6", "R7", "R12")), "R13"],
+    [*(pytest.param(n, marks=_slow) for n in ("R1", "R3", "R5", "R6", "R12")), "R7", "R13"],
 )
 def test_a_figure(name):
     figure = CHECKS[name].run("short")
