@@ -1,6 +1,6 @@
 """The reliability figures in their short form, where a short run can tell something. What is a
-matter of speed (R4, R8) or of hours (R2) is tools/reliability's alone. R12's mixes have tests of their own
-in the ordinary run besides (tests/engine/test_*mixes.py), without the engine's restarts.
+matter of speed (R4, R8) or of hours (R2) is tools/reliability's alone. R12's mixes have tests of
+their own in the ordinary run besides (tests/engine/test_*mixes.py), without the engine's restarts.
 """
 
 import pytest
