@@ -131,8 +131,8 @@ class EngineConfig:
         "str",
         "how prompts are computed: chunked (routed experts on the CPU), slp (experts streamed to "
         "the device, layer by layer), dslp (the same on all devices of the host at once, each with "
-        "a part of the prompt and of the experts), or (auto) chunked or slp, whichever is "
-        "predicted to be faster",
+        "a part of the prompt and of the experts), or (auto) of what the host can do whatever is "
+        "predicted to be fastest, prompt by prompt",
         choices=("auto", "chunked", "slp", "dslp"),
     )
     disaggregate: str = checked(
@@ -163,8 +163,8 @@ class EngineConfig:
     stand_in_copy_gb_s: float | None = checked(
         None,
         "float",
-        "with device=cpu: GB/s of the copies that stand in for a GPU's bus, for measurements; "
-        "default: as fast as memory",
+        "with device=cpu: GB/s of the copies that stand in for a GPU's bus, for measurements, and "
+        "prefill=auto may stream; default: as fast as memory, and it does not",
         low=0.0,
         high=1e6,
         low_open=True,

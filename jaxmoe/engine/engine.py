@@ -138,7 +138,7 @@ class Engine:
             prefix=self.prefix,
             states=kept,
             prompt_logprobs_tokens=LOGITS_CHUNK_TOKENS,
-            streams=None if route is None else route.streams,
+            streams=None if route is None else route.next_pass,
             aside=worker is not None,
             predict=self._predict_prompt,
             limits=target,
@@ -380,13 +380,13 @@ class Engine:
                 self._runner.assign(row.seq.slot)
                 row.seq.is_new = False
             if not row.seq.started_s:
-                self._note_start(row.seq, self._stream_path, now)
+                self._note_start(row.seq, plan.path, now)
             self._pass_throttled = self._throttled
             if self._aside is not None:
                 self._aside.begin(plan, _step_rows(plan)[0], now)
                 return []
             assert self._streamed is not None
-            self._streamed.begin(row.seq, _step_rows(plan)[0])
+            self._streamed.begin(row.seq, _step_rows(plan)[0], plan.path)
         assert self._streamed is not None
         try:
             done = self._streamed.advance()
@@ -440,7 +440,7 @@ class Engine:
     def _stream_ended(self, plan: StepPlan, total_s: float, step_s: float) -> None:
         """total_s: since its first layer began. step_s: of the engine's time, not noted yet."""
         row = plan.rows[0]
-        self._note_stream(row, total_s)
+        self._note_stream(row, plan.path, total_s)
         if row.seq.request.params.adjusts_logits:
             end = row.start + row.count
             tokens = row.seq.request.prompt_token_ids[:end]
@@ -462,13 +462,8 @@ class Engine:
             left = seq.num_prompt - seq.num_computed
             seq.predicted_ttft_s = queued_s + self._route.predict_s(path, left)
 
-    @property
-    def _stream_path(self) -> Path:
-        return "slp" if self._streamed is None else self._streamed.path
-
-    def _note_stream(self, row: Row, seconds: float) -> None:
+    def _note_stream(self, row: Row, path: Path, seconds: float) -> None:
         assert self._route is not None
-        path = self._stream_path
         predicted = self._route.predict_s(path, row.count)
         if not self._pass_throttled:  # what it takes then says nothing about the bus
             self._route.observe(path, row.count, seconds)

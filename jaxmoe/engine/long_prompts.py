@@ -10,6 +10,7 @@ import jax
 from jaxmoe.common.errors import CapacityError, CheckpointError, ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import CompressedConfig, MlaConfig, ModelConfig
+from jaxmoe.engine.machine_rates import KnownRates
 from jaxmoe.engine.placement import free_bytes
 from jaxmoe.engine.prefill_worker import PrefillWorker
 from jaxmoe.engine.prompt_rates import make_route
@@ -19,7 +20,7 @@ from jaxmoe.kv_cache import store
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.models.decoder import cache_spec
 from jaxmoe.prefill.device import make_slp
-from jaxmoe.prefill.plan import Weights
+from jaxmoe.prefill.plan import RingBounds, Weights
 from jaxmoe.prefill.rank_rings import RankRings
 from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.stream import PromptStream
@@ -35,30 +36,31 @@ SHARE = 0.9
 
 @dataclasses.dataclass
 class LongPrompts:
-    """What computes them, a stream between the steps or a worker beside them, with its ring and
+    """What computes them, a stream between the steps or a worker beside them, with its rings and
     the route; `close` gives the device's memory back.
 
-    pace: bytes per second of streaming while others decode; 0: as fast as it goes.
+    rings: with the bytes per second of each alone. share: of that, what it may take while others
+    decode. known: the machine's rates, where they were asked for.
     """
 
     stream: PromptStream | None
     worker: PrefillWorker | None
     route: PrefillRoute
-    ring: ExpertRing | RankRings
+    rings: list[tuple[ExpertRing | RankRings, float]]
     report: str
-    pace: float = 0.0
+    share: float = 1.0
+    known: KnownRates | None = None
 
     def throttle(self, decoding: bool) -> None:
         """Whether others decode now, which streaming is to leave bandwidth to."""
-        if self.pace:
-            self.ring.set_pace(self.pace if decoding else 0.0)
-            alone = self.ring.total_bytes / self.pace
-            self.route.least_pass_s = alone if decoding else 0.0
+        for ring, rate in self.rings:
+            ring.set_pace(self.share * rate if decoding else 0.0)
+        self.route.copy_share = self.share if decoding else 1.0
 
     def on_compile(self, call: Callable[[bool], None]) -> None:
         """Whom to tell when programs are compiled that the steps wait for, and when they are."""
         if self.stream is not None:
-            self.stream.slp.on_compile = call
+            self.stream.on_compile(call)
 
     def close(self) -> None:
         for part in (self.stream, self.worker):
@@ -77,18 +79,20 @@ def start_streaming(
     on_stage: Callable[[str, float], None] = lambda stage, percent: None,
     *,
     decode_device: Device | None = None,
+    bounds: RingBounds | None = None,
 ) -> tuple[LongPrompts | None, tuple[str, ...]]:
     """None where prompts are computed in chunks only: without a GPU, unless asked for. And notes
     for the start-up report.
 
     device, runtime: that prompts are streamed to. decode_device: that `loaded` and `caches` are on,
-    where that is another one: a worker computes them beside decode then.
+    where that is another one: a worker computes them beside decode then. bounds: of the ring, where
+    it is not for this alone.
 
     Raises: CapacityError, CheckpointError where `prefill="slp"` or `disaggregate="on"` cannot be.
     """
-    on_cpu, aside = device.platform == "cpu", decode_device is not None
+    aside = decode_device is not None
     wanted = "disaggregate: on" if aside else "prefill: slp" if config.prefill == "slp" else None
-    if config.prefill == "chunked" or (wanted is None and on_cpu):
+    if config.prefill == "chunked" or (wanted is None and not has_bus(config, device)):
         return None, ()
     host_store = loaded.host_store
     if host_store is None:
@@ -104,10 +108,7 @@ def start_streaming(
         if wanted is not None:
             raise ConfigError(f"{wanted}, but {problem}; use prefill=chunked, disaggregate=off")
         return None, (f"long prompts are computed in chunks: {problem}",)
-    if on_cpu and config.stand_in_copy_gb_s is not None:
-        driver = DeviceDriver.host(config.stand_in_copy_gb_s * 1e9)
-    else:
-        driver = DeviceDriver.for_device(device)
+    driver = driver_of(config, device)
     own: list[tuple[jax.Array, ...]] = []
     on_stage("page-locking the experts", 0.0)
     try:
@@ -120,19 +121,19 @@ def start_streaming(
             weights = WEIGHTS[config.prefill_weights]
             own = _own_pages(config, model, layout, device)
             loaded = _in_host_memory(loaded, decode_device)
-        available = memory.available_bytes() // 2 if on_cpu else int(free_bytes(device) * SHARE)
         slp, ring, plan, _ = make_slp(
             loaded,
             model,
             device,
             driver,
             runtime,
-            free_bytes=available,
+            free_bytes=room_for_streaming(device),
             max_prompt_tokens=layout.max_model_len,
             page_size=layout.page_size,
             pages_per_sequence=layout.pages_per_sequence,
             compute_bytes=2 if config.compute_dtype == "bfloat16" else 4,
             weights=weights,
+            bounds=bounds,
         )
     except (CapacityError, CheckpointError, OSError) as error:
         if wanted is not None:
@@ -141,20 +142,35 @@ def start_streaming(
             raise
         return None, (f"long prompts are computed in chunks: {error}",)
     assert loaded.host_store is not None
-    route = make_route(config, model, device, runtime, host_store, ring, plan.max_tokens, on_stage)
+    route, known = make_route(
+        config, model, device, runtime, host_store, ring, plan.max_tokens, on_stage
+    )
     stream = worker = None
     if decode_device is None:
-        stream = PromptStream(slp, caches)
+        stream = PromptStream({"slp": slp}, caches)
     else:
         worker = PrefillWorker(slp, own, caches, device, decode_device, page_size=layout.page_size)
-    pace = streaming_pace(config, ring.total_bytes, route.pass_s)
-    return LongPrompts(stream, worker, route, ring, plan.describe(), pace), ()
-
-
-def streaming_pace(config: EngineConfig, pass_bytes: int, pass_s: float) -> float:
-    """`LongPrompts.pace` where a pass copies so many bytes in so many seconds."""
+    rings: list[tuple[ExpertRing | RankRings, float]] = [(ring, ring.total_bytes / route.pass_s)]
     share = config.prefill_bandwidth_share
-    return 0.0 if share >= 1 else share * pass_bytes / pass_s
+    return LongPrompts(stream, worker, route, rings, plan.describe(), share, known), ()
+
+
+def has_bus(config: EngineConfig, device: Device) -> bool:
+    """Whether streaming is considered unasked: there is a GPU, or something stands in for one."""
+    return device.platform != "cpu" or config.stand_in_copy_gb_s is not None
+
+
+def driver_of(config: EngineConfig, device: Device) -> DeviceDriver:
+    if device.platform == "cpu" and config.stand_in_copy_gb_s is not None:
+        return DeviceDriver.host(config.stand_in_copy_gb_s * 1e9)
+    return DeviceDriver.for_device(device)
+
+
+def room_for_streaming(device: Device) -> int:
+    """Bytes of the device's memory that a plan may use."""
+    if device.platform == "cpu":
+        return memory.available_bytes() // 2
+    return int(free_bytes(device) * SHARE)
 
 
 def _shares_choices(model: ModelConfig) -> bool:
@@ -226,10 +242,12 @@ def describe_placement(
                 "decodes; their pages are handed over layer by layer"
             )
         else:
-            lines.append("long prompts and decode take turns on one device, a layer at a time")
-        if long_prompts.pace:
+            lines.append("long prompts and decode take turns, a layer at a time")
+        if long_prompts.share < 1:
+            rates = [long_prompts.share * rate / 1e9 for _, rate in long_prompts.rings]
+            paces = " or ".join(f"{rate:.3g}" for rate in rates)
             lines.append(
-                "while others decode, experts stream at "
-                f"{long_prompts.pace / 1e9:.3g} GB/s at most (prefill_bandwidth_share)"
+                f"while others decode, experts stream at {paces} GB/s at most "
+                "(prefill_bandwidth_share)"
             )
     return lines

@@ -13,8 +13,11 @@ from jaxmoe.engine.machine_bench import MachineBench
 from jaxmoe.engine.machine_rates import KnownRates, known_rates
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device
+from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.prefill.dslp_plan import DslpPlan, exchanged_bytes
+from jaxmoe.prefill.rank_rings import RankRings
 from jaxmoe.prefill.ring import ExpertRing
-from jaxmoe.scheduler.prefill_route import PrefillRoute
+from jaxmoe.scheduler.prefill_route import DslpRates, PrefillRoute
 from jaxmoe.weights.host_store import HostStore
 
 OnStage = Callable[[str, float], None]
@@ -41,8 +44,10 @@ def make_route(
     ring: ExpertRing,
     max_tokens: int,
     on_stage: OnStage = lambda stage, percent: None,
-) -> PrefillRoute:
-    """For prompts of up to `max_tokens` a pass over `ring`, or in chunks by `runtime`."""
+) -> tuple[PrefillRoute, KnownRates | None]:
+    """For prompts of up to `max_tokens` a pass over `ring`, or in chunks by `runtime`; and the
+    rates that it was made from, where it was.
+    """
     forced = "slp" if config.prefill == "slp" else None
     flops = token_flops(model)
     known = None
@@ -50,7 +55,7 @@ def make_route(
         known = rates_for(config, device, runtime, store, on_stage)
     if known is None:
         on_stage("measuring the bus", 0.0)
-        return PrefillRoute(
+        guessed = PrefillRoute(
             pass_s=ring.measure_pass_s(),
             # Everything else of a token is about as much again.
             streamed_token_s=2 * flops / DEVICE_FLOPS,
@@ -58,9 +63,10 @@ def make_route(
             max_tokens=max_tokens,
             forced=forced,
         )
+        return guessed, None
     rates, weight_format = known.rates, store.layouts[0].format
     host_flops = rates.gemm_flops[weight_format]
-    return PrefillRoute.estimated(
+    route = PrefillRoute.estimated(
         pass_bytes=ring.total_bytes,
         copy_bytes_per_s=rates.copy_rate(),
         token_flops=flops,
@@ -72,6 +78,30 @@ def make_route(
         max_tokens=max_tokens,
         forced=forced,
         source=known.describe(),
+    )
+    return route, known
+
+
+def dslp_rates(
+    model: ModelConfig,
+    layout: CacheLayout,
+    plan: DslpPlan,
+    rings: RankRings,
+    token_s: float,
+    known: KnownRates | None = None,
+) -> DslpRates:
+    """token_s: of one device that computes a token alone."""
+    ranks, most = plan.num_ranks, max(rings.streamed_bytes)
+    pass_s = rings.measure_pass_s() if known is None else most / known.rates.copy_rate(ranks)
+    # A token's keys, experts' inputs and partial sums go from device to device, on GPUs without a
+    # way to each other through host memory: over two buses.
+    sent = len(model.moe_layers) * exchanged_bytes(plan.shape) + layout.token_bytes
+    sent *= (ranks - 1) / ranks
+    return DslpRates(
+        pass_s=pass_s,
+        token_s=token_s / ranks + 2 * sent * pass_s / most,
+        max_tokens=plan.max_tokens,
+        num_devices=ranks,
     )
 
 

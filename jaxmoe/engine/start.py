@@ -20,7 +20,7 @@ from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import calibration, compile_cache, read_ceiling, speculation
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.engine.directory import Directory, model_path, read_directory
-from jaxmoe.engine.dslp_prompts import start_dslp, unused_devices
+from jaxmoe.engine.dslp_prompts import add_devices, plan_devices, start_dslp
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.kept_pages import KeptPages
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
@@ -160,6 +160,10 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
                 config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
             )
         else:
+            together, more = plan_devices(
+                config, model_config, layout, device, prefill_device, loaded
+            )
+            notes += more
             long_prompts, more = start_streaming(
                 config,
                 model_config,
@@ -170,8 +174,21 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
                 lambda: step.caches,
                 on_stage,
                 decode_device=None if prefill_device is None else device,
+                bounds=None if together is None else together.bounds,
             )
-            notes += more + unused_devices(config, device)
+            notes += more
+            if together is not None and long_prompts is not None:
+                add_devices(
+                    long_prompts,
+                    together,
+                    config,
+                    model_config,
+                    layout,
+                    device,
+                    runtime,
+                    loaded,
+                    on_stage,
+                )
         if long_prompts is not None:
             long_prompts.on_compile(lambda begins: step.on_compile(begins))
     except BaseException:
@@ -207,7 +224,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         worker=long_prompts.worker if long_prompts else None,
         target=target,
         keeper=_keeper(config, layout, step),
-        throttle=long_prompts.throttle if long_prompts and long_prompts.pace else None,
+        throttle=long_prompts.throttle if long_prompts and long_prompts.share < 1 else None,
     )
     if config.warm_up:
         guesses = config.max_draft_tokens if model_config.runs_draft else 0

@@ -12,11 +12,7 @@ from jaxmoe.scheduler.prefill_route import Path
 class Streamer(Protocol):
     """What the engine needs of prefill/stream.py."""
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def max_tokens(self) -> int: ...
-    def begin(self, row: StepRow) -> None: ...
+    def begin(self, row: StepRow, path: Path) -> None: ...
     def advance(self) -> float: ...
     def stop(self) -> None: ...
 
@@ -30,13 +26,8 @@ class StreamedPrompt:
         self.seconds = 0.0  # of the engine's time that the one under way has taken
         self.seq: Sequence | None = None
 
-    @property
-    def path(self) -> Path:
-        """How it is computed."""
-        return self._streamer.path
-
-    def begin(self, seq: Sequence, row: StepRow) -> None:
-        self._streamer.begin(row)
+    def begin(self, seq: Sequence, row: StepRow, path: Path) -> None:
+        self._streamer.begin(row, path)
         self.seq, self._num_preemptions = seq, seq.num_preemptions
         self.seconds = 0.0
 

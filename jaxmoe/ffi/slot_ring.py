@@ -111,12 +111,20 @@ def expert_buffers(
     return buffers
 
 
+class _Turn:
+    """Of rings that share slots, the one with a run under way."""
+
+    ring: SlotRing | None = None
+
+
 class SlotRing:
     """R slots of one device and their loader.
 
     driver: of the device that the arrays are on.
     slots: of each slot its arrays, every one a buffer of its own, on one device.
     stall_s: how long a run may wait with nothing moving before it fails.
+    beside: a ring that some of the slots belong to as well. One of the two runs at a time, and its
+        programs have ended before the other starts: events of one say nothing to the other.
 
     Raises: ConfigError for fewer than two slots, or arrays that are not as above.
     """
@@ -126,8 +134,11 @@ class SlotRing:
         driver: DeviceDriver,
         slots: Sequence[Sequence[jax.Array]],
         stall_s: float = 120.0,
+        *,
+        beside: SlotRing | None = None,
     ):
         register_targets()
+        self._turn = _Turn() if beside is None else beside._turn
         devices = {d for slot in slots for array in slot for d in array.devices()}
         if len(devices) != 1:
             raise ConfigError(f"a slot ring's arrays are on {len(devices)} devices; wanted one")
@@ -156,20 +167,32 @@ class SlotRing:
 
         allow_unlocked: copy from memory that is not page-locked, several times slower on a GPU.
 
-        Raises: ValueError for jobs that do not fit the ring, or while a run is under way.
+        Raises: ValueError for jobs that do not fit the ring, or while a run is under way, of this
+        ring or of one that shares its slots.
         """
+        if self._turn.ring not in (None, self):
+            raise ValueError("another ring of the same slots has a run under way")
         self._native.start(jobs.native, allow_unlocked)
+        self._turn.ring = self
 
     def finish(self) -> None:
         """Waits until every job was loaded, acquired and released.
 
         Raises: RuntimeError with the cause where the run failed; the next may be started then.
         """
-        self._native.finish()
+        try:
+            self._native.finish()
+        finally:
+            self._ended()
 
     def abort(self, cause: str) -> None:
         """Ends the run now: programs that acquire or release fail, with this cause."""
         self._native.abort(cause)
+        self._ended()
+
+    def _ended(self) -> None:
+        if self._turn.ring is self:
+            self._turn.ring = None
 
     def set_pace(self, bytes_per_s: float) -> None:
         """Copies take no more than this from now on, also in later runs; 0: as fast as they go. At
@@ -187,6 +210,7 @@ class SlotRing:
         """Aborts what runs and ends the loader. The arrays are the caller's. Idempotent."""
         self._group.close()
         self._native.close()
+        self._ended()
 
     def __enter__(self) -> Self:
         return self

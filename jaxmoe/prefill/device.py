@@ -22,7 +22,7 @@ from jaxmoe.kv_cache import store as cache_store
 from jaxmoe.models.decoder import Decoder, cache_spec
 from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups, NoRing
 from jaxmoe.prefill.layer_weights import LayerParts, other_weights, split_layers
-from jaxmoe.prefill.plan import PromptShape, SlpPlan, Weights, plan_slp
+from jaxmoe.prefill.plan import PromptShape, RingBounds, SlpPlan, Weights, plan_slp
 from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.slp import LoadingRing, SlpPrefill
 from jaxmoe.weights.loaded_model import LoadedModel
@@ -76,12 +76,14 @@ def make_slp(
     compute_bytes: int = 2,
     groups: GroupExperts | None = None,
     weights: Weights | None = None,
+    bounds: RingBounds | None = None,
 ) -> tuple[SlpPrefill, ExpertRing, SlpPlan, Callable[[LoadingRing], SlpPrefill]]:
     """The ring and the programs for a model.
 
     free_bytes: of the device, to be used at most. weights: None: the other weights are on `device`
     already; else they are in host memory, and the plan makes room for them or for the slots that
-    they are streamed through (`plan_slp`). The last result makes the same programs on another ring.
+    they are streamed through (`plan_slp`). bounds: of the ring, where others use it too. The last
+    result makes the same programs on another ring.
 
     Raises: CapacityError, CheckpointError.
     """
@@ -89,7 +91,9 @@ def make_slp(
     assert store is not None
     layout = store.layouts[0]
     shape = prompt_shape(config, layout.total_bytes // layout.num_experts, compute_bytes)
-    options: dict[str, Any] = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
+    options: dict[str, Any] = {"bounds": bounds}
+    if chunk_tokens is not None:
+        options["chunk_tokens"] = chunk_tokens
     layers: list[LayerParts] = []
     if weights is not None:
         model = nnx.merge(loaded.graphdef, loaded.state)

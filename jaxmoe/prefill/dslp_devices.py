@@ -16,6 +16,7 @@ from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Ops
+from jaxmoe.ffi.slot_ring import SlotRing
 from jaxmoe.kernels.device_ops import DeviceOps
 from jaxmoe.kernels.experts import DeviceGroups, ExpertGroup
 from jaxmoe.kernels.partial_attention import DeviceParts
@@ -81,11 +82,13 @@ def make_dslp(
     exchange: str = "small_ep",
     groups: GroupExperts | None = None,
     ops: tuple[Ops, Parts] | None = None,
+    first: SlotRing | None = None,
 ) -> tuple[DslpPrefill, RankRings]:
     """The rings and the programs; the weights that are on `devices[0]`, where decode is, are copied
     to the others.
 
-    exchange: "small_ep" or "all_to_all". groups, ops: default: the platform's.
+    exchange: "small_ep" or "all_to_all". groups, ops: default: the platform's. first: a ring of
+    `devices[0]` whose slots are used here too (rank_rings.py).
 
     Raises: CheckpointError.
     """
@@ -99,7 +102,7 @@ def make_dslp(
         ops = device_ops, DeviceParts(device_ops)
     if groups is None:
         groups = NativeGroups(runtime) if on_cpu else DeviceGroups(plan.rank.window_rows)
-    rings = RankRings(mesh, drivers, loaded.host_store, plan.rank)
+    rings = RankRings(mesh, drivers, loaded.host_store, plan.rank, first=first)
     try:
         how: Exchange = _EXCHANGES[exchange](
             mesh.axis_names[0], len(devices), config.moe.router.num_experts

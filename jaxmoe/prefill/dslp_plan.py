@@ -7,7 +7,7 @@ import dataclasses
 from jaxmoe.attention.zigzag import chunk_length
 from jaxmoe.common.errors import CapacityError
 from jaxmoe.moe.small_ep import most_experts
-from jaxmoe.prefill.plan import LADDER, PromptShape, SlpPlan, plan_slp
+from jaxmoe.prefill.plan import LADDER, PromptShape, RingBounds, SlpPlan, plan_slp
 
 _CHUNK_TOKENS = 4096  # as prefill/plan.py, or the longest prompt's in whole blocks of keys
 _BLOCK = 64
@@ -17,12 +17,13 @@ _BLOCK = 64
 class DslpPlan:
     """rank: of one device, with its own tokens and its share of the experts. exchange_bytes: what
     every device needs beside it, of all tokens: the experts' gathered input and partial sums, and
-    keys on their way round.
+    keys on their way round. shape: of the prompts.
     """
 
     num_ranks: int
     rank: SlpPlan
     exchange_bytes: int
+    shape: PromptShape
 
     @property
     def max_tokens(self) -> int:
@@ -32,7 +33,12 @@ class DslpPlan:
     @property
     def device_bytes(self) -> int:
         """Of each device."""
-        return self.rank.device_bytes + self.exchange_bytes
+        return self.rank.ring_bytes + self.work_bytes
+
+    @property
+    def work_bytes(self) -> int:
+        """Of each device, beside its ring."""
+        return self.rank.activation_bytes + self.exchange_bytes
 
     def rows(self, num_tokens: int) -> int:
         """Size of the buffers that hold a rank's part of a prompt."""
@@ -71,7 +77,7 @@ def plan_dslp(
     error = None
     for chunks in reversed(LADDER[: LADDER.index(enough) + 1]):
         tokens = chunks * chunk_tokens
-        exchange = num_ranks * tokens * _exchanged_bytes(shape)
+        exchange = num_ranks * tokens * exchanged_bytes(shape)
         # What is held, what visits and what comes next.
         exchange += 3 * kv_bytes * (tokens + -(-max_context // num_ranks))
         try:
@@ -80,13 +86,46 @@ def plan_dslp(
             error = e
             continue
         if plan.max_tokens == tokens:
-            return DslpPlan(num_ranks, plan, exchange)
+            return DslpPlan(num_ranks, plan, exchange, shape)
     raise error or CapacityError(
         f"{free_bytes / 2**30:.2f} GiB of free device memory hold no ring of experts on "
         f"{num_ranks} devices; lower kv_cache_gb, or use --prefill=chunked"
     )
 
 
-def _exchanged_bytes(shape: PromptShape) -> int:
+@dataclasses.dataclass(frozen=True)
+class TogetherPlan:
+    """For a first device that computes prompts alone (slp) or as one of several (dslp), never both
+    at once: its slots serve both, slp has all of them and dslp the first ones. bounds: that the
+    first's ring is to be planned within.
+    """
+
+    slp: SlpPlan
+    dslp: DslpPlan
+    bounds: RingBounds
+
+    @property
+    def first_bytes(self) -> int:
+        """Of the first device: one ring, and whichever way's prompts take more."""
+        return self.slp.ring_bytes + max(self.slp.activation_bytes, self.dslp.work_bytes)
+
+
+def plan_together(dslp: DslpPlan, first_free_bytes: int, max_prompt_tokens: int) -> TogetherPlan:
+    """Both ways for a first device with so much free memory.
+
+    Raises: CapacityError where one memory of slots does not serve both.
+    """
+    shape = dslp.shape
+    if shape.num_experts % dslp.num_ranks:  # groups of one size would not fill both
+        raise CapacityError(
+            f"{shape.num_experts} experts cannot be dealt evenly to {dslp.num_ranks} devices"
+        )
+    most = first_free_bytes - dslp.work_bytes
+    bounds = RingBounds(dslp.rank.group_experts, dslp.rank.num_slots, most)
+    slp = plan_slp(shape, first_free_bytes, max_prompt_tokens, bounds=bounds)
+    return TogetherPlan(slp, dslp, bounds)
+
+
+def exchanged_bytes(shape: PromptShape) -> int:
     """Of a token: the experts' input, ids and weights gathered, and partial sums."""
     return shape.hidden * (shape.compute_bytes + 4) + shape.experts_per_token * 8

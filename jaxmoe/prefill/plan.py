@@ -50,6 +50,17 @@ class OtherWeights:
     layer_bytes: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class RingBounds:
+    """What another user of the same slots asks of the ring (dslp_plan.py): experts of a group, how
+    many slots at least, and bytes at most.
+    """
+
+    group_experts: int
+    least_slots: int
+    most_bytes: int
+
+
 Weights = Literal["auto", "resident", "streamed"]
 
 
@@ -117,6 +128,7 @@ def plan_slp(
     window_rows: int = _WINDOW_ROWS,
     others: OtherWeights | None = None,
     weights: Weights = "auto",
+    bounds: RingBounds | None = None,
 ) -> SlpPlan:
     """The ring and the chunking for `free_bytes` of device memory.
 
@@ -125,12 +137,13 @@ def plan_slp(
 
     others: weights that need room too; None: they lie in other memory already. They are resident
     unless that costs longer passes or a ring of less than four slots, or `weights` says how it is
-    to be.
+    to be. bounds: of the ring, where it is not this plan's alone.
 
     Raises CapacityError where two slots and one chunk do not fit.
     """
+    sizes = max_prompt_tokens, chunk_tokens, window_rows
     if others is None:
-        return _plan_beside(shape, free_bytes, max_prompt_tokens, chunk_tokens, window_rows, 0, 0)
+        return _plan_beside(shape, free_bytes, *sizes, 0, 0, bounds)
     # Two slots let a layer's weights arrive while the one before it is computed.
     choices = [
         (0, others.all_bytes),
@@ -143,11 +156,7 @@ def plan_slp(
     failure: CapacityError | None = None
     for slots, nbytes in choices:
         try:
-            plans.append(
-                _plan_beside(
-                    shape, free_bytes, max_prompt_tokens, chunk_tokens, window_rows, slots, nbytes
-                )
-            )
+            plans.append(_plan_beside(shape, free_bytes, *sizes, slots, nbytes, bounds))
         except CapacityError as error:
             failure = error
     if not plans:
@@ -165,10 +174,14 @@ def _plan_beside(
     window_rows: int,
     weight_slots: int,
     weight_bytes: int,
+    bounds: RingBounds | None,
 ) -> SlpPlan:
     """The plan beside `weight_bytes` of other weights."""
     free_bytes = total_bytes - weight_bytes
-    smallest = _MIN_SLOTS * shape.expert_bytes
+    groups, least_slots = range(1, shape.num_experts + 1), _MIN_SLOTS
+    if bounds is not None:
+        groups, least_slots = (bounds.group_experts,), bounds.least_slots
+    smallest = least_slots * groups[0] * shape.expert_bytes
     enough = next((c for c in LADDER if c * chunk_tokens >= max_prompt_tokens), LADDER[-1])
     for chunks in reversed(LADDER[: LADDER.index(enough) + 1]):
         tokens = chunks * chunk_tokens
@@ -182,18 +195,19 @@ def _plan_beside(
             f"streaming experts to the device needs {need / 2**30:.2f} GiB of its memory, "
             f"{total_bytes / 2**30:.2f} GiB are free; lower kv_cache_gb, or use --prefill=chunked"
         )
-    fit = (free_bytes - used) // shape.expert_bytes  # experts that the ring can hold
+    room = free_bytes - used if bounds is None else min(free_bytes - used, bounds.most_bytes)
+    fit = room // shape.expert_bytes  # experts that the ring can hold
     choices = []
-    for group in range(1, shape.num_experts + 1):
+    for group in groups:
         if shape.num_experts % group:
             continue
-        groups = shape.num_experts // group
+        count = shape.num_experts // group
         # Slots divide the groups: a layer's groups lie in the same slots as every other layer's,
         # and one program serves all.
         slots = max(
-            (s for s in range(1, groups + 1) if groups % s == 0 and s * group <= fit), default=0
+            (s for s in range(1, count + 1) if count % s == 0 and s * group <= fit), default=0
         )
-        if slots >= _MIN_SLOTS:
+        if slots >= least_slots:
             choices.append((min(slots, _BEST_SLOTS), slots * group, group, slots))
     _, held, group, slots = max(choices)
     return SlpPlan(

@@ -26,7 +26,8 @@ class RankRings:
     """Rank r streams `small_ep.expert_share` of every layer to device r of `mesh`.
 
     drivers: one a device. plan: of one rank's experts, the same ring on all. To programs the ranks'
-    slots are one array each, sharded by `mesh`'s axis.
+    slots are one array each, sharded by `mesh`'s axis. first: a ring of the first device whose
+    first slots are its slots here too, in turn; default: all have slots of their own.
 
     Raises: CheckpointError where the experts' format or sizes are not the same in all layers, or
     ones that the devices cannot read.
@@ -40,6 +41,7 @@ class RankRings:
         plan: SlpPlan,
         *,
         stall_s: float = 120.0,
+        first: SlotRing | None = None,
     ) -> None:
         layout = store.layouts[0]
         if any(other != layout for other in store.layouts):
@@ -58,10 +60,13 @@ class RankRings:
         self._group = None
         try:
             for device in devices:
-                slots = [
-                    slot_arrays(layout, plan.group_experts, device) for _ in range(plan.num_slots)
-                ]
-                self.rings.append(SlotRing(drivers[device], slots, stall_s))
+                beside = first if device == devices[0] else None
+                if beside is None:
+                    group = plan.group_experts
+                    slots = [slot_arrays(layout, group, device) for _ in range(plan.num_slots)]
+                else:
+                    slots = beside.slots[: plan.num_slots]
+                self.rings.append(SlotRing(drivers[device], slots, stall_s, beside=beside))
             self._group = SlotRingGroup(dict(zip(devices, self.rings, strict=True)))
         except BaseException:
             self.close()
@@ -102,9 +107,13 @@ class RankRings:
             ring.set_pace(bytes_per_s / len(self.rings))
 
     def start(self) -> None:
-        """Begins to load the first layers, on all devices."""
-        for ring, jobs in zip(self.rings, self._jobs, strict=True):
-            ring.start(jobs)
+        """Begins to load the first layers, on all devices or none."""
+        try:
+            for ring, jobs in zip(self.rings, self._jobs, strict=True):
+                ring.start(jobs)
+        except BaseException as error:
+            self.abort(f"{type(error).__name__}: {error}")
+            raise
 
     def finish(self) -> None:
         """Waits until all is loaded and used. Raises: RuntimeError where a run failed."""

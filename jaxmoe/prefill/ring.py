@@ -116,6 +116,13 @@ class ExpertRing:
         return [ExpertGroup(*slot) for slot in self._ring.slots[: self._plan.num_slots]]
 
     @property
+    def ring(self) -> SlotRing:
+        """The slots of experts come first. To share them with another ring: while this one has no
+        run under way.
+        """
+        return self._ring
+
+    @property
     def total_bytes(self) -> int:
         """Bytes that one run streams, experts and other weights."""
         return self._total_bytes

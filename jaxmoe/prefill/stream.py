@@ -4,7 +4,7 @@ work in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -29,22 +29,25 @@ class LayerByLayer(Protocol):
 
 
 class PromptStream:
-    """caches: the page arrays of every layer as they are now. path: the name of what `slp` does."""
+    """ways: what computes a prompt, by path. caches: the page arrays of every layer as they are
+    now.
+    """
 
-    def __init__(self, slp: LayerByLayer, caches: Caches, path: Path = "slp") -> None:
-        self.slp, self._caches = slp, caches
-        self.path: Path = path
+    def __init__(self, ways: Mapping[Path, LayerByLayer], caches: Caches) -> None:
+        self.ways, self._caches = dict(ways), caches
         self._run: Generator[int, None, Any] | None = None
+        self._num_layers = 0
 
-    @property
-    def max_tokens(self) -> int:
-        """That one pass over the weights takes."""
-        return self.slp.max_tokens
+    def on_compile(self, call: Callable[[bool], None]) -> None:
+        """Whom to tell when programs are compiled that the steps wait for, and when they are."""
+        for way in self.ways.values():
+            way.on_compile = call
 
-    def begin(self, row: StepRow) -> None:
+    def begin(self, row: StepRow, path: Path) -> None:
         """Starts with the row's tokens; what was under way is dropped."""
         self.stop()
-        self._run = self.slp.layers(row, self._caches)
+        way = self.ways[path]
+        self._run, self._num_layers = way.layers(row, self._caches), way.num_layers
 
     def advance(self) -> float:
         """Computes one more layer: which fraction of the layers is done, 1 at the end.
@@ -61,7 +64,7 @@ class PromptStream:
         except BaseException:
             self._run = None
             raise
-        return done / (self.slp.num_layers + 1)
+        return done / (self._num_layers + 1)
 
     def stop(self) -> None:
         """Drops the prompt under way, if any."""
@@ -71,4 +74,5 @@ class PromptStream:
 
     def close(self) -> None:
         self.stop()
-        self.slp.close()
+        for way in self.ways.values():
+            way.close()

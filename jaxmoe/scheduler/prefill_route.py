@@ -9,12 +9,19 @@ then what this machine was seen to do. Pure Python: seconds come in as numbers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Path = Literal["chunked", "slp", "dslp"]
 
 # Of a new observation: a few prompts correct a wrong estimate, one odd minute does not.
 _WEIGHT = 0.3
+
+
+class StreamedPass(NamedTuple):
+    """The next pass of a prompt: the way it takes, and how many of its tokens."""
+
+    path: Path
+    tokens: int
 
 
 @dataclasses.dataclass
@@ -37,7 +44,7 @@ class PrefillRoute:
     streamed_token_s, chunked_token_s: computing a token on the device, and in chunks. max_tokens:
     of one streamed pass. forced: a path for all prompts. source: of the rates it began with, for
     the start-up report. dslp: of several devices at once, None without. free_devices: that a prompt
-    may have now. least_pass_s: of a pass while streaming is throttled, else 0.
+    may have now. copy_share: of the bus, what streaming may take now.
     """
 
     pass_s: float
@@ -48,7 +55,7 @@ class PrefillRoute:
     source: str = ""
     dslp: DslpRates | None = None
     free_devices: int = 1
-    least_pass_s: float = 0.0
+    copy_share: float = 1.0
 
     @classmethod
     def estimated(
@@ -91,8 +98,7 @@ class PrefillRoute:
         pass_s, token_s, most = self._streamed(path)
         whole, rest = divmod(num_tokens, most)
         passes = [most] * whole + ([rest] if rest else [])
-        least = max(pass_s, self.least_pass_s)
-        return sum(max(least, n * token_s) for n in passes)
+        return sum(max(pass_s / self.copy_share, n * token_s) for n in passes)
 
     def _streamed(self, path: Path) -> tuple[float, float, int]:
         """pass_s, token_s and max_tokens."""
@@ -114,12 +120,12 @@ class PrefillRoute:
             return self.forced
         return min(self.paths, key=lambda path: self.predict_s(path, num_tokens))
 
-    def streams(self, num_tokens: int) -> int:
-        """How many of so many tokens the next streamed pass is to take; 0: none, use chunks."""
-        if num_tokens < 1:
-            return 0
-        path = self.choose(num_tokens)
-        return 0 if path == "chunked" else min(num_tokens, self._streamed(path)[2])
+    def next_pass(self, num_tokens: int) -> StreamedPass | None:
+        """The next streamed pass of a prompt with so many tokens left; None: use chunks."""
+        path = self.choose(num_tokens) if num_tokens > 0 else "chunked"
+        if path == "chunked":
+            return None
+        return StreamedPass(path, min(num_tokens, self._streamed(path)[2]))
 
     def observe(self, path: Path, num_tokens: int, seconds: float) -> None:
         """What a chunk or a streamed pass took. A pass no longer than the bus needs says something
@@ -147,10 +153,17 @@ class PrefillRoute:
         crossing = next((n for n in _LENGTHS if self.choose(n) != "chunked"), None)
         if crossing is None:
             return "prompts: in chunks, experts on the CPU"
-        path = self.choose(crossing)
+        ways, before = [], None
+        for length in _LENGTHS[_LENGTHS.index(crossing) :]:
+            path = self.choose(length)
+            if path not in ("chunked", before):
+                seconds = self._streamed(path)[0]
+                ways.append(
+                    f"from about {length} tokens streamed ({path}), all experts in {seconds:.2f} s"
+                )
+            before = path
         return (
-            f"prompts: from about {crossing} tokens streamed ({path}), all experts in "
-            f"{self._streamed(path)[0]:.2f} s; shorter ones in chunks, about "
+            f"prompts: {'; '.join(ways)}; shorter ones in chunks, about "
             f"{self.chunked_token_s * 1e3:.2f} ms a token"
         )
 

@@ -35,6 +35,7 @@ from jaxmoe.kv_cache.pages import PageAllocator
 from jaxmoe.kv_cache.prefix import PrefixCache
 from jaxmoe.kv_cache.states import StateCache
 from jaxmoe.request import Sequence, Status
+from jaxmoe.scheduler.prefill_route import Path, StreamedPass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
+    """path: of kind "stream", the way that the prompt's pass takes."""
+
     kind: Literal["prefill", "decode", "stream"]
     rows: tuple[Row, ...]
+    path: Path = "chunked"
 
     @property
     def num_tokens(self) -> int:
@@ -82,8 +86,8 @@ class Keeper(Protocol):
 class Scheduler:
     """Owns the queue, the slots and the pages of the sequences it was given.
 
-    streams: how many of a prompt's tokens left to compute are to be streamed in one pass, 0 for
-    none; None: never any. aside: whether they are computed beside the steps, until `advance` says
+    streams: the streamed pass that a prompt with so many tokens left to compute is to take next, or
+    None; None: never any. aside: whether they are computed beside the steps, until `advance` says
     that a pass is done. predict: seconds that so many tokens of a prompt are expected to take;
     None: order of arrival. keeper: of preempted sequences' pages; None: they are computed again, as
     are those with recurrent state. limits: of the batch and of chunks beside decodes; None: none.
@@ -102,7 +106,7 @@ class Scheduler:
         prefix: PrefixCache | None = None,
         states: StateCache | None = None,
         prompt_logprobs_tokens: int = 64,
-        streams: Callable[[int], int] | None = None,
+        streams: Callable[[int], StreamedPass | None] | None = None,
         aside: bool = False,
         predict: Callable[[int], float] | None = None,
         limits: Limits | None = None,
@@ -116,7 +120,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self._free_slots = list(range(max_num_seqs))  # a heap
-        self._streams = streams or (lambda tokens: 0)
+        self._streams = streams or (lambda tokens: None)
         self._aside = aside
         self._predict = predict
         self._limits = limits
@@ -124,7 +128,7 @@ class Scheduler:
         self._kept: dict[int, int] = {}  # id of a sequence -> its computed tokens that are kept
         self._max_num_seqs = max_num_seqs
         self._streaming: Sequence | None = None
-        self._stream_count = 0
+        self._pass: StreamedPass | None = None  # of `_streaming`
         self._last_kind = "decode"
         self._last_prefill = "prefill"
         self.num_guesses = 0  # of each sequence, that the next decode verifies at most
@@ -188,16 +192,19 @@ class Scheduler:
         if not self._aside or self._streaming is not None:
             return None
         self._choose_stream([s for s in self.running if s.status is Status.PREFILL])
-        seq = self._streaming
-        if seq is None:
-            return None
-        return StepPlan("stream", (Row(seq, seq.num_computed, self._stream_count, samples=False),))
+        return None if self._streaming is None else self._stream_step(self._streaming)
 
     def _choose_stream(self, prefilling: list[Sequence]) -> None:
         """The next one whose prompt is to be streamed."""
-        streamed = [s for s in prefilling if self._stream_size(s)]
+        streamed = [s for s in prefilling if self._next_pass(s) is not None]
         self._streaming = min(streamed, key=self._turn, default=None)
-        self._stream_count = self._stream_size(self._streaming) if self._streaming else 0
+        # Settled here: what is learned before the pass begins is for the next one.
+        self._pass = None if self._streaming is None else self._next_pass(self._streaming)
+
+    def _stream_step(self, seq: Sequence) -> StepPlan:
+        assert self._pass is not None
+        row = Row(seq, seq.num_computed, self._pass.tokens, samples=False)
+        return StepPlan("stream", (row,), self._pass.path)
 
     def advance(self, plan: StepPlan, right: Iterable[int] = ()) -> None:
         """Notes that the step was computed. Call it before the drawn tokens are appended.
@@ -262,7 +269,7 @@ class Scheduler:
             computing = self._on_its_way(seq, len(found))
             if computing is not None:
                 self.pages.free(found)
-                if computing is not self._streaming and not self._stream_size(computing):
+                if computing is not self._streaming and self._next_pass(computing) is None:
                     return
                 passed.add(id(seq))
                 continue
@@ -380,18 +387,17 @@ class Scheduler:
             self._last_prefill = "prefill"
             return None
         self._last_prefill = "stream"
-        row = Row(seq, seq.num_computed, self._stream_count, samples=False)
-        return StepPlan("stream", (row,))
+        return self._stream_step(seq)
 
-    def _stream_size(self, seq: Sequence) -> int:
-        """How many of the tokens that are left to compute are to be streamed; 0: none."""
+    def _next_pass(self, seq: Sequence) -> StreamedPass | None:
+        """Of the tokens that are left to compute."""
         if seq.wants_prompt_logprobs:
-            return 0
+            return None
         return self._streams(seq.num_prompt - seq.num_computed - 1)
 
     def _chunked(self, prefilling: list[Sequence]) -> list[Sequence]:
         """Those that neither are streamed nor wait for it."""
-        return [s for s in prefilling if s is not self._streaming and not self._stream_size(s)]
+        return [s for s in prefilling if s is not self._streaming and self._next_pass(s) is None]
 
     def _plan_prefill(self, prefilling: list[Sequence]) -> StepPlan:
         streamed = None if self._aside else self._plan_stream(prefilling)

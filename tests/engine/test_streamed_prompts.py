@@ -21,14 +21,13 @@ LONG = b"a long prompt that is streamed"
 class FakeStream:
     """Writes the row's tokens to the step's memory with its last layer."""
 
-    max_tokens, path = 1000, "slp"
-
     def __init__(self, step: fake_step.FakeStep):
         self.step, self.row, self.done, self.log = step, None, 0, []
-        self.fail_at = -1
+        self.fail_at, self.paths = -1, []
 
-    def begin(self, row):
+    def begin(self, row, path="slp"):
         assert self.row is None
+        self.paths.append(path)
         self.row, self.done = row, 0
         self.log.append(("begin", row.start, len(row.token_ids)))
 
@@ -107,7 +106,6 @@ def test_the_requests_line_has_its_path_and_the_time_foreseen(caplog):
 def test_a_prompt_on_several_devices_is_predicted_and_corrected_as_that(caplog):
     caplog.set_level(logging.INFO)
     engine, _, stream = make(forced="dslp")
-    stream.path = "dslp"
     route = engine._route
     route.dslp = DslpRates(pass_s=2.0, token_s=1e-3, max_tokens=20, num_devices=2)
     engine.add_request(list(LONG), GREEDY, request_id="long")
@@ -116,7 +114,41 @@ def test_a_prompt_on_several_devices_is_predicted_and_corrected_as_that(caplog):
     assert begun == [("begin", 0, 20), ("begin", 20, len(LONG) - 21)]
     assert "request long: 20 prompt tokens by dslp, predicted 2.00 s" in caplog.text
     assert "(dslp, predicted" in caplog.text
-    assert route.dslp.pass_s > 2.0 and route.pass_s == 1.0
+    assert route.dslp.pass_s > 2.0 and route.pass_s == 1.0 and stream.paths == ["dslp"] * 2
+
+
+def test_each_prompt_goes_the_way_that_is_chosen_for_it(caplog):
+    """By what of it has to be computed, and what was learned since it came; a pass that has its way
+    already keeps it.
+    """
+    caplog.set_level(logging.INFO)
+    engine, _, stream = make()
+    route = engine._route
+    # In chunks below 6 tokens; on one device 1 s, or 50 ms a token; on several 1.5 s.
+    route.streamed_token_s, route.free_devices = 0.05, 2
+    route.dslp = DslpRates(pass_s=1.5, token_s=1e-3, max_tokens=1000, num_devices=2)
+    # Figures as they are given: what the clock says is another test's.
+    route.observe = lambda path, tokens, seconds: None
+    for name, count in (("short", 4), ("middle", 20), ("long", 38)):
+        engine.add_request([7 + count] * count, GREEDY, request_id=name)
+        drain(engine)
+    assert stream.paths == ["slp", "dslp"]
+    lines = {line.split("[")[0]: line for line in caplog.messages if "ttft" in line}
+    for name, path in (("short", "chunked"), ("middle", "slp"), ("long", "dslp")):
+        assert f" ({path}, predicted " in lines[f"request {name}"]
+    # All but a few tokens are cached now.
+    engine.add_request([45] * 38, GREEDY, request_id="again")
+    drain(engine)
+    assert stream.paths == ["slp", "dslp"] and "request again" in caplog.text
+    # Chosen while a chunk goes first.
+    engine.add_request(list(b"x" * 38), GREEDY, request_id="chosen")
+    engine.scheduler._last_prefill = "stream"
+    engine.add_request(list(b"yz"), GREEDY, request_id="chunk")
+    engine.step()
+    assert stream.paths == ["slp", "dslp"]
+    route.pass_s = route.chunked_token_s = 1e-9
+    drain(engine)
+    assert stream.paths == ["slp", "dslp", "dslp"]
 
 
 def test_short_prompts_and_decodes_go_on_between_layers():

@@ -314,6 +314,25 @@ def test_rate_limit():
         assert ring.stats()["copy_s"] >= least * 0.999 and seconds >= least * 0.999
 
 
+def test_rings_of_the_same_slots_take_turns():
+    """What one left is written over; neither begins before the other's run has ended."""
+    host = DeviceDriver.host()
+    first, second = layer_weights(5, 9), layer_weights(6, 8)
+    x = tokens()
+    with SlotRing(host, slot_arrays(3)) as ring, SlotRing(host, ring.slots[:2], beside=ring) as few:
+        for _ in range(2):
+            for one, layers in ((ring, first), (few, second)):
+                got = run(one, layers, x)
+                np.testing.assert_allclose(got, plain(layers, x), rtol=2e-5, atol=1e-6)
+        for one, other in ((ring, few), (few, ring)):
+            one.start(jobs_of(first, 2))
+            with pytest.raises(ValueError, match="another ring of the same slots"):
+                other.start(jobs_of(first, 2))
+            one.abort("enough")
+            other.start(jobs_of(first, 2))
+            other.abort("enough")
+
+
 def test_bad_rings_and_jobs():
     driver = DeviceDriver.host()
     slots = slot_arrays(2)

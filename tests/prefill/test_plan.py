@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from jaxmoe.common.errors import CapacityError
+from jaxmoe.prefill.dslp_plan import plan_dslp, plan_together
 from jaxmoe.prefill.plan import OtherWeights, PromptShape, activation_bytes, plan_slp
 
 GB = 10**9
@@ -99,3 +100,48 @@ def test_how_other_weights_go_may_be_said():
         plan_slp(V3, 14 * GB, 32768, others=OTHERS, weights="resident")
     with pytest.raises(CapacityError, match="GiB are free"):
         plan_slp(V3, 2 * GB, 32768, others=OTHERS)
+
+
+def together(free_gb: float, others_gb: float, shape=V3, ranks=2):
+    """For a first device with so much memory, and others with so much each."""
+    least = int(min(free_gb, others_gb) * GB)
+    dslp = plan_dslp(shape, ranks, least, 32768, kv_bytes=1152, max_context=32768)
+    return plan_together(dslp, int(free_gb * GB), 32768)
+
+
+@pytest.mark.parametrize(
+    "free_gb, others_gb, group, slp_slots, dslp_slots",
+    [
+        (60, 60, 16, 16, 8),  # a whole layer, and the half of one
+        (12, 12, 16, 8, 8),
+        (12, 60, 16, 8, 8),  # the rings are of one length, whatever the others have
+        (12, 6.5, 4, 32, 8),  # but the first one's own may be longer
+        (6, 60, 2, 8, 8),
+    ],
+)
+def test_one_ring_for_two_ways(free_gb, others_gb, group, slp_slots, dslp_slots):
+    plan = together(free_gb, others_gb)
+    slp, rank = plan.slp, plan.dslp.rank
+    assert (slp.group_experts, slp.num_slots, rank.num_slots) == (group, slp_slots, dslp_slots)
+    assert slp.max_tokens == plan.dslp.max_tokens == 32768
+    assert plan_slp(V3, int(free_gb * GB), 32768, bounds=plan.bounds) == slp
+
+
+def test_two_ways_fit_where_one_does():
+    for experts in (8, 60, 128, 160, 256, 384):
+        shape = dataclasses.replace(V3, num_experts=experts)
+        for ranks in (2, 4):
+            for free, others in ((6, 6), (9, 30), (30, 9), (13.7, 14), (40, 40)):
+                plan = together(free, others, shape, ranks)
+                slp, dslp = plan.slp, plan.dslp
+                assert plan.first_bytes <= free * GB and dslp.device_bytes <= others * GB
+                assert slp.group_experts == dslp.rank.group_experts
+                assert slp.num_slots >= dslp.rank.num_slots
+                assert experts // slp.group_experts % slp.num_slots == 0
+
+
+def test_where_two_ways_cannot_share_is_said():
+    with pytest.raises(CapacityError, match="257 experts cannot be dealt evenly to 2"):
+        together(40, 40, dataclasses.replace(V3, num_experts=257))
+    with pytest.raises(CapacityError, match="GiB"):
+        together(40, 2)

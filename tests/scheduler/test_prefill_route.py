@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from jaxmoe.scheduler.prefill_route import DslpRates, PrefillRoute
@@ -46,6 +48,13 @@ def test_estimates_from_rates(host_bytes_per_s, chunked):
     assert r.chunked_token_s == pytest.approx(chunked)
 
 
+def taken(route: PrefillRoute, tokens: int) -> int:
+    """Of the next streamed pass; 0: none."""
+    found = route.next_pass(tokens)
+    assert found is None or found.path == route.choose(tokens)
+    return 0 if found is None else found.tokens
+
+
 def test_the_faster_way_is_chosen():
     r = route()
     assert [r.choose(n) for n in (1, 1999, 2000, 2001, 20000)] == [
@@ -55,15 +64,12 @@ def test_the_faster_way_is_chosen():
         "slp",
         "slp",
     ]
-    assert r.streams(2000) == 0
-    assert r.streams(2001) == 2001
-    assert r.streams(50000) == 32768
-    assert r.streams(0) == 0
+    assert [taken(r, n) for n in (0, 2000, 2001, 50000)] == [0, 0, 2001, 32768]
 
 
 def test_a_forced_path_is_taken():
-    assert route(forced="slp").streams(1) == 1
-    assert route(forced="chunked").streams(10**6) == 0
+    assert taken(route(forced="slp"), 1) == 1
+    assert taken(route(forced="chunked"), 10**6) == 0
     assert "always slp" in route(forced="slp").describe()
 
 
@@ -91,7 +97,7 @@ def both(**changes) -> PrefillRoute:
 
 
 @pytest.mark.parametrize(
-    "changes, tokens, path, taken",
+    "changes, tokens, path, count",
     [
         ({}, 1000, "chunked", 0),
         ({}, 1084, "dslp", 1084),  # half as far as one device
@@ -102,16 +108,21 @@ def both(**changes) -> PrefillRoute:
         ({"forced": "dslp"}, 1, "dslp", 1),
         ({"forced": "dslp"}, 100_000, "dslp", 65536),
         ({"forced": "chunked"}, 100_000, "chunked", 0),
+        ({"pass_s": 5.0}, 1084, "slp", 1084),  # one bus is as fast as both
+        ({"pass_s": 5.0}, 12_000, "slp", 12_000),
+        ({"pass_s": 5.0}, 14_000, "dslp", 14_000),  # two compute faster
+        ({"copy_share": 0.5}, 2000, "chunked", 0),  # 13 s a pass
+        ({"copy_share": 0.5}, 2200, "dslp", 2200),
         ({"pass_s": float("inf")}, 1084, "dslp", 1084),  # no ring on one device
         ({"pass_s": float("inf"), "free_devices": 1}, 100_000, "chunked", 0),
     ],
 )
-def test_several_devices_are_one_more_way(changes, tokens, path, taken):
+def test_several_devices_are_one_more_way(changes, tokens, path, count):
     r = both()
     for name, value in changes.items():
         setattr(r, name, value)
     assert r.choose(tokens) == path
-    assert r.streams(tokens) == taken
+    assert taken(r, tokens) == count
 
 
 def test_predictions_on_several_devices_are_corrected_by_themselves():
@@ -125,11 +136,15 @@ def test_predictions_on_several_devices_are_corrected_by_themselves():
     assert r.dslp.token_s == pytest.approx(5e-4, rel=1e-3)
     assert (r.pass_s, r.streamed_token_s) == (12.0, 5e-4)
     assert "(dslp)" in both().describe() and "(slp)" in route().describe()
+    some = both()
+    some.pass_s = 5.0
+    ways = r"from about 1024 tokens streamed \(slp\).*; from about 16384 tokens streamed \(dslp\)"
+    assert re.search(ways, some.describe())
 
 
 def test_a_throttled_pass_is_expected_to_take_longer():
     route = PrefillRoute(1.0, 1e-4, 1e-3, 10_000)
     assert route.choose(2000) == "slp" and route.predict_s("slp", 2000) == 1.0
-    route.least_pass_s = 5.0
+    route.copy_share = 0.2
     assert route.choose(2000) == "chunked" and route.predict_s("slp", 2000) == 5.0
     assert route.choose(6000) == "slp"

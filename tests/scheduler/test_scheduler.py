@@ -14,6 +14,7 @@ from jaxmoe.kv_cache.prefix import PrefixCache
 from jaxmoe.kv_cache.states import StateCache
 from jaxmoe.request import Request, Sequence, Status
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.scheduler.prefill_route import StreamedPass
 from jaxmoe.scheduler.scheduler import Scheduler
 
 
@@ -527,7 +528,11 @@ def test_a_target_limits_the_batch_and_chunks_beside_it():
 
 
 def test_others_pass_who_waits_for_a_streamed_prompt():
-    engine = FakeEngine(prefix=True, aside=True, streams=lambda tokens: tokens * (tokens > 20))
+    engine = FakeEngine(
+        prefix=True,
+        aside=True,
+        streams=lambda tokens: StreamedPass("slp", tokens) if tokens > 20 else None,
+    )
     beginning = list(range(24))
     engine.add("long", [*beginning, 1], 2)
     assert engine.scheduler.plan().kind == "stream"
