@@ -138,9 +138,9 @@ class EngineConfig:
     disaggregate: str = checked(
         "auto",
         "str",
-        "on: long prompts are computed on a second device while the first one decodes, both on one "
-        "copy of the experts; off: they take turns on one device; auto: off, until it was measured "
-        "on two GPUs",
+        "on: long prompts are computed on a second device (with device=cpu: a GPU where there is "
+        "one) while the first one decodes, both on one copy of the experts; off: they take turns "
+        "on one device; auto: off, until it was measured on two GPUs",
         choices=("auto", "off", "on"),
     )
     prefill_weights: str = checked(

@@ -27,7 +27,8 @@ from jaxmoe.weights.param_spec import ParamSpec
 class GpuPlan:
     """memory_bytes: of the GPU, of which XLA may take room_bytes. slp: how long prompts would be
     streamed beside weights and cache, or None, and problem says why. alone: how a GPU of this size
-    would compute prompts with nothing else in its memory, or None where it could not.
+    would compute prompts while another device decodes, with alone_kv_bytes of pages, or None where
+    it could not.
     """
 
     memory_bytes: int
@@ -37,6 +38,11 @@ class GpuPlan:
     slp: SlpPlan | None
     problem: str
     alone: SlpPlan | None
+    alone_kv_bytes: int
+
+    @property
+    def alone_bytes(self) -> int:
+        return self.alone_kv_bytes + (0 if self.alone is None else self.alone.device_bytes)
 
     @property
     def fits(self) -> bool:
@@ -52,10 +58,15 @@ class GpuPlan:
         ]
         if not self.fits:
             short = self.weight_bytes + self.kv_bytes - self.room_bytes
-            lines.append(
-                f"DOES NOT FIT the GPU: short by {gib(short)}; use device=cpu, a lower kv_cache_gb "
-                "or a smaller model"
-            )
+            advice = "use device=cpu, or a smaller model"
+            if self.weight_bytes < self.room_bytes:
+                advice = "lower kv_cache_gb, or use device=cpu"
+            elif self.alone is not None:
+                advice = (
+                    "use device=cpu with disaggregate=on: the CPU decodes, and the GPU computes "
+                    "long prompts"
+                )
+            lines.append(f"DOES NOT FIT a GPU that decodes: short by {gib(short)}; {advice}")
         elif self.slp is None:
             lines.append(f"  long prompts are computed in chunks: {self.problem}")
         else:
@@ -69,8 +80,10 @@ class GpuPlan:
                 f"  {gib(total):>10}  at the peak",
             ]
         if self.alone is not None and (not self.fits or self.slp is None):
-            lines.append(f"  prompts alone would take {gib(self.alone.device_bytes)}: "
-                         f"{self.alone.describe()}")  # fmt: skip
+            lines.append(
+                f"  prompts alone (disaggregate=on) would take {gib(self.alone_bytes)}: "
+                f"{self.alone.describe()}; {gib(self.alone_kv_bytes)} pages of one prompt"
+            )
         return lines
 
 
@@ -101,7 +114,16 @@ def plan_gpu(
         alone = plan_slp(shape, free, layout.max_model_len, others=others)
     except CapacityError:
         pass
-    return GpuPlan(memory_bytes, room, others.all_bytes, layout.total_bytes, slp, problem, alone)
+    return GpuPlan(
+        memory_bytes,
+        room,
+        others.all_bytes,
+        layout.total_bytes,
+        slp,
+        problem,
+        alone,
+        one_prompt,
+    )
 
 
 def _other_weights(specs: Mapping[str, ParamSpec]) -> OtherWeights:

@@ -37,11 +37,7 @@ def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[Device, tup
     cpu = jax.local_devices(backend="cpu")[0]
     if config.device == "cpu":
         return cpu, ()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
-    try:
-        gpus = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        gpus = []
+    gpus = local_gpus()
     if not gpus:
         if config.device == "gpu":
             raise ConfigError(
@@ -57,17 +53,28 @@ def choose_device(config: EngineConfig, model: ModelConfig) -> tuple[Device, tup
     return cpu, (f"the GPU is not used: {problem}",)
 
 
+def local_gpus() -> list[Device]:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
+    try:
+        return jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return []
+
+
 def choose_prefill_device(
-    config: EngineConfig, device: Device
+    config: EngineConfig, model: ModelConfig, device: Device
 ) -> tuple[Device | None, tuple[str, ...]]:
     """Where long prompts are computed beside decode on `device`, None where the two take turns; and
-    notes for the start-up report.
+    notes for the start-up report. Beside a CPU that decodes that is a GPU where there is one, which
+    then needs no room for the weights.
 
     Raises: ConfigError where `disaggregate="on"` cannot be.
     """
     if config.disaggregate == "off":
         return None, ()
     others = [d for d in jax.local_devices(backend=device.platform) if d != device]
+    if device.platform == "cpu" and config.disaggregate == "on":
+        others = local_gpus() or others
     if config.disaggregate == "auto":
         if device.platform == "cpu" or not others or config.prefill in ("chunked", "dslp"):
             return None, ()
@@ -91,7 +98,20 @@ def choose_prefill_device(
             f"disaggregate: on, but {device.device_kind} is the only device; "
             f"{advice if device.platform == 'cpu' else 'use'} disaggregate=off"
         )
+    if others[0].platform != "cpu":
+        _require_for_prompts(unsupported(model, config))
     return others[0], ()
+
+
+def _require_for_prompts(problem: str | None) -> None:
+    if problem is not None:
+        raise ConfigError(f"disaggregate: on, but {problem}; use disaggregate=off")
+
+
+def check_prefill_device(device: Device | None, specs: Mapping[str, ParamSpec]) -> None:
+    """Now that the weights' formats are known. Raises: ConfigError where they are none for it."""
+    if device is not None and device.platform != "cpu":
+        _require_for_prompts(check_leaves(specs))
 
 
 def unsupported(model: ModelConfig, config: EngineConfig) -> str | None:
@@ -153,8 +173,10 @@ def to_device(loaded: LoadedModel, device: Device) -> LoadedModel:
     need, free = sum(leaf.nbytes for leaf in loaded.leaves), free_bytes(device)
     if need > free:
         raise CapacityError(
-            f"the weights beside the routed experts take {gib(need)}, and {device.device_kind} has "
-            f"{gib(free)} free; use device=cpu or a smaller model"
+            f"the weights beside the routed experts take {gib(need)}, which a device that decodes "
+            f"needs in its memory, and {device.device_kind} has {gib(free)} free; use device=cpu "
+            f"with disaggregate=on, which decodes on the CPU and has the GPU compute long prompts, "
+            "or device=cpu alone"
         )
     return dataclasses.replace(loaded, state=jax.device_put(loaded.state, device))
 

@@ -25,6 +25,7 @@ from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.kept_pages import KeptPages
 from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
 from jaxmoe.engine.placement import (
+    check_prefill_device,
     choose_device,
     choose_prefill_device,
     device_ops,
@@ -111,7 +112,7 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     layout, states = cache_layout(config, model_config), state_layout(config, model_config)
     _require_cache_memory(layout, states)
     programs = compile_cache.enable(config.cache_path)
-    prefill_device, more = choose_prefill_device(config, device)
+    prefill_device, more = choose_prefill_device(config, model_config, device)
     notes += more
     runtime, prefill_runtime = _runtimes(config, device, prefill_device)
     loaded = long_prompts = profile = None
@@ -125,10 +126,9 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
         if config.calibrate and loaded.report.expert_bytes >= calibration.LEAST_EXPERT_BYTES:
             on_stage("measuring this machine", 0.0)
             calibrated = calibration.calibrate(runtime, config.cache_path)
+        check_prefill_device(prefill_device, loaded.specs)
         device, more = settle_device(config, device, loaded.specs)
         notes += more
-        if prefill_device is not None and prefill_device.platform != device.platform:
-            prefill_device, more = choose_prefill_device(config, device)
         if device.platform == "cpu":
             _require_cache_memory(layout, states)  # again: now the weights have taken theirs
         else:
@@ -267,7 +267,8 @@ def _runtimes(
     """The threads, and those of a CPU device that stands in for the GPU which computes prompts:
     half of them, for a GPU would take none.
     """
-    threads = num_threads(config.num_threads, device)
+    gpu = prefill_device if device.platform == "cpu" and prefill_device is not None else device
+    threads = num_threads(config.num_threads, gpu)
     if prefill_device is None or prefill_device.platform != "cpu":
         return CpuRuntime(num_threads=threads, isa=config.isa), None
     if threads is None:

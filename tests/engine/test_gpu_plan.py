@@ -57,7 +57,12 @@ def test_deepseek_v3(v3, gib, fits, streams, alone):
     if plan.alone is not None and plan.alone.weight_slots:
         assert plan.alone.device_bytes < plan.room_bytes and plan.alone.weight_bytes < 2e9
     text = "\n".join(plan.describe())
-    assert ("DOES NOT FIT the GPU" in text) == (not fits)
+    assert ("DOES NOT FIT a GPU that decodes" in text) == (not fits)
+    # The way that is left is named where there is one.
+    way = "use device=cpu with disaggregate=on: the CPU decodes, and the GPU computes long prompts"
+    assert (way in text) == (not fits and alone is not None)
+    assert ("prompts alone (disaggregate=on) would take" in text) == (alone == 2)
+    assert plan.alone is None or plan.alone_bytes < plan.room_bytes
     assert ("streamed through 2 slots" in text) == (alone == 2)
 
 
@@ -79,7 +84,7 @@ def test_the_command_tells_it_where_there_is_no_gpu(folder, capsys):
     for part in ("GPU        32.00 GiB", "resident", "KV cache", "ring of", "at the peak"):
         assert part in text, text
     assert generate.main(["jaxmoe_generate", *arguments, "--gpu_memory_gb=0.5"]) == 3
-    assert "DOES NOT FIT the GPU: short by" in capsys.readouterr().out
+    assert "DOES NOT FIT a GPU that decodes: short by" in capsys.readouterr().out
     assert generate.main(["jaxmoe_generate", "--prompt=x", "--gpu_memory_gb=32"]) == 1
     assert "gpu_memory_gb: wanted --plan_only beside it" in capsys.readouterr().err
 
