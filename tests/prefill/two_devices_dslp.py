@@ -373,7 +373,7 @@ def test_no_delay_anywhere_changes_a_value(model, prompts, rings):
             fate = random.random()
             if fate < 0.1:
                 driver = drivers[both[int(random.integers(2))]]
-                driver.native.fail_copy(int(random.integers(20)), fate < 0.05, "on fire")
+                driver.native.fail_copy(int(random.integers(1, 20)), fate < 0.05, "on fire")
                 with pytest.raises(NATIVE_ERRORS, match="on fire"):
                     dslp.prefill(row)
                 continue

@@ -1,6 +1,7 @@
 """Greedy tokens of one checkpoint with and without a prefill worker on a second CPU device, as
 JSON: of requests that come and go at any step. A process of its own, for CPU devices are counted
-once. Arguments: the checkpoint's directory, how many schedules, the worker's prefill_weights.
+once. Arguments: the checkpoint's directory, how many schedules, the worker's prefill_weights, one
+or several with a comma between.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def run(directory: str, schedules: int, weights: str) -> dict:
     assert len(jax.local_devices(backend="cpu")) == 2
     options = dict(compute_dtype="float32", max_model_len=96, max_num_seqs=4, page_size=4)
     options |= dict(num_threads=2, show_progress=False, prefill_chunk_tokens=16, device="cpu")
-    found: dict = {"alone": [], "mixed": [], "preemptions": 0}
+    found: dict = {"alone": [], "workers": {}}
     asked = [
         [(prompt, params(i, schedules)) for i, prompt in enumerate(prompts(seed))]
         for seed in range(schedules)
@@ -76,10 +77,18 @@ def run(directory: str, schedules: int, weights: str) -> dict:
             found["alone"].append([list(a.outputs[0].token_ids) for a in answers])
         found["report_off"] = llm.report
         layout = llm.engine.layout
-    options |= dict(disaggregate="on", prefill="auto", prefill_weights=weights)
     # Pages for one prompt and a half, so that some have to give theirs back.
     pages_gb = (36 * layout.page_size * layout.token_bytes + 1) / 2**30
-    with LLM(directory, **options, kv_cache_gb=pages_gb) as llm:
+    options |= dict(disaggregate="on", prefill="auto", kv_cache_gb=pages_gb)
+    for how in weights.split(","):
+        found["workers"][how] = beside(directory, options | dict(prefill_weights=how), asked)
+    return found
+
+
+def beside(directory: str, options: dict, asked: list) -> dict:
+    """Of a worker with these options."""
+    found: dict = {"mixed": []}
+    with LLM(directory, **options) as llm:
         route = llm._started.long_prompts.route
         assert isinstance(route, PrefillRoute)
         route.pass_s, route.streamed_token_s, route.chunked_token_s = LONG_TOKENS * 1e-3, 0.0, 1e-3
