@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from jaxmoe.common.errors import EngineDeadError, JaxMoeError, RequestError
 from jaxmoe.common.fields import shown
 from jaxmoe.config.engine_config import EngineConfig
+from jaxmoe.engine.async_engine import PrefillProgress
 from jaxmoe.engine.engine import Engine
 from jaxmoe.request import Delta, RequestOutput, failure
 from jaxmoe.sampling_params import SamplingParams
@@ -28,6 +29,7 @@ from jaxmoe.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
+OnPrefill = Callable[[PrefillProgress], None]
 
 
 class Outputs(list[RequestOutput]):
@@ -89,6 +91,7 @@ class LLM:
         self._engine: Engine | None = engine
         self._lock = threading.RLock()
         self._mail: dict[str, collections.deque[Delta]] = {}
+        self._on_prefill: dict[str, OnPrefill] = {}
 
     @property
     def engine(self) -> Engine:
@@ -102,13 +105,20 @@ class LLM:
         return self.engine.defaults.params
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        on_prefill: OnPrefill | None = None,
     ) -> Outputs:
         """Completes one prompt or many, decoded together.
 
         Args:
             prompts: a text, a list of texts, a list of token ids, or a list of such lists.
             sampling_params: for all, or one for each; default: what the checkpoint recommends.
+            on_prefill: told how far each prompt is, after every step or layer of it: tokens, the
+                layer of a streamed prompt, seconds left. Called in whichever thread drives the
+                engine just then, while that waits; it must not call this object.
 
         Returns:
             One RequestOutput a prompt, in their order (also for a single prompt).
@@ -116,17 +126,21 @@ class LLM:
         Raises:
             RequestError: before anything is computed, for the first prompt that cannot be served.
         """
-        return self._generate([self._tokenize(p) for p in _as_prompts(prompts)], sampling_params)
+        asked = [self._tokenize(p) for p in _as_prompts(prompts)]
+        return self._generate(asked, sampling_params, on_prefill)
 
     def chat(
         self,
         messages: Sequence[Any],
         sampling_params: Params = None,
+        *,
+        on_prefill: OnPrefill | None = None,
         **template_args: Any,
     ) -> Outputs:
         """Answers one conversation (a list of messages) or many (a list of such lists).
 
-        template_args: switches of the chat template, such as enable_thinking.
+        on_prefill: as of `generate`. template_args: switches of the chat template, such as
+        enable_thinking.
         """
         many = (
             bool(messages)
@@ -135,7 +149,7 @@ class LLM:
         )
         conversations = messages if many else [messages]
         prompts = [self._apply_template(m, template_args) for m in conversations]
-        return self._generate(prompts, sampling_params)
+        return self._generate(prompts, sampling_params, on_prefill)
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], /, **template_args: Any
@@ -147,10 +161,17 @@ class LLM:
         """Token ids of a prompt, as `generate` sends them."""
         return list(self._tokenize(prompt)[1])
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        on_prefill: OnPrefill | None = None,
+    ) -> Stream:
         """Deltas of one prompt's completions as they are written; the last one carries the output.
 
-        The request is checked and queued at once. Leaving the iterator early cancels it.
+        on_prefill: as of `generate`. The request is checked and queued at once. Leaving the
+        iterator early cancels it.
         """
         prompts = _as_prompts(prompt)
         if len(prompts) != 1:
@@ -159,7 +180,7 @@ class LLM:
             )
         text, ids = self._tokenize(prompts[0])
         (params,) = _as_params(sampling_params, 1)
-        return Stream(self, self._add(ids, params, text))
+        return Stream(self, self._add(ids, params, text, on_prefill))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Float32 logits `[T, V]` after every one of T tokens, for audits."""
@@ -205,7 +226,10 @@ class LLM:
         return self.tokenizer
 
     def _generate(
-        self, prompts: Sequence[tuple[str | None, Sequence[int]]], sampling_params: Params
+        self,
+        prompts: Sequence[tuple[str | None, Sequence[int]]],
+        sampling_params: Params,
+        on_prefill: OnPrefill | None,
     ) -> Outputs:
         params = _as_params(sampling_params, len(prompts))
         ids: list[str] = []
@@ -213,7 +237,7 @@ class LLM:
         try:
             with self._lock:
                 for (text, token_ids), p in zip(prompts, params, strict=True):
-                    ids.append(self._add(token_ids, p, text))
+                    ids.append(self._add(token_ids, p, text, on_prefill))
             for request_id in ids:
                 for delta in Stream(self, request_id):
                     if delta.output is not None:
@@ -222,10 +246,18 @@ class LLM:
             self._forget(i for i in ids if i not in done)
         return Outputs(done[i] for i in ids)
 
-    def _add(self, ids: Sequence[int], params: SamplingParams | None, text: str | None) -> str:
+    def _add(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None,
+        text: str | None,
+        on_prefill: OnPrefill | None,
+    ) -> str:
         with self._lock:
             request_id = self.engine.add_request(ids, params, prompt=text)
             self._mail[request_id] = collections.deque()
+            if on_prefill is not None:
+                self._on_prefill[request_id] = on_prefill
             return request_id
 
     def _next(self, request_id: str) -> Delta:
@@ -235,12 +267,17 @@ class LLM:
             while not mail:
                 for delta in self.engine.step():
                     self._mail[delta.request_id].append(delta)
+                if self._on_prefill:
+                    for progress in self.engine.take_progress():
+                        if progress.request_id in self._on_prefill:
+                            self._on_prefill[progress.request_id](progress)
             return mail.popleft()
 
     def _forget(self, request_ids: Any) -> None:
         """Cancels what is still running of these requests and drops their mail."""
         with self._lock:
             for request_id in request_ids:
+                self._on_prefill.pop(request_id, None)
                 if self._mail.pop(request_id, None) is not None and self._engine is not None:
                     self._engine.abort(request_id)
 

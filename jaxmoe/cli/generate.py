@@ -22,6 +22,7 @@ from absl import flags
 
 from jaxmoe.cli import command
 from jaxmoe.cli import flags as option_flags
+from jaxmoe.cli.prefill_bar import PrefillBar
 from jaxmoe.common.errors import ConfigError, JaxMoeError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.request import failure
@@ -101,16 +102,19 @@ def _run_prompts(
             for p in prompts
         ]
         start = time.perf_counter()
+        bar = PrefillBar(sum(map(len, ids)), show=False if quiet else None)
         if len(ids) == 1 and params.n == 1:
-            for delta in llm.stream(ids[0], params):
-                sys.stdout.write(delta.text)
-                sys.stdout.flush()
-                output = delta.output
+            with bar:
+                for delta in llm.stream(ids[0], params, on_prefill=bar):
+                    sys.stdout.write(delta.text)
+                    sys.stdout.flush()
+                    output = delta.output
             assert output is not None
             outputs = [output]
             print()
         else:
-            outputs = llm.generate(ids, params)
+            with bar:
+                outputs = llm.generate(ids, params, on_prefill=bar)
             for prompt, output in zip(prompts, outputs, strict=True):
                 for c in output.outputs:
                     choice = f" [{c.index}]" if params.n > 1 else ""

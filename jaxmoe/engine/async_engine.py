@@ -55,11 +55,18 @@ class EngineStatus:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillProgress:
-    """How much of a request's prompt is computed (or was found in the prefix cache)."""
+    """How much of a request's prompt is computed (or was found in the prefix cache).
+
+    layer, num_layers: of the streamed pass under way, and how many it has; 0 between passes and for
+    chunks. left_s: until the whole prompt is computed, as far as is known; 0: that is not known.
+    """
 
     request_id: str
     computed_tokens: int
     prompt_tokens: int
+    layer: int = 0
+    num_layers: int = 0
+    left_s: float = 0.0
 
 
 class AsyncEngine(Protocol):

@@ -299,8 +299,13 @@ _CODECS: dict[type, tuple[str, Callable[[Any], Any], Callable[..., Message]]] = 
     Delta: ("delta", _delta_out, _delta_in),
     PrefillProgress: (
         "prefill",
-        lambda m: (m.request_id, m.computed_tokens, m.prompt_tokens),
-        lambda i, computed, total: PrefillProgress(_id(i), _int(computed), _int(total)),
+        lambda m: (
+            *(m.request_id, m.computed_tokens, m.prompt_tokens),
+            *(m.layer, m.num_layers, m.left_s),
+        ),
+        lambda i, computed, total, layer, layers, left_s: PrefillProgress(
+            _id(i), _int(computed), _int(total), _int(layer), _int(layers), _float(left_s)
+        ),
     ),
     Failed: (
         "failed",

@@ -150,6 +150,7 @@ class Engine:
         self._throttle = throttle
         self._throttled = False
         self._pass_throttled = False  # whether it was at any time of the present streamed pass
+        self._pass_begun_s = 0.0
         self._streamed = None if streamer is None else StreamedPrompt(streamer)
         self.grammars = None
         if tokenizer is not None:
@@ -382,6 +383,7 @@ class Engine:
             if not row.seq.started_s:
                 self._note_start(row.seq, plan.path, now)
             self._pass_throttled = self._throttled
+            self._pass_begun_s = now
             if self._aside is not None:
                 self._aside.begin(plan, _step_rows(plan)[0], now)
                 return []
@@ -395,7 +397,8 @@ class Engine:
         seconds = self._clock() - now
         self._streamed.seconds += seconds
         if done < 1:
-            self._note_part(row, done)
+            took = now + seconds - self._pass_begun_s
+            self._note_part(row, done, self._streamed.num_layers, took)
             self._stats.note_layer(seconds)
             return []
         total = self._streamed.seconds
@@ -420,7 +423,9 @@ class Engine:
                 raise
             return self._stream_failed(plan.rows[0], e)
         if done < 1:
-            self._note_part(plan.rows[0], done)
+            assert self._route is not None
+            took = done * self._route.predict_s(plan.path, plan.rows[0].count)
+            self._note_part(plan.rows[0], done, aside.worker.num_layers, took)
             return []
         aside.drop()
         self._stream_ended(plan, self._clock() - aside.begun_s, 0.0)
@@ -449,9 +454,23 @@ class Engine:
         self._note_progress(plan)
         self._stats.note_step(plan, step_s, self._counters(), compiled=False)
 
-    def _note_part(self, row: Row, done: float) -> None:
+    def _note_part(self, row: Row, done: float, num_layers: int, took_s: float) -> None:
+        """Of a streamed pass so much is done, which took so long."""
         computed = row.start + int(row.count * done)
-        self._progress = [PrefillProgress(row.seq.request.request_id, computed, row.seq.num_prompt)]
+        left_s = 0.0
+        if done > 0:
+            left_s = took_s * (1 - done) / done
+            left_s += self._predict_prompt(row.seq.num_prompt - row.start - row.count)
+        self._progress = [
+            PrefillProgress(
+                row.seq.request.request_id,
+                computed,
+                row.seq.num_prompt,
+                min(round(done * (num_layers + 1)), num_layers),
+                num_layers,
+                left_s,
+            )
+        ]
 
     def _note_start(self, seq: RequestSequence, path: Path, now: float) -> None:
         """A prompt's first step: which way it goes and when its first token is expected."""
@@ -543,7 +562,12 @@ class Engine:
 
     def _note_progress(self, plan: StepPlan) -> None:
         self._progress = [
-            PrefillProgress(seq.request.request_id, seq.num_computed, seq.num_prompt)
+            PrefillProgress(
+                seq.request.request_id,
+                seq.num_computed,
+                seq.num_prompt,
+                left_s=self._predict_prompt(max(seq.num_prompt - seq.num_computed, 0)),
+            )
             for seq in (row.seq for row in plan.rows if plan.kind != "decode")
             if seq.choice_idx == 0
         ]

@@ -101,6 +101,10 @@ class PrefillWorker:
         return self._slp.max_tokens
 
     @property
+    def num_layers(self) -> int:
+        return self._slp.num_layers
+
+    @property
     def usable(self) -> bool:
         """False after a failure that took the worker's own caches with it."""
         return not any(a.is_deleted() for cache in self._own for a in cache)

@@ -12,6 +12,8 @@ from jaxmoe.scheduler.prefill_route import Path
 class Streamer(Protocol):
     """What the engine needs of prefill/stream.py."""
 
+    @property
+    def num_layers(self) -> int: ...
     def begin(self, row: StepRow, path: Path) -> None: ...
     def advance(self) -> float: ...
     def stop(self) -> None: ...
@@ -25,6 +27,11 @@ class StreamedPrompt:
         self._num_preemptions = 0
         self.seconds = 0.0  # of the engine's time that the one under way has taken
         self.seq: Sequence | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Of a pass; as many steps, and one more, make it."""
+        return self._streamer.num_layers
 
     def begin(self, seq: Sequence, row: StepRow, path: Path) -> None:
         self._streamer.begin(row, path)

@@ -43,6 +43,11 @@ class PromptStream:
         for way in self.ways.values():
             way.on_compile = call
 
+    @property
+    def num_layers(self) -> int:
+        """Of the prompt under way, or the last."""
+        return self._num_layers
+
     def begin(self, row: StepRow, path: Path) -> None:
         """Starts with the row's tokens; what was under way is dropped."""
         self.stop()

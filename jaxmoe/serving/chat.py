@@ -21,7 +21,7 @@ from jaxmoe.serving.fields import Body
 from jaxmoe.serving.logprobs import TokenTexts, chat_logprobs
 from jaxmoe.serving.replies import DONE, JsonReply, Reply, StreamReply, event
 from jaxmoe.serving.state import Call, ServerState
-from jaxmoe.serving.timings import timings_object
+from jaxmoe.serving.timings import prompt_progress, timings_object
 from jaxmoe.text.tool_calls import ToolCallDelta
 
 
@@ -218,10 +218,7 @@ class _Answer:
         value = {
             **self._head("chat.completion.chunk"),
             "choices": [],
-            "prompt_progress": {
-                "total": progress.prompt_tokens,
-                "processed": progress.computed_tokens,
-            },
+            "prompt_progress": prompt_progress(progress),
         }
         return event(value)
 

@@ -22,7 +22,7 @@ from jaxmoe.serving.logprobs import TokenTexts, completion_logprobs, prompt_logp
 from jaxmoe.serving.replies import DONE, JsonReply, Reply, StreamReply, event
 from jaxmoe.serving.state import Call, ServerState
 from jaxmoe.serving.structured import plain_constraint
-from jaxmoe.serving.timings import timings_object
+from jaxmoe.serving.timings import prompt_progress, timings_object
 
 
 async def handle(state: ServerState, call: Call) -> Reply:
@@ -241,8 +241,5 @@ class _Answer:
         return event(value)
 
     def _progress(self, progress: PrefillProgress) -> bytes:
-        prompt_progress = {
-            "total": progress.prompt_tokens,
-            "processed": progress.computed_tokens,
-        }
-        return event({**self._head(), "choices": [], "prompt_progress": prompt_progress})
+        shown = prompt_progress(progress)
+        return event({**self._head(), "choices": [], "prompt_progress": shown})

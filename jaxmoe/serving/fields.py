@@ -261,7 +261,7 @@ TABLE: tuple[Field, ...] = (
     _bool("echo", ("completions",), "begin the text with the prompt", default=False),
     _bool("return_token_ids", OPENAI, "also the token ids of prompt and answer", default=False),
     _bool("return_progress", ("chat", "completions"), "in a stream, how much of the prompt is "
-          "computed", default=False),
+          "computed (a streamed one's layer too), and the time left", default=False),
     _bool("timings", OPENAI, "also how long things took", default=False),
     _str("cache_salt", ALL_TEXT, "share cached prefixes only with requests of the same salt", 256),
     # Of no effect here.

@@ -1,10 +1,13 @@
-"""How long an answer took, for the `timings` field (the names local users know from llama.cpp)."""
+"""How long an answer took, for the `timings` field (the names local users know from llama.cpp),
+and how long its prompt will.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+from jaxmoe.engine.async_engine import PrefillProgress
 from jaxmoe.request import CompletionOutput
 
 
@@ -26,3 +29,16 @@ def timings_object(completions: Iterable[CompletionOutput | None]) -> dict[str, 
         "queue_ms": 1e3 * t.queue_s,
         "ttft_ms": 1e3 * t.ttft_s,
     }
+
+
+def prompt_progress(progress: PrefillProgress) -> dict[str, Any]:
+    """Tokens, the layer of a streamed prompt, and the time left where it is known."""
+    shown: dict[str, Any] = {
+        "total": progress.prompt_tokens,
+        "processed": progress.computed_tokens,
+    }
+    if progress.num_layers:
+        shown |= {"layer": progress.layer, "layers": progress.num_layers}
+    if progress.left_s > 0:
+        shown["left_ms"] = 1e3 * progress.left_s
+    return shown

@@ -64,6 +64,7 @@ MESSAGES = [
     Delta("r", 0, "", (), None, "error", OUTPUT, None, "the grammar failed: x"),
     Delta("r", 0, "", (), None, "stop", None, None, 7),
     PrefillProgress("r", 3, 4),
+    PrefillProgress("r", 3, 4, 5, 61, 2.5),
     Failed("r", "capacity", "full"),
     Configure({"model": None, "page_size": 3, "kv_cache_gb": 0.5, "show_progress": False}),
     Stage("loading", 12.5),

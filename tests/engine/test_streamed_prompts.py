@@ -23,6 +23,7 @@ class FakeStream:
 
     def __init__(self, step: fake_step.FakeStep):
         self.step, self.row, self.done, self.log = step, None, 0, []
+        self.num_layers = LAYERS - 1  # and a step after them
         self.fail_at, self.paths = -1, []
 
     def begin(self, row, path="slp"):
@@ -81,7 +82,12 @@ def test_a_long_prompt_takes_a_step_a_layer_and_its_last_token_is_drawn():
     progress = []
     for _ in range(LAYERS):
         assert engine.step() == []
-        progress += [p.computed_tokens for p in engine.take_progress()]
+        progress += engine.take_progress()
+    # The clock ticks a second a look.
+    assert [(p.layer, p.num_layers) for p in progress] == [(1, 2), (2, 2), (0, 0)]
+    assert progress[0].left_s > progress[1].left_s > progress[2].left_s > 0
+    assert all(p.prompt_tokens == len(LONG) for p in progress)
+    progress = [p.computed_tokens for p in progress]
     assert stream.log == [("begin", 0, len(LONG) - 1), *(("layer", i + 1) for i in range(LAYERS))]
     assert progress[-1] == len(LONG) - 1 and progress == sorted(progress)
     assert drain(engine)["long"].text == "oka"
@@ -89,6 +95,26 @@ def test_a_long_prompt_takes_a_step_a_layer_and_its_last_token_is_drawn():
     stats = engine.stats()
     assert stats['steps_total{kind="stream"}'] == 1
     assert stats['step_tokens_total{kind="stream"}'] == len(LONG) - 1
+
+
+def test_a_python_program_is_told_how_far_its_prompts_are():
+    engine, *_ = make(max_tokens=12, forced="slp")
+    llm, told, others = LLM.on_engine(engine, None), [], []
+    prompts = [list(LONG), list(b"x")]
+    llm.generate(prompts, GREEDY, on_prefill=told.append)
+    assert {p.request_id for p in told} == {"req-0", "req-1"}
+    long = [p for p in told if p.request_id == "req-0"]
+    # Three passes, and the last token.
+    assert [p.layer for p in long] == [1, 2, 0] * 3 + [0]
+    assert [p.computed_tokens for p in long if not p.num_layers] == [
+        12,
+        24,
+        len(LONG) - 1,
+        len(LONG),
+    ]
+    assert long[0].left_s > long[-2].left_s >= long[-1].left_s == 0
+    list(llm.stream(prompts[0], GREEDY, on_prefill=others.append))
+    assert others and len(told) == len(long) + 1 and llm._on_prefill == {}
 
 
 def test_the_requests_line_has_its_path_and_the_time_foreseen(caplog):
@@ -213,7 +239,7 @@ def test_a_failed_load_is_that_requests_failure_alone(caplog):
 class FakeWorker:
     """Computes a layer at each poll once `held` is false; `wait` lets it go on."""
 
-    usable, max_tokens = True, 1000
+    usable, max_tokens, num_layers = True, 1000, LAYERS - 1
 
     def __init__(self, step: fake_step.FakeStep):
         self.stream, self.held, self.waits = FakeStream(step), False, 0

@@ -3,6 +3,9 @@
 import pytest
 from support.front import run, serving
 
+from jaxmoe.engine.async_engine import PrefillProgress
+from jaxmoe.serving.timings import prompt_progress
+
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
@@ -316,6 +319,16 @@ def test_prefill_progress_on_request():
             assert [p["processed"] for p in progress] == sorted(p["processed"] for p in progress)
 
     run(test())
+
+
+def test_a_streamed_prompts_progress_has_its_layer_and_the_time_left():
+    assert prompt_progress(PrefillProgress("r", 300, 4000, 3, 61, 8.5)) == {
+        "total": 4000,
+        "processed": 300,
+        "layer": 3,
+        "layers": 61,
+        "left_ms": 8500.0,
+    }
 
 
 def test_token_ids_and_timings_on_request():

@@ -160,7 +160,7 @@ def compile_dslp(
         num_ranks,
         (free_bytes or target.memory_bytes * 8 // 10) - aot.tree_bytes(state),
         tokens,
-        kv_bytes=store.token_bytes(cache_spec(config, "bfloat16")[:1]),
+        kv_bytes=store.token_bytes(cache_spec(config, "bfloat16")[:1], 1),
         max_context=tokens + prefix,
     )
     rings = AbstractRings(config, plan, sharded)
@@ -247,7 +247,7 @@ def _expected(
     """By the first word of a program's name; `fixed` is left out. rows, prefix_rows: of a rank."""
     hidden, per_token = config.hidden_size, config.moe.router.experts_per_token
     arrays = len(cache_spec(config, "bfloat16")[0])
-    key = store.token_bytes(cache_spec(config, "bfloat16")[:1])
+    key = store.token_bytes(cache_spec(config, "bfloat16")[:1], 1)
     h, x, routed = rows * hidden * 4, rows * hidden * 2, rows * per_token * 8
     held = (rows + prefix_rows) * key
     others = ranks - 1
