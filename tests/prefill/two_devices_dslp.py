@@ -98,8 +98,12 @@ class Model:
         )
 
     def logits(self, last) -> np.ndarray:
-        model = nnx.merge(self.loaded.graphdef, self.loaded.state)
-        return np.asarray(model.head(last, NativeOps(self.runtime, None, "matrix")))[0]
+        if "head" not in self.shared:  # compiled once: thousands of prompts ask for it
+            ops = NativeOps(self.runtime, None, "matrix")
+            self.shared["head"] = jax.jit(
+                lambda state, last: nnx.merge(self.loaded.graphdef, state).head(last, ops)
+            )
+        return np.asarray(self.shared["head"](self.loaded.state, last))[0]
 
 
 @pytest.fixture(scope="module")
