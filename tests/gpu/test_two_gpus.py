@@ -76,6 +76,31 @@ def test_prompts_of_a_second_gpu_are_written_on_the_first(case, tmp_path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("case", ["deepseek_v3_fp8", "qwen3_moe_fp8"])
+def test_one_gpu_and_both_take_turns_out_of_one_ring(case, tmp_path):
+    """What a way computes does not change after the other one has used its slots."""
+    tiny_models.write_checkpoint(tmp_path, case)
+    rng = np.random.default_rng(10)
+    prompts = [rng.integers(1, 90, n).tolist() for n in (20, 110, 33, 60)]  # slp, dslp, slp, dslp
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    with _llm(tmp_path, "cpu") as cpu:
+        want = [cpu.generate(p, params)[0].outputs[0].token_ids for p in prompts]
+    with _llm(tmp_path, "gpu", prefill="auto", prefix_cache=False) as llm:
+        route = llm._started.long_prompts.route
+        assert route.paths == ("chunked", "slp", "dslp"), llm.report
+        # By hand: one GPU below 50 tokens, both from there on.
+        route.chunked_token_s, route.pass_s, route.streamed_token_s = 1.0, 1.0, 0.05
+        route.dslp.pass_s, route.dslp.token_s = 2.5, 1e-3
+        route.observe = lambda path, tokens, seconds: None
+        ways = [route.choose(len(p) - 1) for p in prompts]
+        assert ways == ["slp", "dslp", "slp", "dslp"]
+        texts = [
+            [llm.generate(p, params)[0].outputs[0].token_ids for p in prompts] for _ in range(5)
+        ]
+    assert texts[1:] == texts[:-1]
+    assert sum(a == b for a, b in zip(texts[0], want, strict=True)) >= len(want) - 1
+
+
 def _llm(folder, device, **more):
     return LLM(
         str(folder),
