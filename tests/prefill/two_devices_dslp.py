@@ -337,6 +337,34 @@ def test_a_prompt_may_be_dropped_after_any_layer(model):
     assert_same(it, plain, dslp, row)
 
 
+def test_memory_stays_within_the_plan(model):
+    """Of each device: what a run holds after every layer, and every program's temporaries."""
+    it = model("qwen3_moe_fp8")
+    dslp, both = it.shared_devices(), jax.local_devices(backend="cpu")[:2]
+    row = StepRow(prompt_of(127), 0, pages_for(dslp, 127), 0, None)
+    dslp.prefill(row)
+    rest = [held(device) for device in both]
+    most = 0
+    run = dslp.layers(row)
+    for _ in range(it.config.num_layers):
+        next(run)
+        most = max(most, *(held(d) - r for d, r in zip(both, rest, strict=True)))
+    run.close()
+    temporaries = 0
+    for program in dslp.dslp.programs.values():
+        memory = program.memory_analysis()
+        new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporaries = max(temporaries, new)
+    assert 0 < most and most + temporaries <= dslp.plan.work_bytes
+
+
+def held(device) -> int:
+    """Bytes of all arrays and parts of arrays on the device."""
+    gc.collect()
+    parts = [s.data for a in jax.live_arrays() for s in a.addressable_shards if s.device == device]
+    return sum({part.unsafe_buffer_pointer(): part.nbytes for part in parts}.values())
+
+
 def test_closing_gives_the_devices_memory_back(model):
     it = model("qwen3_moe_fp8")
     before = live_bytes()
