@@ -79,8 +79,8 @@ def choose_prefill_device(
         if device.platform == "cpu" or not others or config.prefill in ("chunked", "dslp"):
             return None, ()
         return None, (
-            "the second GPU is not used: what prefill beside decode gains there was not measured "
-            "yet; disaggregate=on turns it on",
+            "prompts and decode take turns on the first GPU: what a second one of their own gains "
+            "was not measured yet; disaggregate=on gives them one",
         )
     if config.prefill == "dslp":
         raise ConfigError(
