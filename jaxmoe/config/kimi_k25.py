@@ -29,13 +29,14 @@ def parse(fields: HfFields, architecture: str) -> ModelConfig:
     text = fields.table("text_config")
     if text is None:
         raise ConfigError(f"{fields.where} lacks 'text_config'")
-    for key in ("quantization_config", "compression_config"):
-        if fields.given(key):
-            raise fields.fail(key, "given", "inside 'text_config'")
     fields.choice("tie_word_embeddings", of=(False,), default=False)
     fields.ignore(*_OF_VISION)
     text.ignore(*_OF_SAMPLING)
     parsed = deepseek.parse(text, "DeepseekV3ForCausalLM")
+    if fields.given("quantization_config") or fields.given("compression_config"):
+        if parsed.quant.format != "none":
+            raise fields.fail("quantization_config", "given twice", "one, at either level")
+        parsed = dataclasses.replace(parsed, quant=shared_fields.parse_quant(fields))
     fields.ignore(
         "dtype", "torch_dtype"
     )  # of the nested config, which the text model was read from

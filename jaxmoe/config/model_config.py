@@ -234,8 +234,9 @@ class QuantConfig:
     not_converted: modules kept plain, by a name's whole, beginning or end, or after "re:" by a
     pattern of its beginning. converted: likewise, the only ones that are not; empty: all others.
     layout: whose names and dtypes the tensors have. only_experts: nothing but routed experts.
-    group: inputs that share a scale in AWQ and GPTQ. zeros_as_they_are: GPTQ's second version,
-    whose zero points are not stored less one.
+    group: inputs that share a scale, of 4-bit values with zero points. has_zeros: whether
+    compressed-tensors has any (they are 8 where it has none). zeros_as_they_are: GPTQ's second
+    version, whose zero points are not stored less one.
     mxfp4_experts: routed experts are MXFP4, whatever the format of the rest.
     """
 
@@ -247,6 +248,7 @@ class QuantConfig:
     converted: tuple[str, ...] = ()
     only_experts: bool = False
     group: int = 0
+    has_zeros: bool = False
     zeros_as_they_are: bool = False
     mxfp4_experts: bool = False
 

@@ -5,7 +5,8 @@ it changes results and is not implemented, and is what random weights are made l
 
 Activations stay in the compute dtype whatever a scheme says of rounding them while it runs: that is
 a speed trick of other engines. Fixed scales of activations are part of a model and are refused;
-NVFP4's only say in which range groups of activations get scales of their own.
+NVFP4's only say in which range groups of activations get scales of their own. A scheme for the KV
+cache is of engines that round theirs; here it has the compute dtype, and its scales are not read.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from jaxmoe.config.model_config import QuantConfig, QuantFormat
 
 _SUPPORTED = (
     "none, fp8 (E4M3 with 128x128 blocks), mxfp4, mxfp8, compressed-tensors (FP8 a channel or a "
-    "128x128 block, symmetric INT4 in groups of 32 or 128, MXFP4, MXFP8, NVFP4), awq, gptq (4 "
-    "bits, desc_act false), modelopt (NVFP4)"
+    "128x128 block, INT4 in groups, MXFP4, MXFP8, NVFP4), awq, gptq (4 bits, desc_act false), "
+    "modelopt (NVFP4)"
 )
 _CT_FORMATS = (
     *("float-quantized", "naive-quantized", "pack-quantized"),
@@ -39,7 +40,7 @@ _CT_SCHEMES: Mapping[tuple[str, int, str, int | None], QuantFormat] = {
 }
 _CT_WANTED = (
     "float 8 channel, float 8 block, float 8 group 32, float 4 group 32, float 4 tensor_group 16, "
-    "int 4 group 32 or 128"
+    "int 4 group of a multiple of 32, with zero points too"
 )
 
 
@@ -102,7 +103,10 @@ def _parse_awq(table: HfFields) -> QuantConfig:
 
 
 def _parse_gptq(table: HfFields) -> QuantConfig:
-    table.choice("desc_act", of=(False,), default=False)
+    if table.choice("desc_act", of=(True, False), default=False):
+        # With groups found beforehand, columns stay with the groups where they are.
+        if not table.boolean("static_groups", default=False):
+            raise table.fail("desc_act", True, "false, or true with static_groups true")
     table.choice("lm_head", of=(True, False), default=False)
     version = table.choice("checkpoint_format", of=("gptq", "gptq_v2"), default="gptq")
     table.choice("pack_dtype", of=("int32",), default="int32")
@@ -117,10 +121,11 @@ def _parse_gptq(table: HfFields) -> QuantConfig:
     exceptions = table.raw("dynamic", default={})
     if not isinstance(exceptions, Mapping):
         raise table.fail("dynamic", exceptions, "an object")
-    for pattern in exceptions:
-        if not pattern.startswith("-:"):
+    for pattern, changes in exceptions.items():
+        if pattern.startswith("-:"):
+            kept.append("re:" + pattern.removeprefix("-:"))
+        elif changes != {}:
             raise table.fail("dynamic", pattern, "patterns of what is not quantized ('-:...')")
-        kept.append("re:" + pattern.removeprefix("-:"))
     return _grouped(table, "gptq", _patterns(table, "dynamic", tuple(kept)), version == "gptq_v2")
 
 
@@ -146,6 +151,7 @@ def _grouped(
 def _parse_modelopt(table: HfFields) -> QuantConfig:
     table.choice("quant_algo", of=("NVFP4",))
     table.ignore("producer", "config_groups")  # what the tensors tell
+    table.ignore("kv_cache_scheme", "kv_cache_quant_algo")
     ignored = table.strings("ignore", "exclude_modules", default=())
     kept = ("re:" + re.escape(entry).replace(r"\*", ".*") + "$" for entry in ignored)
     return QuantConfig("nvfp4", tuple(kept), layout="modelopt")
@@ -171,7 +177,9 @@ def _kept(table: HfFields) -> tuple[str, ...]:
 def _parse_compressed_tensors(table: HfFields) -> QuantConfig:
     top = table.choice("format", of=(*_CT_FORMATS, None), default=None)
     table.choice("quantization_status", of=("compressed", "frozen"), default="compressed")
-    table.ignore("global_compression_ratio", "version")
+    table.ignore("global_compression_ratio", "version", "kv_cache_scheme")
+    if (sparsity := table.table("sparsity_config")) is not None:
+        sparsity.choice("format", of=("dense",), default="dense")
     groups = table.raw("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
         raise table.fail("config_groups", groups, "an object with one group")
@@ -188,7 +196,7 @@ def _parse_compressed_tensors(table: HfFields) -> QuantConfig:
     weights = group.table("weights")
     if weights is None:
         raise ConfigError(f"{group.where} lacks 'weights'")
-    found = _scheme(weights)
+    found, zeros_group, has_zeros = _scheme(weights)
     dynamic = None if activations is None else activations.raw("dynamic", default=None)
     if activations is not None and dynamic is not True:
         if found != "nvfp4" or dynamic != "local":
@@ -200,11 +208,14 @@ def _parse_compressed_tensors(table: HfFields) -> QuantConfig:
         _patterns(table, "ignore", table.strings("ignore", default=())),
         layout="compressed-tensors",
         converted=() if "Linear" in targets else _patterns(group, "targets", targets),
+        group=zeros_group,
+        has_zeros=has_zeros,
     )
 
 
-def _scheme(weights: HfFields) -> QuantFormat:
-    weights.choice("symmetric", of=(True,), default=True)
+def _scheme(weights: HfFields) -> tuple[QuantFormat, int, bool]:
+    """The format; where it has zero points, or groups none else has, their size; which of both."""
+    has_zeros = not weights.choice("symmetric", of=(True, False), default=True)
     weights.choice("dynamic", of=(False,), default=False)
     # The order in which columns were rounded, with the groups where they are; "group" moves them.
     weights.choice("actorder", of=("weight", "static", None), default=None)
@@ -219,11 +230,14 @@ def _scheme(weights: HfFields) -> QuantFormat:
             raise weights.fail("block_structure", block, "[128, 128]")
     if strategy not in ("group", "tensor_group"):
         group = None
-    found = _CT_SCHEMES.get((kind, bits, strategy, group))
-    if found is None:
-        given = f"{kind} {bits} {strategy}" + (f" {group}" if group else "")
-        raise ConfigError(f"{weights.where}: weights are {given}; supported: {_CT_WANTED}")
-    return found
+    found = None if has_zeros else _CT_SCHEMES.get((kind, bits, strategy, group))
+    if found is not None:
+        return found, 0, False
+    if (kind, bits, strategy) == ("int", 4, "group") and group is not None and group % 32 == 0:
+        return "uint4_g32" if group % 128 else "uint4_g128", group, has_zeros
+    given = f"{kind} {bits} {strategy}" + (f" {group}" if group else "")
+    given += " with zero points" if has_zeros else ""
+    raise ConfigError(f"{weights.where}: weights are {given}; supported: {_CT_WANTED}")
 
 
 def _patterns(table: HfFields, key: str, entries: tuple[str, ...]) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ _OF_DRAFT = {
 }
 # Copies of the model's own, which are used in their place.
 _OF_DRAFT_UNUSED = ("embed_tokens.weight", "shared_head.head.weight")
+# Scales of a KV cache that is rounded to 8 bits; ours is not.
+_OF_ROUNDED_CACHES = (".k_scale", ".v_scale")
 # What small tensors may be stored as: they are held in float32, and both widen to it exactly.
 FLOAT_DTYPES = ("F32", "BF16")
 
@@ -137,7 +139,7 @@ class HfNames:
             return name.endswith(_OF_DRAFT_UNUSED)
         if 0 <= draft < config.num_draft_layers:
             return True
-        if name.endswith("rotary_emb.inv_freq"):
+        if name.endswith(("rotary_emb.inv_freq", *_OF_ROUNDED_CACHES)):
             return True
         return config.tie_embeddings and name == "lm_head.weight"
 

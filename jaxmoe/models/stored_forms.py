@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import QuantConfig
 from jaxmoe.quant.formats import FORMATS, WeightFormat, scale_shape
-from jaxmoe.weights.repacked_forms import AwqForm, GptqForm, Nvfp4Form, held_uint4
+from jaxmoe.weights.repacked_forms import (
+    AwqForm,
+    GptqForm,
+    Nvfp4Form,
+    PackedUint4Form,
+    held_uint4,
+)
 from jaxmoe.weights.stored_form import FormError, HasShape, StoredForm
 
 PLAIN: Mapping[str, StoredForm] = {
@@ -38,6 +44,14 @@ INT4: Mapping[WeightFormat, StoredForm] = {
     "int4_g32": _PACKED,
     "int4_g128": dataclasses.replace(_PACKED, format="int4_g128"),
 }
+PACKED_UINT4 = PackedUint4Form(
+    "uint4_g32",
+    "I32",
+    weight=".weight_packed",
+    scale=".weight_scale",
+    scale_dtypes=("BF16", "F16"),
+    beside=(".weight_shape",),
+)
 MXFP4 = dataclasses.replace(_PACKED, format="mxfp4", weight_dtype="U8", scale_dtypes=_E8M0)
 # DeepSeek-V4's experts
 MXFP4_INT8 = StoredForm("mxfp4", "I8", scale=".scale", scale_dtypes=("F8_E8M0", "U8"))
@@ -66,8 +80,8 @@ NVFP4_MODELOPT = Nvfp4Form(
     factor=".weight_scale_2",
 )
 _SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
+_ZERO_POINT = ".weight_zero_point"
 _NOT_SUPPORTED = {
-    ".weight_zero_point": "values with zero points",
     ".weight_g_idx": "columns in the order of their activations",
     ".input_scale": "fixed scales of activations",
     ".input_global_scale": "fixed scales of activations",
@@ -94,6 +108,11 @@ def configured_form(quant: QuantConfig, *, is_experts: bool = False) -> StoredFo
         return MXFP4_BLOCKS
     if quant.layout in ("awq", "gptq"):
         return _grouped(GPTQ if quant.layout == "gptq" else AWQ, quant)
+    if quant.group:
+        assert quant.format in ("uint4_g32", "uint4_g128"), quant
+        return dataclasses.replace(
+            PACKED_UINT4, format=quant.format, group=quant.group, has_zeros=quant.has_zeros
+        )
     if quant.format == "nvfp4":
         return NVFP4_MODELOPT if quant.layout == "modelopt" else NVFP4_PACKED
     form = {
@@ -130,7 +149,12 @@ def find_form(name: str, tensors: Mapping[str, HasShape], quant: QuantConfig) ->
             raise FormError(
                 f"tensor '{base}{suffix}' belongs to a weight of {what}, which is not supported"
             )
-    packed, blocks = tensors.get(base + MXFP4.weight), tensors.get(base + MXFP4_BLOCKS.weight)
+    packed, blocks = (tensors.get(base + form.weight) for form in (MXFP4, MXFP4_BLOCKS))
+    if base + _ZERO_POINT in tensors and (packed is None or packed.dtype != "I32"):
+        raise FormError(
+            f"tensor '{base}{_ZERO_POINT}' belongs to a weight of values with zero points; "
+            f"supported: 4-bit ones in int32 '{base}{MXFP4.weight}'"
+        )
     if blocks is not None:
         return _checked(base + MXFP4_BLOCKS.weight, blocks, MXFP4_BLOCKS)
     if packed is not None:
@@ -207,12 +231,19 @@ def _packed_form(
     if scale is None or len(scale.shape) != 2 or len(packed.shape) != 2:
         return INT4.get(quant.format, _PACKED) if quant.format != "none" else _PACKED
     inputs, groups = 8 * packed.shape[1], scale.shape[1]
-    for weight_format, form in INT4.items():
-        if inputs == groups * FORMATS[weight_format].group_cols:
-            return form
-    raise FormError(
-        f"tensor '{name}' holds {inputs} inputs a row with {groups} scales; supported: groups of "
-        + " or ".join(str(FORMATS[f].group_cols) for f in INT4)
+    has_zeros = base + _ZERO_POINT in tensors
+    if not has_zeros:
+        for weight_format, form in INT4.items():
+            if inputs == groups * FORMATS[weight_format].group_cols:
+                return form
+    held = held_uint4(inputs // groups) if groups and inputs % groups == 0 else None
+    if held is None:
+        raise FormError(
+            f"tensor '{name}' holds {inputs} inputs a row with {groups} scales; supported: groups "
+            "of a multiple of 32 inputs"
+        )
+    return dataclasses.replace(
+        PACKED_UINT4, format=held, group=inputs // groups, has_zeros=has_zeros
     )
 
 

@@ -1,10 +1,11 @@
-"""Forms of 4-bit values whose tensors are not laid out as they are held: AWQ, GPTQ, NVFP4.
+"""Forms of 4-bit values whose tensors are not laid out as they are held: AWQ, GPTQ, INT4 of
+compressed-tensors with zero points or groups of other sizes, NVFP4.
 
 AWQ and GPTQ store inputs first, eight values to a word along outputs or inputs, and zero points
-packed along outputs; both are put in the order of uint4_g32 or uint4_g128, rows of outputs. NVFP4
-has one more factor a tensor, which goes behind the scales of every row. No value is rounded: codes
-and zero points keep their bits, float16 scales widen to float32, and groups of other sizes than 32
-and 128 repeat their scales.
+packed along outputs; both are put in the order of uint4_g32 or uint4_g128, rows of outputs.
+compressed-tensors has that order already. NVFP4 has one more factor a tensor, which goes behind the
+scales of every row. No value is rounded: codes and zero points keep their bits, float16 scales
+widen to float32, and groups of other sizes than 32 and 128 repeat their scales.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class _Uint4Form(StoredForm):
         return groups * FORMATS[self.format].group_cols // self.group, n
 
     def _words(self, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-        """Words of a scale and a zero point, of `[K/group, N]` each."""
+        """Words of a scale and a zero point, of `[N, K/group]` each."""
         # Exact: float16 and bfloat16 leave the bits of a zero point free.
         words = scales.astype(np.float32).view(np.uint32) | zeros.astype(np.uint32)
         repeat = self.group // FORMATS[self.format].group_cols
-        return np.ascontiguousarray(words.T.repeat(repeat, axis=1))
+        return np.ascontiguousarray(words.repeat(repeat, axis=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class AwqForm(_Uint4Form):
 
     def hold_scale(self, stored: np.ndarray, *beside: np.ndarray) -> np.ndarray:
         (zeros,) = beside
-        return self._words(stored, _awq_codes(zeros))
+        return self._words(stored.T, _awq_codes(zeros).T)
 
 
 def _awq_codes(words: np.ndarray) -> np.ndarray:
@@ -128,9 +129,47 @@ class GptqForm(_Uint4Form):
                     "activations (desc_act), which is not supported; give a checkpoint made with "
                     "desc_act=false"
                 )
-        pairs = np.ascontiguousarray(zeros).view(np.uint8)
-        codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(zeros), -1)
-        return self._words(stored, codes + self.zero_offset)
+        return self._words(stored.T, (_codes(zeros) + self.zero_offset).T)
+
+
+def _codes(words: np.ndarray) -> np.ndarray:
+    """int32 `[R, W]` to codes `[R, 8 W]`."""
+    pairs = np.ascontiguousarray(words).view(np.uint8)
+    return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(words), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedUint4Form(_Uint4Form):
+    """compressed-tensors: weight_packed `[N, K/8]`, weight_scale `[N, K/group]` and, if has_zeros,
+    weight_zero_point `[ceil(N/8), K/group]`, packed along outputs; without, it is 8.
+    """
+
+    has_zeros: bool = False
+
+    @property
+    def is_repacked(self) -> bool:
+        return False  # the values are not
+
+    def weight_tensor(self, name: str, held: tuple[int, ...]) -> StoredTensor:
+        return StoredForm.weight_tensor(self, name, held)
+
+    def _groups(self, held: tuple[int, ...]) -> tuple[int, int]:
+        n, groups = held
+        return n, groups * FORMATS[self.format].group_cols // self.group
+
+    def scale_tensors(self, name: str, held: tuple[int, ...]) -> tuple[StoredTensor, ...]:
+        scale = self.scale_tensor(name, held)
+        if not self.has_zeros:
+            return (scale,)
+        n, groups = scale.shape
+        zeros = name.removesuffix(".weight") + ".weight_zero_point"
+        return scale, StoredTensor(zeros, (-(-n // _WORD), groups), ("I32",))
+
+    def hold_scale(self, stored: np.ndarray, *beside: np.ndarray) -> np.ndarray:
+        zeros = np.full(stored.shape, 8, np.uint8)
+        if self.has_zeros:
+            zeros = _codes(np.ascontiguousarray(beside[0].T)).T[: len(stored)]
+        return self._words(stored, zeros)
 
 
 @dataclasses.dataclass(frozen=True)

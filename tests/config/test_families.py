@@ -411,7 +411,11 @@ REFUSED = [
     ("qwen35", {"quantization_config": {"quant_method": "eetq"}}, ["eetq"]),
     ("kimi", {"text_config": None}, ["lacks 'text_config'"]),
     ("kimi", {"tie_word_embeddings": True}, ["tie_word_embeddings"]),
-    ("kimi", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "inside"]),
+    (
+        "kimi",
+        {"quantization_config": {"quant_method": "fp8"}},
+        ["quantization_config", "block_size"],
+    ),
     ("kimi", text_of(kv_lora_rank=None), ["text_config", "lacks 'kv_lora_rank'"]),
     ("kimi", text_of(model_type="kimi_linear"), ["kimi_linear", "kimi_k2"]),
     (

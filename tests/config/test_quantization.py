@@ -45,8 +45,9 @@ def test_a_nested_config_is_read_where_it_lies():
     inner = tiny_models.hf_config("kimi_k2_int4")["quantization_config"]
     nested = outer | {"text_config": outer["text_config"] | {"quantization_config": inner}}
     assert ModelConfig.from_hf(nested).quant.format == "int4_g32"
-    with pytest.raises(ConfigError, match="quantization_config.*inside 'text_config'"):
-        ModelConfig.from_hf(outer | {"quantization_config": inner})
+    assert ModelConfig.from_hf(outer | {"quantization_config": inner}).quant.format == "int4_g32"
+    with pytest.raises(ConfigError, match="quantization_config.*given twice"):
+        ModelConfig.from_hf(nested | {"quantization_config": inner})
 
 
 def test_targets_may_be_patterns():
@@ -80,6 +81,15 @@ def test_targets_may_be_patterns():
         ("qwen3_moe_gptq", {"group_size": 128, "sym": False}, "uint4_g128"),
         ("qwen3_moe_nvfp4", {}, "nvfp4"),
         ("deepseek_v3_nvfp4", {}, "nvfp4"),
+        ("kimi_k25_nvfp4", {}, "nvfp4"),
+        ("deepseek_v3_nvfp4", {"kv_cache_scheme": {"num_bits": 8}}, "nvfp4"),
+        ("glm4_moe_fp8", {"kv_cache_scheme": {"num_bits": 8}}, "fp8_channel"),
+        ("glm4_moe_fp8", {"sparsity_config": {"format": "dense"}}, "fp8_channel"),
+        ("glm4_moe_int4", {}, "uint4_g32"),
+        ("glm4_moe_int4", group("glm4_moe_int4", group_size=128), "uint4_g128"),
+        ("kimi_k2_int4", group("kimi_k2_int4", group_size=64), "uint4_g32"),
+        ("qwen3_moe_gptq", {"desc_act": True, "static_groups": True}, "uint4_g32"),
+        ("qwen3_5_moe_gptq", {}, "uint4_g128"),
     ],
 )
 def test_schemes(case: str, changes: dict[str, Any], wanted: str):
@@ -109,9 +119,12 @@ def activations(**changes: Any) -> dict[str, Any]:
 
 
 REFUSED = [
-    ("kimi_k2_int4", group("kimi_k2_int4", symmetric=False), ["symmetric", "False"]),
+    ("kimi_k2_int4", group("kimi_k2_int4", symmetric="no"), ["symmetric", "no"]),
+    ("glm4_moe_int4", group("glm4_moe_int4", num_bits=8), ["int 8 group 32 with zero points"]),
+    ("glm4_moe_int4", group("glm4_moe_int4", strategy="channel"), ["int 4 channel with zero"]),
+    ("glm4_moe_int4", group("glm4_moe_int4", actorder="group"), ["actorder", "group"]),
     ("kimi_k2_int4", group("kimi_k2_int4", actorder="group"), ["actorder", "group"]),
-    ("kimi_k2_int4", group("kimi_k2_int4", group_size=64), ["int 4 group 64", "32 or 128"]),
+    ("kimi_k2_int4", group("kimi_k2_int4", group_size=48), ["int 4 group 48", "multiple of 32"]),
     ("kimi_k2_int4", group("kimi_k2_int4", num_bits=8), ["int 8 group 32"]),
     ("kimi_k2_int4", group("kimi_k2_int4", type=None), ["lacks 'type'"]),
     ("kimi_k2_int4", group("kimi_k2_int4", strategy="tensor_group"), ["int 4 tensor_group 32"]),
@@ -119,8 +132,8 @@ REFUSED = [
     ("glm4_moe_fp8", group("glm4_moe_fp8", strategy="block"), ["block_structure", "128"]),
     ("glm4_moe_fp8", activations(dynamic=False), ["input_activations", "fixed scales"]),
     ("glm4_moe_fp8", activations(dynamic="local"), ["input_activations", "fixed scales"]),
-    ("glm4_moe_fp8", {"kv_cache_scheme": {"num_bits": 8}}, ["kv_cache_scheme"]),
-    ("glm4_moe_fp8", {"sparsity_config": {"format": "dense"}}, ["sparsity_config"]),
+    ("glm4_moe_fp8", {"sparsity_config": {"format": "sparse-24"}}, ["sparsity_config", "dense"]),
+    ("glm4_moe_fp8", {"transform_config": {"config_groups": {"a": {}}}}, ["transform_config"]),
     ("glm4_moe_fp8", {"format": "int-quantized"}, ["format", "int-quantized"]),
     ("glm4_moe_fp8", {"ignore": ["re:("]}, ["ignore", "regular expression"]),
     ("glm4_moe_fp8", {"config_groups": {}}, ["config_groups", "one group"]),
@@ -134,12 +147,14 @@ REFUSED = [
     ("qwen3_moe_awq", {"version": "gemv"}, ["version", "gemv"]),
     ("qwen3_moe_awq", {"group_size": 16}, ["group_size", "16", "multiple of 32"]),
     ("qwen3_moe_awq", {"group_size": -1}, ["group_size", "-1"]),
-    ("qwen3_moe_gptq", {"desc_act": True}, ["desc_act", "True"]),
+    ("qwen3_moe_gptq", {"desc_act": True}, ["desc_act", "True", "static_groups true"]),
+    ("qwen3_5_moe_gptq", {"dynamic": {"lm_head": {"bits": 8}}}, ["dynamic", "lm_head"]),
     ("qwen3_moe_gptq", {"checkpoint_format": "marlin"}, ["checkpoint_format", "marlin"]),
     ("qwen3_moe_gptq", {"dynamic": {"+:.*down_proj": {"bits": 8}}}, ["dynamic", "down_proj"]),
     ("qwen3_moe_gptq", {"dynamic": {"-:(": {}}}, ["dynamic", "regular expression"]),
     ("deepseek_v3_nvfp4", {"quant_algo": "FP8"}, ["quant_algo", "FP8"]),
-    ("deepseek_v3_nvfp4", {"kv_cache_scheme": {"num_bits": 8}}, ["kv_cache_scheme"]),
+    ("deepseek_v3_nvfp4", {"quant_algo": "MIXED_PRECISION"}, ["quant_algo", "MIXED_PRECISION"]),
+    ("deepseek_v3_nvfp4", {"kv_cache": {"a": 1}}, ["kv_cache"]),
 ]
 
 

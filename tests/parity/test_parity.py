@@ -42,11 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parity")
 
 
-@pytest.mark.parametrize("case", tiny_models.CASES)
-def test_checkpoints_are_the_ones_the_fixtures_were_made_of(case: str):
-    assert tiny_models.digest(tiny_models.make_tensors(case)) == load_fixture(case).digest
-
-
 # Cases whose modules other cases run too: the kernels in float32 hold them to the reference in the
 # ordinary run, everything else is for the slow one.
 ALIKE = (
@@ -57,11 +52,20 @@ ALIKE = (
 OTHER_FORMATS = (
     *("glm4_moe_fp8", "kimi_k2_int4", "gpt_oss_mxfp4", "deepseek_v31_fp8", "qwen3_moe_mxfp4"),
     *("qwen3_moe_int4", "minimax_m2_mxfp8", "qwen3_moe_awq", "qwen3_moe_gptq"),
-    *("qwen3_moe_nvfp4", "deepseek_v3_nvfp4"),
+    *("qwen3_moe_nvfp4", "deepseek_v3_nvfp4", "glm4_moe_int4"),
 )
-# Formats of other cases in other models, whose modules and kernels those run: for the slow run.
-COMBINED = ("kimi_k25_int4", "deepseek_v2_fp8", "glm_moe_dsa_fp8")
 LONG = ("deepseek_v4",)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=[pytest.mark.slow] if c in tiny_models.COMBINED else [])
+        for c in tiny_models.CASES
+    ],
+)
+def test_checkpoints_are_the_ones_the_fixtures_were_made_of(case: str):
+    assert tiny_models.digest(tiny_models.make_tensors(case)) == load_fixture(case).digest
 
 
 def float32_runs() -> list[Any]:
@@ -74,7 +78,7 @@ def float32_runs() -> list[Any]:
 
     def is_slow(case: str, backend: str) -> bool:
         on_reference = backend == "reference" and case in on_kernels
-        return case == "minimax_m2" or case in COMBINED or on_reference
+        return case == "minimax_m2" or case in tiny_models.COMBINED or on_reference
 
     return runs(is_slow)
 
@@ -117,7 +121,7 @@ def bfloat16_runs() -> list[Any]:
     ordinary = ("deepseek_v2", "deepseek_v3_fp8", "qwen3_moe_fp8")
     like_float32 = (
         *("deepseek_v31_fp8", "qwen3_moe_int4", "qwen3_moe_mxfp4", "qwen3_moe_gptq"),
-        *("deepseek_v3_nvfp4", *COMBINED),
+        *("deepseek_v3_nvfp4", "glm4_moe_int4", *tiny_models.COMBINED),
     )
 
     def is_slow(case: str, backend: str) -> bool:

@@ -66,8 +66,29 @@ TITLES = {
     "glm_moe_dsa_sparse": "GLM-5-like, BF16, contexts beyond index_topk",
     "deepseek_v4": "DeepSeek-V4-like, FP8 and MXFP4, contexts beyond window and index_topk",
     "glm_moe_dsa_shared": "GLM-5.2-like, BF16, contexts beyond index_topk",
+    "mixtral_awq": "Mixtral-like, AWQ",
+    "glm4_moe_awq": "GLM-4.5-like, AWQ",
+    "glm4_moe_int4": "GLM-4.5-like, INT4 with zero points",
+    "glm4_moe_nvfp4": "GLM-4.5-like, NVFP4 (ModelOpt)",
+    "glm4_moe_lite_fp8": "GLM-4.7-Flash-like, FP8 channel",
+    "minimax_m2_awq": "MiniMax-M2-like, AWQ",
+    "minimax_m2_nvfp4": "MiniMax-M2-like, NVFP4 (ModelOpt)",
+    "deepseek_v3_awq": "DeepSeek-V3-like, AWQ",
+    "deepseek_v32_nvfp4": "DeepSeek-V3.2-like, NVFP4 (ModelOpt)",
+    "glm_moe_dsa_nvfp4": "GLM-5-like, NVFP4 (ModelOpt)",
+    "kimi_k25_nvfp4": "Kimi-K2.5-like, NVFP4 (ModelOpt)",
+    "qwen3_next_int4": "Qwen3-Next-like, INT4 with zero points",
+    "qwen3_5_moe_gptq": "Qwen3.5-like, GPTQ",
+    "qwen3_5_moe_nvfp4": "Qwen3.5-like, NVFP4 (ModelOpt)",
 }
 CASES = tuple(TITLES)
+# Formats of other cases in other models, whose modules and kernels those run: for the slow run.
+COMBINED = (
+    *("kimi_k25_int4", "deepseek_v2_fp8", "glm_moe_dsa_fp8"),
+    *("mixtral_awq", "glm4_moe_awq", "minimax_m2_awq", "deepseek_v3_awq", "qwen3_5_moe_gptq"),
+    *("glm4_moe_nvfp4", "minimax_m2_nvfp4", "deepseek_v32_nvfp4", "glm_moe_dsa_nvfp4"),
+    *("kimi_k25_nvfp4", "qwen3_5_moe_nvfp4", "qwen3_next_int4", "glm4_moe_lite_fp8"),
+)
 # The format of the routed experts in the quantized ones.
 FORMATS = {
     **dict.fromkeys(
@@ -90,14 +111,18 @@ FORMATS = {
     "gpt_oss_mxfp4": "mxfp4",
     "qwen3_moe_mxfp4": "mxfp4",
     "minimax_m2_mxfp8": "mxfp8",
+    "glm4_moe_lite_fp8": "fp8_channel",
+    **dict.fromkeys(("mixtral_awq", "glm4_moe_awq", "minimax_m2_awq"), "uint4_g128"),
+    **dict.fromkeys(("deepseek_v3_awq", "qwen3_5_moe_gptq"), "uint4_g128"),
+    **dict.fromkeys(("glm4_moe_int4", "qwen3_next_int4"), "uint4_g32"),
+    **dict.fromkeys(("glm4_moe_nvfp4", "minimax_m2_nvfp4", "deepseek_v32_nvfp4"), "nvfp4"),
+    **dict.fromkeys(("glm_moe_dsa_nvfp4", "kimi_k25_nvfp4", "qwen3_5_moe_nvfp4"), "nvfp4"),
 }
 # Written as several files with an index; the others are one file.
 SHARDED = (
     *("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25", "kimi_k2_int4"),
     "qwen3_5_moe",
 )
-# With a vision tower, and the text model's tensors under a part of their own.
-_QWEN35 = ("qwen3_5_moe", "qwen3_5_moe_fp8")
 _GATED_DELTA = ("qwen3_next", "qwen3_5_moe_text")  # model types with linear attention
 
 DTYPE_NAMES = {
@@ -127,9 +152,20 @@ def _normal(name: str, seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return (centred.astype(np.float64) * (3**0.5 / 65536)).astype(np.float32).reshape(shape)
 
 
+def _published(config: Mapping[str, Any], name: str) -> str:
+    """The name of a text model's tensor or module within the model of `config`."""
+    if config["model_type"] == "kimi_k25":
+        return f"language_model.{name}"
+    if config["model_type"] == "qwen3_5_moe" and name.startswith("model."):
+        return "model.language_model." + name.removeprefix("model.")
+    return name
+
+
 class _Builder:
-    def __init__(self, config: Mapping[str, Any], seed: int):
-        self.config = config
+    """config: of the language model. whole: of the model that it may be a part of."""
+
+    def __init__(self, config: Mapping[str, Any], whole: Mapping[str, Any], seed: int):
+        self.config, self._whole = config, whole
         self.seed = seed
         self.tensors: dict[str, np.ndarray] = {}
         self.scheme = tiny_quant.Scheme(config)
@@ -151,7 +187,7 @@ class _Builder:
         `plain`: not quantized, whatever the case, but of `dtype`.
         """
         w = _normal(name, self.seed, (n, k)) * np.float32(gain / k**0.5)
-        quantized = None if plain else self.scheme.tensors(name, w)
+        quantized = None if plain else self.scheme.tensors(_published(self._whole, name), w)
         if quantized is None:
             quantized = {".weight": w.astype(dtype)}
         self.tensors |= {name + suffix: array for suffix, array in quantized.items()}
@@ -186,7 +222,7 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
     config = whole.get("text_config", whole)
     if "quantization_config" in whole:  # outside the text model's
         config = config | {"quantization_config": whole["quantization_config"]}
-    b = _Builder(config, seed)
+    b = _Builder(config, whole, seed)
     if config["model_type"] == "deepseek_v4":
         _deepseek_v4(b)
         return b.tensors
@@ -206,7 +242,7 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
             _gqa(b, f"{prefix}.self_attn")
         if i < config.get("first_k_dense_replace", 0):
             b.mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
-        elif case == "qwen3_5_moe":
+        elif config["model_type"] == "qwen3_5_moe_text" and not b.scheme.is_given:
             _packed_rows_moe(b, f"{prefix}.mlp")
         elif config["model_type"] == "gpt_oss":
             _packed_moe(b, f"{prefix}.mlp")
@@ -227,16 +263,16 @@ def make_tensors(case: str, seed: int = 0) -> Mapping[str, np.ndarray]:
             b.tensors[name] = np.ones(32, np.float32)
     b.norm("model.norm", hidden)
     b.matrix("lm_head", vocab, hidden, 2.0, plain=True)
-    if case.startswith("kimi_k25"):  # the text model of a larger one
-        b.tensors = {f"language_model.{name}": array for name, array in b.tensors.items()}
+    if b.scheme.has_rounded_cache:
+        for i in range(num_layers):
+            for which in "kv":
+                name = f"model.layers.{i}.self_attn.{which}_proj.{which}_scale"
+                b.tensors[name] = np.array(0.5, np.float32)
+    b.tensors = {_published(whole, name): array for name, array in b.tensors.items()}
+    if whole["model_type"] == "kimi_k25":  # the text model of a larger one
         b.matrix("vision_tower.encoder.blocks.0.wqkv", 192, 64)
         b.matrix("mm_projector.linear_1", 64, 64)
-    if case in _QWEN35:
-        trunk = "model.language_model."
-        b.tensors = {
-            trunk + name.removeprefix("model.") if name.startswith("model.") else name: array
-            for name, array in b.tensors.items()
-        }
+    if whole["model_type"] == "qwen3_5_moe":
         b.matrix("model.visual.blocks.0.attn.qkv", 192, 64, plain=True)
     if config["model_type"] in _GATED_DELTA:  # the draft head of training
         b.norm("mtp.norm", hidden)

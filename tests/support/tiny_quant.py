@@ -54,7 +54,7 @@ def _fp8_channel(w: np.ndarray) -> Tensors:
     return {".weight": data, ".weight_scale": scale}
 
 
-def _int4(group: int) -> Callable[[np.ndarray], Tensors]:
+def int4(group: int) -> Callable[[np.ndarray], Tensors]:
     def make(w: np.ndarray) -> Tensors:
         n, k = w.shape
         groups = w.reshape(n, k // group, group)
@@ -135,17 +135,22 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def uint4_codes(
-    w: np.ndarray, group: int, *, symmetric: bool, least_zero: int = 0
+    w: np.ndarray,
+    group: int,
+    *,
+    symmetric: bool,
+    least_zero: int = 0,
+    scale_dtype: np.dtype = F16,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes `[N, K]`, zero points and float16 scales `[N, K/group]`: (code - zero) * scale."""
+    """Codes `[N, K]`, zero points and scales `[N, K/group]`: (code - zero) * scale."""
     n, k = w.shape
     groups = w.reshape(n, k // group, group)
     if symmetric:
-        scale = (np.abs(groups).max(axis=-1) / 7.5).astype(F16)
+        scale = (np.abs(groups).max(axis=-1) / 7.5).astype(scale_dtype)
         zero = np.full(scale.shape, 8, np.int64)
     else:
         low, high = np.minimum(groups.min(axis=-1), 0), np.maximum(groups.max(axis=-1), 0)
-        scale = ((high - low) / 15).astype(F16)
+        scale = ((high - low) / 15).astype(scale_dtype)
         zero = np.rint(-low / scale.astype(np.float32)).astype(np.int64)
         zero = np.clip(zero, least_zero, 15 + least_zero)
     codes = np.rint(groups / scale.astype(np.float32)[..., None]) + zero[..., None]
@@ -177,6 +182,23 @@ def gptq(group: int, *, symmetric: bool, v2: bool = False) -> Callable[[np.ndarr
             ".qzeros": _words(np.ascontiguousarray(zero.T) - less),
             ".scales": np.ascontiguousarray(scale.T),
             ".g_idx": (np.arange(w.shape[1]) // group).astype(np.int32),
+        }
+
+    return make
+
+
+def packed_zeros(group: int) -> Callable[[np.ndarray], Tensors]:
+    """compressed-tensors' INT4 with zero points: these packed along outputs, the scales bfloat16."""
+
+    def make(w: np.ndarray) -> Tensors:
+        codes, zero, scale = uint4_codes(w, group, symmetric=False, scale_dtype=BF16)
+        padded = np.zeros((-(-len(zero) // 8) * 8, zero.shape[1]), np.int64)
+        padded[: len(zero)] = zero
+        return {
+            ".weight_packed": _words(codes),
+            ".weight_scale": scale,
+            ".weight_zero_point": np.ascontiguousarray(_words(np.ascontiguousarray(padded.T)).T),
+            ".weight_shape": np.array(w.shape, np.int32),
         }
 
     return make
@@ -231,6 +253,8 @@ class Scheme:
         self._make: Callable[[np.ndarray], Tensors] | None = None
         self.is_mxfp4_experts = False
         self._is_v4 = config["model_type"] == "deepseek_v4"
+        self.is_given = quant is not None
+        self.has_rounded_cache = bool(quant and quant.get("kv_cache_scheme"))
         if quant is None:
             return
         method = quant["quant_method"]
@@ -247,7 +271,8 @@ class Scheme:
             self._ignored = ["lm_head", *(rf"re:(.*\.)?{part}(\..*)?$" for part in parts)]
             self._make = awq(quant["group_size"])
         elif method == "gptq":
-            self._ignored = ["lm_head", *("re:" + key[2:] for key in quant["dynamic"])]
+            kept = (key[2:] for key in quant["dynamic"] if key.startswith("-:"))
+            self._ignored = ["lm_head", *("re:" + pattern for pattern in kept)]
             v2 = quant.get("checkpoint_format") == "gptq_v2"
             self._make = gptq(quant["group_size"], symmetric=quant["sym"], v2=v2)
         elif method == "modelopt":
@@ -259,10 +284,11 @@ class Scheme:
         else:
             weights = quant["config_groups"]["group_0"]["weights"]
             self._ignored = quant["ignore"]
+            make = int4 if weights["symmetric"] else packed_zeros
             self._make = {
                 ("float", 8): _fp8_channel,
                 ("float", 4): _mxfp4,
-                ("int", 4): _int4(weights["group_size"] or 1),
+                ("int", 4): make(weights["group_size"] or 1),
             }[weights["type"], weights["num_bits"]]
 
     def tensors(self, name: str, w: np.ndarray) -> Tensors | None:
@@ -307,7 +333,7 @@ def _dequantize_uint4(
 _BESIDE = (
     *("_scale_inv", ".weight_scale", ".scale", "_scales", ".weight_scale_2", ".weight_shape"),
     *(".weight_global_scale", ".input_scale", ".input_global_scale"),
-    *(".qzeros", ".scales", ".g_idx"),
+    *(".qzeros", ".scales", ".g_idx", ".weight_zero_point", ".k_scale", ".v_scale"),
 )
 
 
@@ -349,7 +375,11 @@ def dequantize(stored: Mapping[str, np.ndarray]) -> Tensors:
             if array.dtype == np.int32:
                 words = array.view(np.uint32)[..., None] >> (4 * np.arange(8, dtype=np.uint32))
                 codes = (words & 15).astype(np.float32).reshape(n, groups, -1)
-                values = (codes - 8) * scale.astype(np.float32)[..., None]
+                zeros: Any = 8
+                if (packed := stored.get(base + ".weight_zero_point")) is not None:
+                    zeros = _from_words(np.ascontiguousarray(packed.T)).T[:n, :, None]
+                    zeros = zeros.astype(np.float32)
+                values = (codes - zeros) * scale.astype(np.float32)[..., None]
             else:
                 values = _fp4_values(_nibbles(array)).reshape(n, groups, -1)
                 values = values * _two_to_the(scale)[..., None]

@@ -50,6 +50,8 @@ CASES = {
     "qwen3_moe_gptq": "uint4_g32 weights",
     "qwen3_moe_nvfp4": "nvfp4 weights",
     "deepseek_v3_nvfp4": "nvfp4 experts, f32 elsewhere",
+    "glm4_moe_int4": "uint4_g32 experts, bf16 elsewhere",
+    "minimax_m2_nvfp4": "nvfp4 experts, bf16 elsewhere",
 }
 Tensors = dict[str, np.ndarray]
 
@@ -262,11 +264,21 @@ def test_zero_points_and_groups_of_every_kind(tmp_path: Path, runtime: CpuRuntim
         tensors = tiny_quant.gptq(group, symmetric=symmetric, v2=v2)(w)
         quant = QuantConfig("uint4_g32", layout="gptq", group=group, zeros_as_they_are=v2)
         np.testing.assert_array_equal(held_values(name, tensors, quant, w.shape), wanted)
-        if not symmetric:
-            codes, zero, scale = tiny_quant.uint4_codes(w, group, symmetric=False)
+        if symmetric:
+            tensors = tiny_quant.int4(group)(w)
+            wanted = tiny_quant.dequantize({"a" + k: t for k, t in tensors.items()})[name]
+            np.testing.assert_array_equal(held_values(name, tensors, quant, w.shape), wanted)
+            continue
+        for make, scale_dtype in (
+            (tiny_quant.awq, tiny_quant.F16),
+            (tiny_quant.packed_zeros, tiny_quant.BF16),
+        ):
+            codes, zero, scale = tiny_quant.uint4_codes(
+                w, group, symmetric=False, scale_dtype=scale_dtype
+            )
             wanted = codes.astype(np.float32) - zero.repeat(group, axis=1).astype(np.float32)
             wanted = wanted * scale.astype(np.float32).repeat(group, axis=1)
-            tensors = tiny_quant.awq(group)(w)
+            tensors = make(group)(w)
             np.testing.assert_array_equal(held_values(name, tensors, quant, w.shape), wanted)
 
 
@@ -364,8 +376,8 @@ MISFITS: dict[str, tuple[str, Callable[[Tensors], Any], list[str]]] = {
     ),
     "other groups": (
         "qwen3_moe_int4",
-        put(f"{Q}.weight_scale", lambda s: s.repeat(2, axis=1)),
-        [f"{Q}.weight_packed", "256 inputs a row with 4 scales", "32 or 128"],
+        put(f"{Q}.weight_scale", lambda s: s.repeat(8, axis=1)),
+        [f"{Q}.weight_packed", "256 inputs a row with 16 scales", "multiple of 32"],
     ),
     "one expert of other groups": (
         "qwen3_moe_int4",
@@ -375,7 +387,17 @@ MISFITS: dict[str, tuple[str, Callable[[Tensors], Any], list[str]]] = {
     "zero points": (
         "qwen3_moe_int4",
         add(f"{Q}.weight_zero_point", np.ones((4, 4), np.int32)),
-        [f"{Q}.weight_zero_point", "zero points"],
+        [f"{Q}.weight_zero_point", "shape [4, 4], wanted [128, 2]"],
+    ),
+    "zero points of FP4": (
+        "qwen3_moe_mxfp4",
+        add(f"{Q}.weight_zero_point", np.ones((4, 4), np.int32)),
+        [f"{Q}.weight_zero_point", "zero points", "4-bit ones in int32"],
+    ),
+    "zero points of an expert that lacks them": (
+        "glm4_moe_int4",
+        lambda t: t.pop(f"{EXPERT}.weight_zero_point"),
+        [f"{EXPERT}.weight_zero_point' is missing"],
     ),
     "zero points of one expert": (
         "kimi_k2_int4",
@@ -451,7 +473,7 @@ MISFITS: dict[str, tuple[str, Callable[[Tensors], Any], list[str]]] = {
     "packed INT8": (
         "qwen3_moe_int4",
         put(f"{Q}.weight_packed", lambda w: w.repeat(2, axis=1)),
-        [f"{Q}.weight_packed", "512 inputs a row with 2 scales"],
+        [f"{Q}.weight_packed", "shape [1024, 64], wanted [1024, 32]"],
     ),
 }
 
