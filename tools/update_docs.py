@@ -1,5 +1,5 @@
-"""Writes what is generated from the code, and from measurements, into README.md and
-jaxmoe/serving/FIELDS.md.
+"""Writes what is generated from the code, and from measurements, into README.md, jaxmoe/README.md
+and jaxmoe/serving/FIELDS.md.
 
 .venv/bin/python tools/update_docs.py            rewrites them
 .venv/bin/python tools/update_docs.py --check    exit code 1 where they are out of date
@@ -13,6 +13,7 @@ The README's performance tables come from tools/measured/*.json, one file a run 
 
 from __future__ import annotations
 
+import collections
 import json
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.cli import flags
+from jaxmoe.config.families import PARSERS
+from jaxmoe.models.registry import SUPPORTED
 from jaxmoe.serving.fields import docs_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -49,7 +52,7 @@ def between(text: str, name: str, content: str) -> str:
     begin = BEGIN.format(name)
     before, found_begin, rest = text.partition(begin)
     _, found, after = rest.partition(END)
-    assert found_begin and found, f"README.md has no place between {begin!r} and {END!r}"
+    assert found_begin and found, f"no place between {begin!r} and {END!r}"
     return before + begin + content + END + after
 
 
@@ -112,9 +115,37 @@ def readme() -> str:
     return between(text, "measured", measured_tables(runs))
 
 
+def smallest_family() -> str:
+    """Of the families with both files of their own: its lines, and what it says of itself."""
+    modules = {a: (PARSERS[a].__module__, SUPPORTED[a].names.__module__) for a in SUPPORTED}
+    users = collections.Counter(module for both in modules.values() for module in both)
+    files = {
+        architecture: [ROOT / (module.replace(".", "/") + ".py") for module in both]
+        for architecture, both in modules.items()
+        if all(users[module] == 1 for module in both)
+    }
+    lines = {a: [len(file.read_text().splitlines()) for file in files[a]] for a in files}
+    smallest = min(lines, key=lambda a: sum(lines[a]))
+    rows = [f"`{smallest}`, the smallest, is {sum(lines[smallest])} lines and an entry in each of"]
+    rows += ["two registries:", "", "| file | lines | its first words |", "|---|---|---|"]
+    for file, count in zip(files[smallest], lines[smallest], strict=True):
+        words = file.read_text().split('"""')[1].split("\n\n")[0].strip().replace("\n", " ")
+        rows.append(f"| `{file.relative_to(ROOT / 'jaxmoe')}` | {count} | {words} |")
+    for name in ("config/families.py", "models/registry.py"):
+        text = (ROOT / "jaxmoe" / name).read_text()
+        count = text.count(f'"{smallest}"')
+        rows.append(f"| `{name}` | {count}, and an import | |")
+    return "\n".join(rows) + "\n"
+
+
+def insides() -> str:
+    return between((ROOT / "jaxmoe/README.md").read_text(), "smallest family", smallest_family())
+
+
 def main() -> int:
     files = {
         ROOT / "README.md": readme(),
+        ROOT / "jaxmoe/README.md": insides(),
         ROOT / "jaxmoe/serving/FIELDS.md": FIELDS_HEAD + docs_table() + "\n",
     }
     stale = [f for f, text in files.items() if not f.exists() or f.read_text() != text]

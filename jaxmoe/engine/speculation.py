@@ -17,6 +17,7 @@ from jaxmoe.scheduler.draft_policy import AlwaysDraft, DraftCosts, DraftPolicy, 
 from jaxmoe.weights.loaded_model import LoadedModel
 from jaxmoe.weights.loader import leaf_bytes
 from jaxmoe.weights.memory import gib
+from jaxmoe.weights.prepared_marks import MANIFEST
 from jaxmoe.weights.safetensors_reader import Checkpoint
 
 _WHAT = "speculative decoding"
@@ -35,7 +36,9 @@ def with_draft(config: EngineConfig, directory: Directory, device: Device) -> Di
     if problem is None and config.load_format != "dummy":
         name = registry.name_map(model, {}).weight_name("draft.join")
         with Checkpoint.open(directory.path) as checkpoint:
-            if name not in checkpoint.tensors:
+            if (directory.path / MANIFEST).exists():
+                problem = "prepared checkpoints hold no draft head; the one it was made of may"
+            elif name not in checkpoint.tensors:
                 problem = f"the checkpoint has no draft head (no tensor {name!r})"
     if problem is None:
         return dataclasses.replace(directory, model_config=model.with_draft())

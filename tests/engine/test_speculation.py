@@ -8,7 +8,11 @@ from support import draft_models, tiny_models
 
 from jaxmoe import LLM, EngineConfig, SamplingParams
 from jaxmoe.common.errors import ConfigError
+from jaxmoe.config.model_config import ModelConfig
 from jaxmoe.engine.plan import make_plan
+from jaxmoe.models import registry
+from jaxmoe.weights.convert import convert
+from jaxmoe.weights.safetensors_reader import Checkpoint
 
 # Of what layers add: so that some six of ten guesses are right.
 SHARE = 0.08
@@ -173,3 +177,29 @@ def test_a_checkpoint_without_the_heads_tensors_is_refused(tmp_path, checkpoint)
     tiny_models.write_safetensors(tmp_path / "model.safetensors", rest)
     with pytest.raises(ConfigError, match=r"no tensor 'model.layers.2.eh_proj.weight'"):
         make_plan(EngineConfig(model=str(tmp_path), speculative="mtp"))
+
+
+def test_a_prepared_checkpoint_says_that_it_holds_none(tmp_path, checkpoint):
+    with Checkpoint.open(checkpoint) as source:
+        convert(source, ModelConfig.from_hf(source.config()), registry, tmp_path / "prepared")
+    options = OPTIONS | {"model": str(tmp_path / "prepared")}
+    with pytest.raises(ConfigError, match="prepared checkpoints hold no draft head"):
+        make_plan(EngineConfig(speculative="mtp", **options))
+    plan = make_plan(EngineConfig(speculative="auto", **options))
+    assert any("prepared checkpoints hold no draft head" in note for note in plan.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["glm4_moe_fp8", "deepseek_v31_fp8", "glm4_moe_lite"])
+def test_heads_of_other_families_and_formats_change_no_token(tmp_path, case):
+    tiny_models.write_checkpoint(tmp_path, case)
+    prompts = [[7, 8, 9], [3, 1, 4, 1, 5, 9, 2, 6]]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
+    answers = {}
+    for speculative in ("off", "mtp"):
+        options = OPTIONS | dict(max_num_seqs=2, speculative=speculative, max_draft_tokens=2)
+        with LLM(model=str(tmp_path), **options) as llm:
+            answers[speculative] = [facts(output) for output in llm.generate(prompts, params)]
+            verified = llm.engine.stats()["draft_tokens_total"]
+    assert answers["mtp"] == answers["off"]
+    assert verified > 20

@@ -1,5 +1,6 @@
 """The draft head against its definition, written out in numpy from DeepSeek-V3's report and the
-layout of published checkpoints: no absorbed attention, no cache, no kernels.
+layout of published checkpoints: no absorbed attention, no cache, no kernels. Those of other
+families and formats against a model of that one layer, whose kind is held to transformers.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import draft_models
+from support import draft_models, tiny_models
 from support.tiny_runner import stored_formats, weights_of
 
 from jaxmoe import models
@@ -105,11 +106,9 @@ class Written:
         return x @ self.w("lm_head.weight").T, x
 
 
-@pytest.fixture(scope="module")
-def head():
-    """The decoder's own head: a function of h and the next tokens, and the written one."""
-    hf = draft_models.hf_config(**PLAIN_ROPE)
-    config, tensors = ModelConfig.from_hf(hf).with_draft(), draft_models.make_tensors()
+def heads_own(hf, tensors):
+    """The decoder's own head: a function of h and the next tokens."""
+    config = ModelConfig.from_hf(hf).with_draft()
     described, (state, experts) = weights_of(config, tensors, "float32")
     model, ops = nnx.merge(described.graphdef, state), ReferenceOps(experts)
 
@@ -131,7 +130,14 @@ def head():
             at += count
         return tuple(np.concatenate(part) for part in zip(*out, strict=True))
 
-    return run, Written(tensors, hf)
+    return run
+
+
+@pytest.fixture(scope="module")
+def head():
+    """The decoder's own head, and the written one."""
+    hf, tensors = draft_models.hf_config(**PLAIN_ROPE), draft_models.make_tensors()
+    return heads_own(hf, tensors), Written(tensors, hf)
 
 
 def text(seed):
@@ -187,3 +193,47 @@ def test_the_heads_tensors_have_their_places_and_its_copies_are_not_read():
     assert names.ignored(f"{prefix}embed_tokens.weight")
     assert names.ignored(f"{prefix}shared_head.head.weight")
     assert not any(map(names.ignored, own & used))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "glm4_moe_fp8",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("glm4_moe", "glm4_moe_lite", "deepseek_v31_fp8")
+        ),
+    ],
+)
+def test_it_is_an_ordinary_layer_over_the_joined_embeddings(case):
+    hf, tensors = tiny_models.hf_config(case), dict(tiny_models.make_tensors(case))
+    prefix = f"model.layers.{hf['num_hidden_layers']}."
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((NUM_TOKENS, hf["hidden_size"]))
+    next_ids = rng.integers(0, hf["vocab_size"], NUM_TOKENS)
+    logits, _ = heads_own(hf, tensors)(h, next_ids)
+
+    def norm(x, name):
+        scale = np.sqrt((x * x).mean(-1, keepdims=True) + hf["rms_norm_eps"])
+        return x / scale * tensors[f"{prefix}{name}.weight"].astype(np.float64)
+
+    embedded = tensors["model.embed_tokens.weight"].astype(np.float64)
+    parts = norm(embedded[next_ids], "enorm"), norm(h, "hnorm")
+    join = tensors[f"{prefix}eh_proj.weight"].astype(np.float64)
+    table = np.zeros_like(embedded, np.float32)
+    table[:NUM_TOKENS] = np.concatenate(parts, axis=-1) @ join.T
+    layer = {n: t for n, t in tensors.items() if n.startswith(prefix)}
+    model = {n.replace(prefix, "model.layers.0."): t for n, t in layer.items()}
+    model["model.embed_tokens.weight"] = table
+    model["model.norm.weight"] = tensors[f"{prefix}shared_head.norm.weight"]
+    model["lm_head.weight"] = tensors["lm_head.weight"]
+    one = dict(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    config = ModelConfig.from_hf(hf | one)
+    described, (state, experts) = weights_of(config, model, "float32")
+    decoder, ops = nnx.merge(described.graphdef, state), ReferenceOps(experts)
+    (arrays,) = cache_spec(config, "float32")
+    cache = tuple(jnp.zeros((3, PAGE_SIZE, a.num_heads, a.head_dim), a.dtype) for a in arrays)
+    where = jnp.arange(NUM_TOKENS, dtype=jnp.int32)
+    step = StepInputs(where, where, jnp.zeros_like(where), where, jnp.array([[0, 1, 2]]))
+    expected, _ = decoder(step, [cache], ops, where)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())

@@ -15,7 +15,6 @@ from jaxmoe.models import deepseek_names
 from jaxmoe.quant.dequantize import dequantize
 from jaxmoe.quant.formats import data_shape, scale_shape
 
-
 # One of each way in which names, exceptions and tensors beside the weights come together.
 IN_OTHER_WAYS = ("kimi_k25_nvfp4", "minimax_m2_nvfp4", "qwen3_5_moe_gptq", "deepseek_v3_awq")
 

@@ -29,10 +29,10 @@ WORDS = {
     "int4_g128": "INT4 in groups of 128",
     "mxfp4": "MXFP4",
     "mxfp8": "MXFP8",
-    "uint4_g32": "GPTQ",
-    "uint4_g128": "AWQ",
     "nvfp4": "NVFP4",
 }
+# Of INT4 values with zero points, which are held in two formats, by how they are stored.
+LAYOUTS = {"awq": "AWQ", "gptq": "GPTQ", "compressed-tensors": "INT4 with zero points"}
 FIGURES = ("float32_error", "bfloat16_kl", "transformers_kl")
 
 
@@ -59,10 +59,11 @@ def supported(results: Mapping[str, Mapping[str, Any]]) -> str:
     formats: dict[str, list[str]] = {architecture: [] for architecture in SUPPORTED}
     for case in tiny_models.CASES:
         if case in results and all(figure in results[case] for figure in FIGURES):
-            architecture = ModelConfig.from_hf(tiny_models.hf_config(case)).architecture
-            word = WORDS[tiny_models.FORMATS.get(case, "bf16")]
-            if word not in formats[architecture]:
-                formats[architecture].append(word)
+            config = ModelConfig.from_hf(tiny_models.hf_config(case))
+            held = tiny_models.FORMATS.get(case, "bf16")
+            word = LAYOUTS[config.quant.layout] if held.startswith("uint4") else WORDS[held]
+            if word not in formats[config.architecture]:
+                formats[config.architecture].append(word)
     lines = ["| `architectures` in config.json | models | weights |", "|---|---|---|"]
     lines += [
         f"| `{architecture}` | {family.models} | {', '.join(formats[architecture])} |"

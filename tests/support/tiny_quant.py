@@ -188,7 +188,7 @@ def gptq(group: int, *, symmetric: bool, v2: bool = False) -> Callable[[np.ndarr
 
 
 def packed_zeros(group: int) -> Callable[[np.ndarray], Tensors]:
-    """compressed-tensors' INT4 with zero points: these packed along outputs, the scales bfloat16."""
+    """compressed-tensors' INT4 with zero points, these packed along outputs; bfloat16 scales."""
 
     def make(w: np.ndarray) -> Tensors:
         codes, zero, scale = uint4_codes(w, group, symmetric=False, scale_dtype=BF16)
