@@ -22,7 +22,7 @@ from jaxmoe.config.model_config import QuantConfig, QuantFormat
 _SUPPORTED = (
     "none, fp8 (E4M3 with 128x128 blocks), mxfp4, mxfp8, compressed-tensors (FP8 a channel or a "
     "128x128 block, INT4 in groups, MXFP4, MXFP8, NVFP4), awq, gptq (4 bits, desc_act false), "
-    "modelopt (NVFP4)"
+    "auto-round (4 bits, packed as GPTQ or AWQ), modelopt (NVFP4)"
 )
 _CT_FORMATS = (
     *("float-quantized", "naive-quantized", "pack-quantized"),
@@ -58,6 +58,7 @@ def parse_quant(fields: HfFields) -> QuantConfig:
         "compressed-tensors": _parse_compressed_tensors,
         "awq": _parse_awq,
         "gptq": _parse_gptq,
+        "auto-round": _parse_auto_round,
         "modelopt": _parse_modelopt,
         "modelopt_fp4": _parse_modelopt,
     }
@@ -127,6 +128,41 @@ def _parse_gptq(table: HfFields) -> QuantConfig:
         elif changes != {}:
             raise table.fail("dynamic", pattern, "patterns of what is not quantized ('-:...')")
     return _grouped(table, "gptq", _patterns(table, "dynamic", tuple(kept)), version == "gptq_v2")
+
+
+# How AutoRound found its weights, and what it would say of activations if it rounded them.
+_OF_AUTO_ROUND = (
+    *("autoround_version", "block_name_to_quantize", "quant_block_list", "backend", "iters", "lr"),
+    *("nsamples", "seqlen", "batch_size", "gradient_accumulate_steps", "minmax_lr", "amp"),
+    *("low_gpu_mem_usage", "low_cpu_mem_usage", "enable_minmax_tuning", "enable_quanted_input"),
+    *("enable_norm_bias_tuning", "enable_alg_ext", "dataset", "sampler", "seed", "scale_dtype"),
+    *("not_use_best_mse", "damp_percent", "true_sequential", "super_bits", "super_group_size"),
+    *("act_data_type", "act_dynamic", "act_group_size", "act_sym", "supported_types"),
+)
+
+
+def _parse_auto_round(table: HfFields) -> QuantConfig:
+    """AutoRound's own: the tensors of GPTQ, without their groups' order, or of AWQ."""
+    formats = ("auto_round:auto_gptq", "auto_round:auto_awq")
+    packed = table.choice("packing_format", of=formats)
+    is_symmetric = table.choice("sym", of=(True, False), default=True)
+    if packed == formats[0] and not is_symmetric:
+        # A zero point of 0 is stored as -1 there, which spills into its neighbours.
+        raise table.fail("sym", False, f"true with packing_format {packed}")
+    table.choice("data_type", of=("int",), default="int")
+    table.choice("act_bits", of=(16, 32), default=16)
+    table.ignore(*_OF_AUTO_ROUND)
+    kept = ["lm_head"]
+    exceptions = table.raw("extra_config", default={})
+    if not isinstance(exceptions, Mapping):
+        raise table.fail("extra_config", exceptions, "an object")
+    for name, changes in exceptions.items():
+        bits = changes.get("bits") if isinstance(changes, Mapping) else None
+        if isinstance(bits, bool) or not isinstance(bits, int) or bits < 16:
+            raise table.fail("extra_config", {name: changes}, "only modules of 16 or 32 bits")
+        kept.append(f"re:{name}$")  # a name, or a pattern
+    layout = "gptq" if packed == formats[0] else "awq"
+    return _grouped(table, layout, _patterns(table, "extra_config", tuple(kept)))
 
 
 def _grouped(

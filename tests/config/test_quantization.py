@@ -112,6 +112,64 @@ def test_what_awq_gptq_and_modelopt_keep():
     assert quant_of("qwen3_moe_gptq", checkpoint_format="gptq_v2").zeros_as_they_are
 
 
+AUTO_ROUND = {
+    "autoround_version": "0.8.0",
+    "batch_size": 8,
+    "bits": 4,
+    "block_name_to_quantize": "model.layers",
+    "data_type": "int",
+    "extra_config": {
+        "model.layers.0.mlp.gate": {"bits": 16, "data_type": "float"},
+        ".*self_attn.*": {"bits": 16},
+    },
+    "group_size": 128,
+    "iters": 200,
+    "nsamples": 512,
+    "packing_format": "auto_round:auto_gptq",
+    "quant_method": "auto-round",
+    "seqlen": 2048,
+    "sym": True,
+}
+
+
+def auto_round(**changes: Any) -> QuantConfig:
+    config = tiny_models.hf_config("qwen3_moe") | {"quantization_config": AUTO_ROUND | changes}
+    return ModelConfig.from_hf(config).quant
+
+
+def test_auto_round():
+    quant = auto_round()
+    assert (quant.format, quant.layout, quant.group) == ("uint4_g128", "gptq", 128)
+    assert auto_round(packing_format="auto_round:auto_awq", sym=False).layout == "awq"
+    for module, converted in (
+        ("model.layers.0.mlp.gate", False),
+        ("model.layers.0.mlp.gate_proj", True),
+        ("model.layers.3.self_attn.o_proj", False),
+        ("lm_head", False),
+    ):
+        assert quant.converts(module) == converted, module
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        ({"bits": 2}, ["bits", "2"]),
+        ({"sym": False}, ["sym", "False", "auto_gptq"]),
+        ({"packing_format": "auto_round"}, ["packing_format", "auto_round:auto_gptq"]),
+        ({"extra_config": {"model.layers.0.mlp.gate": {"bits": 8}}}, ["extra_config", "16 or 32"]),
+        ({"extra_config": {"(": {"bits": 16}}}, ["extra_config", "regular expression"]),
+        ({"data_type": "mx_fp"}, ["data_type", "mx_fp"]),
+        ({"act_bits": 8}, ["act_bits", "8"]),
+        ({"rotation_config": {"a": 1}}, ["rotation_config"]),
+    ],
+)
+def test_other_kinds_of_auto_round_are_refused(changes: dict[str, Any], mentions: list[str]):
+    with pytest.raises(ConfigError) as error:
+        auto_round(**changes)
+    for words in ("quantization_config", *mentions):
+        assert words in str(error.value)
+
+
 def activations(**changes: Any) -> dict[str, Any]:
     given = tiny_models.hf_config("glm4_moe_fp8")["quantization_config"]["config_groups"]["group_0"]
     changed = given | {"input_activations": given["input_activations"] | changes}

@@ -196,6 +196,10 @@ FORMAT_MUTATIONS = {
         "qwen3_moe_awq",
         change(".qzeros", lambda z: z ^ np.int32(0x11111111)),
     ),
+    "compressed-tensors' zero points one off": (
+        "glm4_moe_int4",
+        change(".weight_zero_point", lambda z: z ^ np.int32(0x11111111)),
+    ),
     "AWQ's outputs as they lie": ("qwen3_moe_awq", change(".qweight", swap_nibbles)),
     "GPTQ's zero points as stored": (
         "qwen3_moe_gptq",
@@ -218,7 +222,10 @@ FORMAT_MUTATIONS = {
     ),
 }
 # For the slow run: of cases whose reading is held to the bytes in other tests too.
-SLOW_FORMATS = ("qwen3_moe_int4", "deepseek_v31_fp8", "qwen3_moe_nvfp4", "deepseek_v3_nvfp4")
+SLOW_FORMATS = (
+    *("qwen3_moe_int4", "deepseek_v31_fp8", "qwen3_moe_nvfp4", "deepseek_v3_nvfp4"),
+    "glm4_moe_int4",
+)
 FORMAT_CASES = list(dict.fromkeys(case for case, _ in FORMAT_MUTATIONS.values()))
 
 

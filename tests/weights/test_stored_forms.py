@@ -171,7 +171,7 @@ def nothing(tensors: Tensors) -> None:
     """The tensors as they are."""
 
 
-# case, what is done to its tensors, what config.json says of them instead
+# case, what is done to its tensors, what config.json says of them instead: as a case, or this
 SAME = {
     "block scales under another name": (
         "deepseek_v31_fp8",
@@ -210,6 +210,16 @@ SAME = {
         lambda t: [t.pop(name) for name in list(t) if name.endswith(".g_idx")],
         None,
     ),
+    "GPTQ by AutoRound": (
+        "qwen3_moe_gptq",
+        lambda t: [t.pop(name) for name in list(t) if name.endswith(".g_idx")],
+        {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            **{"bits": 4, "group_size": 64, "sym": True},
+            "extra_config": {"model.layers.0.mlp.gate": {"bits": 16}},
+        },
+    ),
     "NVFP4, config says ModelOpt": ("qwen3_moe_nvfp4", nothing, "deepseek_v3_nvfp4"),
     "NVFP4, the factor without a dimension": (
         "qwen3_moe_nvfp4",
@@ -238,7 +248,9 @@ def test_tensors_decide(tmp_path: Path, name: str, runtime: CpuRuntime) -> None:
     if said_by is not None:
         del hf["quantization_config"]
         if said_by:
-            hf["quantization_config"] = tiny_models.hf_config(said_by)["quantization_config"]
+            is_case = isinstance(said_by, str)
+            said = tiny_models.hf_config(said_by)["quantization_config"] if is_case else said_by
+            hf["quantization_config"] = said
     (tmp_path / "config.json").write_text(json.dumps(hf))
     config, model = load_case(tmp_path, runtime)
     assert model.host_store is not None
