@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -180,7 +181,7 @@ def gpu() -> Check:
             "GPU",
             status,
             f"no CUDA driver library ({told})",
-            "Everything runs on the CPU; this version of jaxmoe uses no GPU.",
+            "Everything runs on the CPU.",
             "Inside a container, start it with the NVIDIA runtime." if smi else "",
         )
     if asked.get("error") or "devices" not in asked:
@@ -188,18 +189,39 @@ def gpu() -> Check:
             "GPU",
             WARN,
             f"the CUDA driver fails: {asked.get('error')} ({told})",
-            "Everything runs on the CPU; this version of jaxmoe uses no GPU.",
+            "Everything runs on the CPU until it works.",
             "Error 803: driver and library are of different versions, reboot; 100: no device is "
             "visible; 999: reload the nvidia modules.",
         )
     version = asked["version"]
     devices = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in asked["devices"])
+    found = f"CUDA {version // 1000}.{version % 1000 // 10}: {devices or 'no device'} ({told})"
+    if not devices:
+        return Check("GPU", OK, found, "Everything runs on the CPU.")
+    plugin = gpu_plugin()
+    if plugin is None:
+        return Check(
+            "GPU",
+            WARN,
+            found,
+            "JAX has no CUDA plugin here, so everything runs on the CPU.",
+            'Install it beside jaxmoe: pip install "jax[cuda13]".',
+        )
     return Check(
         "GPU",
         OK,
-        f"CUDA {version // 1000}.{version % 1000 // 10}: {devices or 'no device'} ({told})",
-        "This version of jaxmoe uses no GPU: everything runs on the CPU.",
+        f"{found}, {plugin}",
+        "All but the routed experts runs on the GPU (--device=auto), where the model's formats "
+        "have kernels; the start-up report says what lies where.",
     )
+
+
+def gpu_plugin() -> str | None:
+    """JAX's plugin for NVIDIA GPUs and its version, if one is installed."""
+    for name in ("jax-cuda13-plugin", "jax-cuda12-plugin"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    return None
 
 
 def ask_cuda() -> dict:

@@ -367,6 +367,18 @@ def _load(
         )
 
 
+def _describe_memory(layout: CacheLayout, states: StateLayout | None, loaded: LoadedModel) -> str:
+    """What this start holds, beside what is free now; the plan before a start is plan.py's."""
+    report, room = loaded.report, min(memory.rooms(), key=lambda room: room.free_bytes)
+    weights, cache = report.expert_bytes + report.leaf_bytes, layout.total_bytes
+    more = "" if states is None else f", recurrent states {memory.gib(states.total_bytes)}"
+    return (
+        f"memory: weights {memory.gib(weights)}, KV cache {memory.gib(cache)}{more}; this process "
+        f"{memory.gib(memory.peak_rss_bytes())} at the peak so far, steps to compile not counted "
+        f"(--plan_only counts them); {memory.gib(room.free_bytes)} left of {room.source}"
+    )
+
+
 def _describe_decode(device: Device | None) -> str:
     if device is None or device.platform == "cpu":
         why = "without a GPU attention and experts need the same cores"
@@ -417,6 +429,7 @@ def describe(
         f"KV cache: {layout.total_tokens} tokens in {layout.num_pages} pages, "
         f"{layout.total_bytes / 2**20:.1f} MiB; up to {config.max_num_seqs} sequences of "
         f"{layout.max_model_len} tokens (the model's limit is {model.max_position})",
+        _describe_memory(layout, states, loaded),
         _describe_decode(device),
         *_describe_states(states),
         f"sampling defaults: temperature {params.temperature}, top_p {params.top_p}, top_k "

@@ -176,26 +176,27 @@ def test_amx_that_the_kernel_refuses(tmp_path, monkeypatch):
     assert "permitted" in doctor_software.amx(file).found
 
 
+H100 = {"error": 0, "version": 12080, "devices": [["H100", 80 << 30]]}
+
+
 @pytest.mark.parametrize(
-    ("asked", "smi", "status", "words"),
+    ("asked", "smi", "plugin", "status", "words", "meaning"),
     [
-        ({"missing": "libcuda.so.1"}, "", OK, "no CUDA driver library (no nvidia-smi)"),
-        ({"missing": "libcuda.so.1"}, "driver 570.1", WARN, "no CUDA driver library"),
-        ({"error": 803}, "", WARN, "fails: 803"),
-        ({"error": "no answer in 30 s"}, "", WARN, "no answer"),
-        (
-            {"error": 0, "version": 12080, "devices": [["H100", 80 << 30]]},
-            "driver 570.1",
-            OK,
-            "CUDA 12.8: H100 80.0 GiB (nvidia-smi: driver 570.1)",
-        ),
+        ({"missing": "a"}, "", None, OK, "driver library (no nvidia-smi)", "runs on the CPU."),
+        ({"missing": "a"}, "driver 570.1", None, WARN, "no CUDA driver library", "on the CPU."),
+        ({"error": 803}, "", None, WARN, "fails: 803", "until it works"),
+        ({"error": "no answer in 30 s"}, "", None, WARN, "no answer", "until it works"),
+        (H100 | {"devices": []}, "", "p 1", OK, "12.8: no device", "runs on the CPU."),
+        (H100, "driver 570.1", None, WARN, "(nvidia-smi: driver 570.1)", "no CUDA plugin"),
+        (H100, "driver 570.1", "p 1", OK, "CUDA 12.8: H100 80.0 GiB", "experts runs on the GPU"),
     ],
 )
-def test_gpu(monkeypatch, asked, smi, status, words):
+def test_gpu(monkeypatch, asked, smi, plugin, status, words, meaning):
     monkeypatch.setattr(doctor_software, "ask_cuda", lambda: asked)
     monkeypatch.setattr(doctor_software, "nvidia_smi", lambda: smi)
+    monkeypatch.setattr(doctor_software, "gpu_plugin", lambda: plugin)
     check = doctor_software.gpu()
-    assert check.status == status and words in check.found
+    assert check.status == status and words in check.found and meaning in check.meaning
 
 
 def test_a_driver_that_crashes_or_hangs_is_reported(monkeypatch):
