@@ -60,7 +60,7 @@ def supported(results: Mapping[str, Mapping[str, Any]]) -> str:
     for case in tiny_models.CASES:
         if case in results and all(figure in results[case] for figure in FIGURES):
             architecture = ModelConfig.from_hf(tiny_models.hf_config(case)).architecture
-            word = WORDS[tiny_models.FORMATS.get(case, "bf16")]
+            word = _word(case)
             if word not in formats[architecture]:
                 formats[architecture].append(word)
     lines = ["| `architectures` in config.json | models | weights |", "|---|---|---|"]
@@ -69,6 +69,16 @@ def supported(results: Mapping[str, Mapping[str, Any]]) -> str:
         for architecture, family in SUPPORTED.items()
     ]
     return "\n".join(lines) + "\n"
+
+
+def _word(case: str) -> str:
+    """What a case's weights are, with the size of groups that was held to transformers."""
+    config = tiny_models.hf_config(case)
+    quant = config.get("quantization_config", {})
+    if quant.get("quant_method") in ("awq", "gptq"):
+        return f"{quant['quant_method'].upper()} in groups of {quant['group_size']}"
+    word = WORDS[tiny_models.FORMATS.get(case, "bf16")]
+    return f"FP8 block with {word} experts" if config["model_type"] == "deepseek_v4" else word
 
 
 def held(results: Mapping[str, Mapping[str, Any]]) -> str:
