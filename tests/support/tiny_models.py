@@ -94,7 +94,7 @@ FORMATS = {
 # Written as several files with an index; the others are one file.
 SHARDED = (
     *("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25", "kimi_k2_int4"),
-    "qwen3_5_moe",
+    *("qwen3_5_moe", "deepseek_v4"),
 )
 # With a vision tower, and the text model's tensors under a part of their own.
 _QWEN35 = ("qwen3_5_moe", "qwen3_5_moe_fp8")

@@ -139,8 +139,14 @@ def check(name, arguments, format):
     assert all(isinstance(h, int) for h in value.get("hours", []))
 
 
+# DeepSeek-V3.2's grammar is V4's with another name of the block.
+WALKED = [
+    pytest.param(f, marks=[pytest.mark.slow] if f == "deepseek_v32" else []) for f in TOOL_FORMATS
+]
+
+
 @pytest.mark.parametrize("marks_are_tokens", [True, False])
-@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize("format", WALKED)
 def test_what_the_grammar_allows_is_calls_with_valid_arguments(format, marks_are_tokens):
     rng = random.Random(0)
     find = token_id if marks_are_tokens else lambda text: None
@@ -158,7 +164,7 @@ def test_what_the_grammar_allows_is_calls_with_valid_arguments(format, marks_are
     assert names == {"weather", "now"} and len(counts) > 1
 
 
-@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize("format", WALKED)
 def test_a_named_function_is_called_once(format):
     spec = tool_grammar(format, TOOLS, NAMED, token_id)
     rng = random.Random(1)
@@ -184,7 +190,7 @@ RAW_STRINGS = {"qwen3_coder", *DSML_FORMATS}  # of strings, only their choices a
 
 
 @pytest.mark.parametrize("marks_are_tokens", [True, False])
-@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize("format", WALKED)
 def test_calls_the_model_makes_by_itself_are_held_to_strict_schemas(format, marks_are_tokens):
     find = token_id if marks_are_tokens else lambda text: None
     assert free_grammar(format, TOOLS, find) is None  # nothing is asked for
