@@ -1,4 +1,5 @@
-"""Tensor names of DeepSeek-V4, which follow its own code and not transformers'.
+"""Tensor names of DeepSeek-V4: as shipped, which follow its own code, and as transformers saves
+them.
 
 The maps of the output's groups are rows of one matrix, `wo_a [G O, N H / G]`; the table of experts
 of hashed layers, `tid2eid [V, A]`, is int64.
@@ -6,7 +7,7 @@ of hashed layers, `tid2eid [V, A]`, is int64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from jaxmoe.quant.formats import FORMATS, data_shape, scale_shape
 from jaxmoe.weights.name_map import StoredTensor, TensorSource
 
 _OF_TRUNK = {"embedding": "embed", "final_norm": "norm", "lm_head": "head"}
+_SAVED_EMBEDDING = "model.embed_tokens.weight"
 _SMALL = ("F32",)  # what sinks, biases and the streams' weights are shipped in
 _STREAMS_HEAD = "streams_head."
 _COMPRESSOR = {"kv": "wkv", "gate": "wgate", "norm": "norm"}
@@ -24,6 +26,8 @@ _COMPRESSOR = {"kv": "wkv", "gate": "wgate", "norm": "norm"}
 
 class DeepseekV4Names(HfNames):
     trunk = ""
+    of_trunk = _OF_TRUNK
+    streams_head = "hc_head_"
     modules = {
         "attention_norm": "attn_norm",
         "mlp_norm": "ffn_norm",
@@ -61,10 +65,14 @@ class DeepseekV4Names(HfNames):
     expert = "ffn.experts.{expert}.{which}"
     expert_matrices = {"gate": "w1", "up": "w3", "down": "w2"}
 
+    @classmethod
+    def of(cls, tensors: Collection[str]) -> type[HfNames]:
+        return SavedDeepseekV4Names if _SAVED_EMBEDDING in tensors else cls
+
     def module_name(self, path: str) -> str:
         if path.startswith(_STREAMS_HEAD):
-            return "hc_head_" + path.removeprefix(_STREAMS_HEAD)
-        return _OF_TRUNK.get(path) or super().module_name(path)
+            return self.streams_head + path.removeprefix(_STREAMS_HEAD)
+        return self.of_trunk.get(path) or super().module_name(path)
 
     def weight_name(self, path: str) -> str:
         name = self.module_name(path)
@@ -124,3 +132,14 @@ class DeepseekV4Names(HfNames):
         """Also the draft heads, as many as config.json says."""
         drafts = (f"mtp.{i}." for i in range(self._config.num_draft_layers))
         return name.startswith(tuple(drafts)) or super().ignored(name)
+
+
+class SavedDeepseekV4Names(DeepseekV4Names):
+    """As `save_pretrained` of transformers 5.17 to 5.24 writes them: no draft heads, and names that
+    are half its own.
+    """
+
+    trunk = "model."
+    of_trunk = {**_OF_TRUNK, "embedding": "model.embed_tokens", "final_norm": "model.norm"}
+    streams_head = "model.hc_head.hc_"
+    modules = {**DeepseekV4Names.modules, "attention.kv_norm": "attn.norm"}

@@ -7,7 +7,7 @@ whose weights are not stored as they are used (MLA's up-projections) overrides `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -63,6 +63,11 @@ class HfNames:
         self._config = config
         self._specs = specs
         self._forms = forms
+
+    @classmethod
+    def of(cls, tensors: Collection[str]) -> type[HfNames]:
+        """The map for a checkpoint with tensors of these names: families may have layouts."""
+        return cls
 
     def module_name(self, path: str) -> str:
         """The name of a module: "layers.3.attention.o" -> "model.layers.3.self_attn.o_proj"."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 
@@ -100,12 +100,17 @@ def describe_model(
 
 
 def name_map(
-    config: ModelConfig, specs: Mapping[str, ParamSpec], formats: Forms | None = None
+    config: ModelConfig,
+    specs: Mapping[str, ParamSpec],
+    formats: Forms | None = None,
+    tensors: Collection[str] = (),
 ) -> HfNames:
     """Where the leaves of a description come from in a Hugging Face checkpoint, whose `formats` it
     was made with.
+
+    tensors: the names that there are, for families with more than one layout; none: as published.
     """
-    return SUPPORTED[config.architecture].names(config, specs, formats)
+    return SUPPORTED[config.architecture].names.of(tensors)(config, specs, formats)
 
 
 def stored_formats(config: ModelConfig, tensors: Mapping[str, HasShape]) -> Forms:
@@ -115,7 +120,7 @@ def stored_formats(config: ModelConfig, tensors: Mapping[str, HasShape]) -> Form
         config: the model.
         tensors: all tensors in the checkpoint by name, with safetensors dtype ("BF16") and shape.
     """
-    names = name_map(config, {})
+    names = name_map(config, {}, tensors=tensors)
 
     def stored(path: str) -> StoredForm:
         name = names.weight_name(path)

@@ -1,7 +1,7 @@
 """Messages and functions in OpenAI's chat form, which every API's input becomes.
 
-The form is what chat templates take: role, content as one text, tool_calls, tool_call_id,
-reasoning_content. What it does not do: render anything.
+The form is what ChatTemplate.render takes: role, content as a text or text parts, tool_calls,
+tool_call_id, reasoning_content. What it does not do: render anything.
 """
 
 from __future__ import annotations
@@ -63,8 +63,15 @@ def check_message(name: str, message: Any) -> dict[str, Any]:
     content = message.get("content")
     if content is None and role == "assistant":
         out["content"] = "" if calls else None
+    elif isinstance(content, list) and role != "assistant":
+        # The template's side joins them: DeepSeek-V4's puts blank lines between.
+        texts = [part_text(f"{name}.content[{at}]", part) for at, part in enumerate(content)]
+        out["content"] = [{"type": "text", "text": text} for text in texts]
     else:
         out["content"] = content_text(f"{name}.content", content)
+    if role == "user" and message.get("task") is not None:
+        check_text(message["task"], f"{name}.task")
+        out["task"] = message["task"]  # DeepSeek-V4's; other templates have no word for it
     if role == "assistant":
         for key in ("reasoning_content", "reasoning"):
             if message.get(key) is not None:

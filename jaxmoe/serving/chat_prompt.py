@@ -106,11 +106,13 @@ def render(state: ServerState, request: ChatRequest) -> tuple[str, str]:
             request.messages,
             add_generation_prompt=request.add_generation_prompt,
             tools=list(offered) or None,
+            response_format=_response_format(request.output_format),
             **kwargs,
         )
         return text, ""
     final = request.messages[-1]
-    content = (final.get("content") or "").rstrip()
+    content = final.get("content") or ""
+    content = content.rstrip() if isinstance(content, str) else ""
     if final.get("role") != "assistant" or not content or final.get("tool_calls"):
         raise bad_field(
             "continue_final_message", "wants a last message of the assistant with text in it"
@@ -122,6 +124,7 @@ def render(state: ServerState, request: ChatRequest) -> tuple[str, str]:
         [*request.messages[:-1], {**final, "content": content + mark}],
         add_generation_prompt=False,
         tools=list(offered) or None,
+        response_format=_response_format(request.output_format),
         **kwargs,
     )
     text = text.partition(mark)[0] if text.count(mark) == 1 else ""
@@ -130,6 +133,13 @@ def render(state: ServerState, request: ChatRequest) -> tuple[str, str]:
             "continue_final_message", "the chat template does not show the message as it is"
         )
     return text, content
+
+
+def _response_format(format: OutputFormat | None) -> Mapping[str, Any] | None:
+    """What the prompt may say of the answer's form."""
+    if format is None or format.kind not in ("json_object", "json_schema"):
+        return None
+    return {"schema": format.value}
 
 
 def _check_tools(state: ServerState, request: ChatRequest) -> None:

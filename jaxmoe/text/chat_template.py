@@ -5,7 +5,8 @@ The template comes with the checkpoint and is compiled once, in a sandbox in whi
 reach attributes of Python objects nor change its arguments. Messages come from anybody, so they are
 checked first and the rendered text is capped; repetition and powers are capped too, for they make
 gigabytes of few characters. Servers render in processes of their own (template_process.py), which
-bound time and memory whatever the template does. What it does not do: take templates from requests.
+bound time and memory whatever the template does. DeepSeek-V3.2 and V4 ship none: their prompts are
+written natively (deepseek_encoding.py). What it does not do: take templates from requests.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import jinja2.sandbox
 
 from jaxmoe.common.errors import CheckpointError, RequestError
 from jaxmoe.common.fields import shown
+from jaxmoe.text.deepseek_encoding import MessageEncoding, message_encoding
 from jaxmoe.text.template_process import TemplateProcess
 from jaxmoe.text.tokenizer import check_text, read_json, token_text
 from jaxmoe.text.tools import (
@@ -40,7 +42,15 @@ from jaxmoe.text.tools import (
 MAX_CHARS = 16 << 20
 MAX_MESSAGES = 100_000
 _RESERVED = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+    {
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "response_format",
+        "bos_token",
+        "eos_token",
+    }
 )
 
 
@@ -87,17 +97,29 @@ class CompiledTemplate:
 
 
 class ChatTemplate:
-    """A compiled template and the special tokens it may name."""
+    """A compiled template and the special tokens it may name, or an encoding in its place.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        self._renderer: CompiledTemplate | TemplateProcess = CompiledTemplate(source)
-        self.source = source
+    source: the template, of an encoding its marks; it says which formats the model speaks.
+    """
+
+    def __init__(
+        self, source: str | MessageEncoding, special_tokens: Mapping[str, str] | None = None
+    ) -> None:
+        self._renderer: CompiledTemplate | TemplateProcess | MessageEncoding
+        if isinstance(source, str):
+            self._renderer, self.source, self._part_joint = CompiledTemplate(source), source, ""
+        else:
+            self._renderer = source
+            self.source, self._part_joint = source.marks, source.part_joint
         self._special_tokens = dict(special_tokens or {})
 
     def guarded(self) -> ChatTemplate:
         """The same template, rendered in processes of its own with limits of time and memory
-        (template_process.py); `close` ends them.
+        (template_process.py); `close` ends them. An encoding, whose time grows with the text alone,
+        needs none.
         """
+        if not isinstance(self._renderer, (CompiledTemplate, TemplateProcess)):
+            return self
         guarded = ChatTemplate(self.source, self._special_tokens)
         guarded._renderer = TemplateProcess(self.source)
         return guarded
@@ -113,8 +135,8 @@ class ChatTemplate:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> ChatTemplate | None:
-        """The template of a checkpoint directory: chat_template.jinja, else tokenizer_config.json;
-        None if none.
+        """The template of a checkpoint directory: chat_template.jinja, else tokenizer_config.json,
+        else an encoding that we know its family to have; None if none.
 
         A list of named templates gives its "default".
         """
@@ -133,7 +155,8 @@ class ChatTemplate:
         elif source is None:
             source = read_json(path / "chat_template.json").get("chat_template")
         if source is None:
-            return None
+            encoding = message_encoding(path)
+            return None if encoding is None else cls(encoding)
         if not isinstance(source, str):
             raise CheckpointError(
                 f"{path / 'tokenizer_config.json'}: chat_template is {shown(source)}, wanted text"
@@ -151,10 +174,16 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        response_format: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt of a conversation. `tools`: OpenAI's list, or None. `kwargs` are the
-        template's own switches (such as enable_thinking).
+        """The prompt of a conversation.
+
+        Args:
+            tools: OpenAI's list, or None.
+            response_format: {"schema": a JSON schema, or None for any JSON object}, which the
+                answer will be held to; encodings tell the model, templates have no words for it.
+            kwargs: the template's own switches (such as enable_thinking).
         """
         if not isinstance(add_generation_prompt, bool):
             raise RequestError(
@@ -166,7 +195,7 @@ class ChatTemplate:
                     f"chat template argument {name!r}: got {shown(value)}, wanted a plain value "
                     "under a name that is not " + ", ".join(sorted(_RESERVED))
                 )
-        checked = check_messages(messages)
+        checked = check_messages(messages, self._part_joint)
         if any(m.get("tool_calls") for m in checked):
             checked = in_form(checked, self._arguments_form)
         return self._render(
@@ -177,11 +206,14 @@ class ChatTemplate:
                 "tools": check_tools(tools) if tools else None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
+                **({} if response_format is None else {"response_format": response_format}),
             }
         )
 
     @functools.cached_property
     def _arguments_form(self) -> ArgumentsForm:
+        if not isinstance(self._renderer, (CompiledTemplate, TemplateProcess)):
+            return "object"
         variables = {**self._special_tokens, "tools": None, "documents": None}
         variables |= {"add_generation_prompt": False, "messages": PROBE}
         try:
@@ -195,16 +227,16 @@ class ChatTemplate:
         return self._renderer.render(variables)
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: Any, part_joint: str = "") -> list[dict[str, Any]]:
     """Plain copies of the messages, with lists of text parts joined to one text."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"messages: got {shown(messages)}, wanted a list of messages")
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise RequestError(f"messages: got {len(messages)}, wanted 1 to {MAX_MESSAGES}")
-    return [_check_message(i, m) for i, m in enumerate(messages)]
+    return [_check_message(i, m, part_joint) for i, m in enumerate(messages)]
 
 
-def _check_message(at: int, message: Any) -> dict[str, Any]:
+def _check_message(at: int, message: Any, part_joint: str) -> dict[str, Any]:
     name = f"messages[{at}]"
     if not isinstance(message, Mapping) or any(not isinstance(k, str) for k in message):
         raise RequestError(f"{name}: got {shown(message)}, wanted an object with role and content")
@@ -219,11 +251,11 @@ def _check_message(at: int, message: Any) -> dict[str, Any]:
     if content is None and role == "assistant":
         copy["content"] = None  # templates ask whether it is none, not whether it is there
         return copy
-    copy["content"] = _content_text(f"{name}.content", content)
+    copy["content"] = _content_text(f"{name}.content", content, part_joint)
     return copy
 
 
-def _content_text(name: str, content: Any) -> str:
+def _content_text(name: str, content: Any, part_joint: str) -> str:
     if isinstance(content, (list, tuple)):
         texts = []
         for i, part in enumerate(content):
@@ -231,7 +263,7 @@ def _content_text(name: str, content: Any) -> str:
                 raise RequestError(f"{name}[{i}]: got {shown(part)}, wanted a part of type 'text'")
             check_text(part.get("text"), f"{name}[{i}].text")
             texts.append(part["text"])
-        return "".join(texts)
+        return part_joint.join(texts)
     check_text(content, name)
     return content
 

@@ -3,7 +3,8 @@
 The families (from their model cards and chat templates):
 
 * DeepSeek-R1 (0528 and the first): the template opens `<think>\\n` itself, so the text begins in
-  the thoughts. DeepSeek-V3.1: the template writes `<think>` (thinking) or `</think>` (not).
+  the thoughts. DeepSeek-V3.1: the template writes `<think>` (thinking) or `</think>` (not);
+  V3.2's and V4's prompts likewise.
 * Qwen3: the model writes `<think>\\n...\\n</think>\\n\\n` itself; with enable_thinking=false the
   template writes an empty pair; the 2507 Thinking models' template opens `<think>\\n`.
 * Kimi-K2-Thinking: the model writes `<think>...</think>`; a tool call may follow at once and ends
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxmoe.common.errors import ConfigError
+from jaxmoe.text.dsml import BLOCKS, opening
 from jaxmoe.text.tags import could_begin, first_of, unfinished
 
 
@@ -31,9 +33,11 @@ class ReasoningFormat:
 
 
 _DEEPSEEK_TOOLS = "<\uff5ctool\u2581calls\u2581begin\uff5c>"
+_DSML_BLOCKS = tuple(opening(block) for block in BLOCKS.values())  # V3.2's and V4's
 _KIMI_TOOLS = "<|tool_calls_section_begin|>"
 REASONING_FORMATS = {
     "deepseek_r1": ReasoningFormat("<think>", "</think>", (_DEEPSEEK_TOOLS,)),
+    "deepseek_v4": ReasoningFormat("<think>", "</think>", _DSML_BLOCKS),
     "qwen3": ReasoningFormat("<think>", "</think>"),
     "kimi_k2": ReasoningFormat("<think>", "</think>", (_KIMI_TOOLS,)),
 }
@@ -45,6 +49,8 @@ def choose_reasoning_format(template: str | None) -> str | None:
     """
     if template is None or ("</think>" not in template and "<think>" not in template):
         return None
+    if any(mark in template for mark in _DSML_BLOCKS):
+        return "deepseek_v4"
     if _DEEPSEEK_TOOLS in template or "<\uff5cAssistant\uff5c>" in template:
         return "deepseek_r1"
     return "kimi_k2" if _KIMI_TOOLS in template or "<|im_middle|>" in template else "qwen3"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from jaxmoe.common.fields import shown
 from jaxmoe.text import tiktoken_file
 from jaxmoe.text.byte_level import byte_level_table
 
+_MARK = re.compile(r"(?s)<.*>|\uff5c.+\uff5c")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's visible space
 
 
@@ -91,13 +93,11 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def tag_ids(self) -> frozenset[int]:
-        """Tokens that are marks and no text: the special ones, and added ones such as `<think>`
-        that some checkpoints do not call special.
+        """Tokens that are marks and no text: the special ones, and added ones such as `<think>` and
+        DeepSeek's between full-width bars that some checkpoints do not call special.
         """
         added = self._backend.get_added_tokens_decoder()
-        return self._special | {
-            i for i, t in added.items() if t.content.startswith("<") and t.content.endswith(">")
-        }
+        return self._special | {i for i, t in added.items() if _MARK.fullmatch(t.content)}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens=False` for texts that a chat template wrote."""

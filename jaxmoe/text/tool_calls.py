@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxmoe.common.errors import ConfigError
+from jaxmoe.text.dsml import BLOCKS, opening
 
 MAX_HEAD_CHARS = 512  # of a call before its arguments; OpenAI's names have at most 64
 
@@ -119,7 +120,15 @@ class ToolCallParser(abc.ABC):
             self._calls.append(ToolCallDelta(index, arguments=text))
 
 
-TOOL_FORMATS = ("deepseek_v3", "deepseek_v31", "hermes", "kimi_k2", "qwen3_coder")
+TOOL_FORMATS = (
+    "deepseek_v3",
+    "deepseek_v31",
+    "deepseek_v32",
+    "deepseek_v4",
+    "hermes",
+    "kimi_k2",
+    "qwen3_coder",
+)
 
 
 def choose_tool_format(template: str | None) -> str | None:
@@ -129,6 +138,9 @@ def choose_tool_format(template: str | None) -> str | None:
     """
     if template is None:
         return None
+    for name, block in BLOCKS.items():
+        if opening(block) in template:
+            return name
     if "<\uff5ctool\u2581call" in template:
         return "deepseek_v3" if "```json" in template else "deepseek_v31"
     if "<|tool_call" in template:
@@ -143,10 +155,12 @@ def make_tool_parser(
     tools: Sequence[Mapping[str, Any]] = (),
     make_id: Callable[[], str] = new_call_id,
 ) -> ToolCallParser:
-    """A parser for one completion. tools: OpenAI's list; qwen3_coder needs the parameters' types.
+    """A parser for one completion. tools: OpenAI's list; qwen3_coder and DeepSeek's newer ones need
+    the parameters' types.
 
     Raises ConfigError for an unknown format.
     """
+    from jaxmoe.text.tool_calls_dsml import DsmlParser
     from jaxmoe.text.tool_calls_json import HermesParser
     from jaxmoe.text.tool_calls_marked import DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, MarkedParser
     from jaxmoe.text.tool_calls_xml import QwenCoderParser
@@ -156,6 +170,8 @@ def make_tool_parser(
         return MarkedParser(marked[format], make_id)
     if format == "hermes":
         return HermesParser(make_id)
+    if format in BLOCKS:
+        return DsmlParser(format, tools, make_id)
     if format == "qwen3_coder":
         return QwenCoderParser(tools, make_id)
     raise ConfigError(f"tool format: got {format!r}, wanted one of {', '.join(TOOL_FORMATS)}")

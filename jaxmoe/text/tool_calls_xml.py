@@ -47,7 +47,7 @@ class QwenCoderParser(ToolCallParser):
         if self._state in (self._text, self._function):
             self._add_content(self._raw + self._buf)
         elif self._state == self._string:
-            self._add_arguments(_escaped(self._buf))
+            self._add_arguments(escaped(self._buf))
         # Half a number would read as a whole one: a value that is no string stays away.
         elif self._state == self._closing and not could_begin(self._buf.strip(), (END,)):
             self._add_content(self._buf)
@@ -89,7 +89,7 @@ class QwenCoderParser(ToolCallParser):
             if not closed:
                 return False
             self._key, self._buf = key.strip(), rest
-            self._add_arguments(("{" if self._first else ", ") + _dumps(self._key) + ": ")
+            self._add_arguments(("{" if self._first else ", ") + dumps(self._key) + ": ")
             self._first = False
             if self._types_of_key() == {"string"}:
                 self._add_arguments('"')
@@ -115,12 +115,12 @@ class QwenCoderParser(ToolCallParser):
             self._begun = True
         end = self._buf.find(PARAMETER_END)
         if end >= 0:
-            self._add_arguments(_escaped(self._cut(end).removesuffix("\n")) + '"')
+            self._add_arguments(escaped(self._cut(end).removesuffix("\n")) + '"')
             self._cut(len(PARAMETER_END))
             self._state = self._parameters
             return True
         held = unfinished(self._buf, ("\n" + PARAMETER_END, PARAMETER_END))
-        self._add_arguments(_escaped(self._cut(len(self._buf) - held)))
+        self._add_arguments(escaped(self._cut(len(self._buf) - held)))
         return False
 
     def _other(self) -> bool:
@@ -129,7 +129,7 @@ class QwenCoderParser(ToolCallParser):
             return False
         value = self._cut(end).removeprefix("\n").removesuffix("\n")
         self._cut(len(PARAMETER_END))
-        self._add_arguments(_typed(value, self._types_of_key()))
+        self._add_arguments(typed(value, self._types_of_key()))
         self._state = self._parameters
         return True
 
@@ -197,7 +197,7 @@ def _type_of(value: Any) -> str:
     return "object" if isinstance(value, Mapping) else "array"
 
 
-def _typed(text: str, types: set[str]) -> str:
+def typed(text: str, types: set[str]) -> str:
     """JSON text of a raw value: as a type the schema allows, else as whatever it is, else a
     string.
     """
@@ -206,22 +206,22 @@ def _typed(text: str, types: set[str]) -> str:
     try:
         value = json.loads(lowered.get(text.lower(), text), parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return _dumps(text)
+        return dumps(text)
     kind = _type_of(value)
     allowed = not types or kind in types or (kind == "integer" and "number" in types)
     if not allowed and "string" in types:
-        return _dumps(text)
-    return _dumps(value)
+        return dumps(text)
+    return dumps(value)
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(constant)
 
 
-def _dumps(value: Any) -> str:
+def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """The inside of a JSON string."""
-    return _dumps(text)[1:-1]
+    return dumps(text)[1:-1]

@@ -18,6 +18,7 @@ from typing import Any
 from jaxmoe.common.errors import ConfigError, RequestError
 from jaxmoe.common.fields import shown
 from jaxmoe.structured_output import JSON_OPTIONS, StructuredOutput, lark_literal
+from jaxmoe.text import dsml
 from jaxmoe.text.tool_calls import TOOL_FORMATS
 from jaxmoe.text.tool_calls_marked import DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, Marks
 from jaxmoe.text.tool_calls_xml import PARAMETER_END, parameter_types
@@ -83,8 +84,8 @@ def tool_grammar(
     functions = [t["function"] for t in chosen]
     many = parallel and tool_choice == "required"
     lark = _Lark(token_id)
-    begin, rest = _calls(lark, format, functions, many)
-    lark.rule("start", f"{lark.mark(begin)} {rest}")
+    lead, begin, rest = _calls(lark, format, functions, many)
+    lark.rule("start", f"{lark_literal(lead) if lead else ''} {lark.mark(begin)} {rest}")
     return StructuredOutput.grammar(lark.text())
 
 
@@ -104,17 +105,20 @@ def free_grammar(
     functions = [t["function"] for t in check_tools(tools)]
     if not functions or (parallel and not any(f.get("strict") for f in functions)):
         return None
-    # Others may have any arguments. In XML there are only those that the schema names.
-    if format != "qwen3_coder":
+    # Others may have any arguments. In tags there are only those that the schema names.
+    if format != "qwen3_coder" and format not in dsml.BLOCKS:
         anything = {"type": "object"}
         functions = [f if f.get("strict") else {**f, "parameters": anything} for f in functions]
     lark = _Lark(token_id)
-    begin, rest = _calls(lark, format, functions, parallel)
+    lead, begin, rest = _calls(lark, format, functions, parallel)
     # A call begins with a mark, so text has none, however its tokens are cut.
     begins = [begin, *([_MARKED[format].call_begin] if format in _MARKED else [])]
     marks = "|".join("".join(f"\\{c}" if c in _REGEX_CHARS else c for c in m) for m in begins)
     text = lark.rule("TEXT", rf"/(.|\n)*/ & ~/(.|\n)*({marks})(.|\n)*/")
-    if token_id(begin) is not None:
+    if lead.endswith("<"):
+        before = lark.rule("BEFORE", rf"/(.|\n)*</ & ~/(.|\n)*({marks})(.|\n)*/")
+        lark.rule("start", f"{text}? | {before} {lark.mark(begin)} {rest}")
+    elif token_id(begin) is not None:
         lark.rule("start", f"{text}? ({lark.mark(begin)} {rest})?")
     else:
         called = lark.rule(f"called[suffix={lark_literal(begin)}]", r"/(.|\n)*/")
@@ -128,14 +132,18 @@ _REGEX_CHARS = set("\\/.^$*+?()[]{}|~&\"'")
 
 def _calls(
     lark: _Lark, format: str, functions: Sequence[Mapping[str, Any]], many: bool
-) -> tuple[str, str]:
-    """The mark that calls begin with, and the rule of all that follows it."""
+) -> tuple[str, str, str]:
+    """What models write before calls, the mark that these begin with, and the rule of all that
+    follows it.
+    """
     if format in _MARKED:
-        return _marked(lark, _MARKED[format], functions, many)
+        return "", *_marked(lark, _MARKED[format], functions, many)
     if format == "hermes":
-        return _hermes(lark, functions, many)
+        return "", *_hermes(lark, functions, many)
     if format == "qwen3_coder":
-        return _coder(lark, functions, many)
+        return "", *_coder(lark, functions, many)
+    if format in dsml.BLOCKS:
+        return _dsml(lark, dsml.BLOCKS[format], functions, many)
     raise ConfigError(f"tool format: got {format!r}, wanted one of {', '.join(TOOL_FORMATS)}")
 
 
@@ -154,6 +162,13 @@ class _Lark:
         """A mark as its token, or as text."""
         token = self._token_id(text)
         return lark_literal(text) if token is None else f"<[{token}]>"
+
+    def tagged(self, text: str) -> str:
+        """A text with DSML's tags in it: their mark as its token, or all as text."""
+        if self._token_id(dsml.DSML) is None:
+            return lark_literal(text)
+        plain = [lark_literal(part) if part else "" for part in text.split(dsml.DSML)]
+        return f" {self.mark(dsml.DSML)} ".join(plain)
 
     def calls(self, names: Sequence[str], between: str = "", *, many: bool) -> str:
         """One or, with `many`, up to MAX_CALLS of some rules."""
@@ -233,6 +248,56 @@ def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> t
         names.append(lark.rule(f"call_{i}", f"{head} {body} {tail} {end}"))
     between = f"{lark_literal(chr(10))} {lark.mark(begin)}"
     return begin, lark.calls(names, between, many=many)
+
+
+def _dsml(
+    lark: _Lark, block: str, functions: Sequence[Mapping[str, Any]], many: bool
+) -> tuple[str, str, str]:
+    names = []
+    for i, function in enumerate(functions):
+        schema = _parameters(function)
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        required = schema.get("required")
+        required = required if isinstance(required, (list, tuple)) else ()
+        types = parameter_types(function)
+        parts = []
+        for j, (key, value) in enumerate(properties.items()):
+            kinds = types.get(key, set())
+            free = isinstance(value, Mapping) and not {"enum", "const"} & set(value)
+            ways = []
+            # A text of several types may be written as it is where nothing else is asked of it.
+            if kinds == {"string"} or ("string" in kinds and free and "type" in value):
+                head = lark.tagged(dsml.parameter_head(key, is_string=True))
+                ways.append(f"{head} {_dsml_string(lark, f'text_{i}_{j}', value)}")
+            if kinds != {"string"}:
+                inner = lark.rule(f"value_{i}_{j}", _json(_with_definitions(value, schema)))
+                head = lark.tagged(dsml.parameter_head(key, is_string=False))
+                ways.append(f"{head} {inner} {lark.tagged(dsml.closing('parameter') + chr(10))}")
+            part = lark.rule(f"parameter_{i}_{j}", " | ".join(ways))
+            parts.append(part if key in required else f"{part}?")
+        head = lark.tagged(dsml.invoke_head(function["name"]))
+        tail = lark.tagged(dsml.closing("invoke") + "\n")
+        names.append(lark.rule(f"call_{i}", f"{head} {' '.join(parts)} {tail}"))
+    calls = f"{lark.calls(names, many=many)} {lark.tagged(dsml.closing(block))}"
+    begin = dsml.opening(block)
+    if lark.mark(dsml.DSML) == lark_literal(dsml.DSML):
+        return "\n\n", begin, f"{lark_literal(chr(10))} {calls}"
+    rest = begin.partition(dsml.DSML)[2] + "\n"
+    return "\n\n<", dsml.DSML, f"{lark_literal(rest)} {calls}"
+
+
+def _dsml_string(lark: _Lark, name: str, schema: Mapping[str, Any]) -> str:
+    """Raw text up to the closing tag, and that; as _string_value."""
+    closing = dsml.closing("parameter")
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(values, (list, tuple)) and values and all(isinstance(v, str) for v in values):
+        return lark.rule(name, " | ".join(lark.tagged(f"{v}{closing}\n") for v in values))
+    if lark.mark(dsml.DSML) == lark_literal(dsml.DSML):
+        return lark.rule(f"{name}[suffix={lark_literal(closing)}]", r"/(.|\n)*/") + ' "\\n"'
+    # Up to the "</" that the mark's token follows; no other text has that token.
+    text = lark.rule(name.upper(), r"/(.|\n)*<\//")
+    return f"{text} {lark.tagged(closing.removeprefix('</') + chr(10))}"
 
 
 def _string_value(lark: _Lark, name: str, schema: Mapping[str, Any]) -> str:

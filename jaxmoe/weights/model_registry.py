@@ -5,7 +5,7 @@ Passing that module in keeps imports going down only, and lets a test describe a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import jax
@@ -32,9 +32,13 @@ class ModelRegistry(Protocol):
         ...
 
     def name_map(
-        self, config: ModelConfig, specs: Mapping[str, ParamSpec], formats: Forms | None = None
+        self,
+        config: ModelConfig,
+        specs: Mapping[str, ParamSpec],
+        formats: Forms | None = None,
+        tensors: Collection[str] = (),
     ) -> NameMap:
-        """Where the leaves come from in a checkpoint as shipped, of these formats."""
+        """Where the leaves come from in a checkpoint of these formats that has these tensors."""
         ...
 
 

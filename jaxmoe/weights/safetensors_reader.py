@@ -161,7 +161,7 @@ class Checkpoint:
         formats: Forms,
     ) -> NameMap:
         """Where each leaf comes from."""
-        return models.name_map(config, specs, formats)
+        return models.name_map(config, specs, formats, self.tensors)
 
     def close(self) -> None:
         self._files.close()

@@ -6,12 +6,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from support import tiny_models
+from support import saved_v4, tiny_models
 from support.tiny_runner import stored_formats
 
 from jaxmoe import models
 from jaxmoe.common.errors import CheckpointError
 from jaxmoe.config.model_config import CompressedConfig, ModelConfig
+from jaxmoe.weights.loader import plan_load
+from jaxmoe.weights.safetensors_reader import Checkpoint
 
 CONFIG = ModelConfig.from_hf(tiny_models.hf_config("deepseek_v4"))
 
@@ -54,6 +56,24 @@ def test_blocks_across_two_groups_of_the_output_are_refused():
     names, _ = names_of(dataclasses.replace(CONFIG, attention=attention))
     with pytest.raises(CheckpointError, match="wo_a.*groups of 64"):
         names.tensors_for("layers.0.attention.o_a.data")
+
+
+def test_a_checkpoint_that_transformers_saved(tmp_path):
+    """Every tensor has its place, and none is missing; the values are in tests/parity."""
+    config = ModelConfig.from_hf(saved_v4.config())
+    shipped = dataclasses.replace(CONFIG, quant=config.quant)
+    assert config == shipped
+    with Checkpoint.open(saved_v4.write(tmp_path / "saved")) as checkpoint:
+        plan = plan_load(checkpoint, config, models, "bfloat16", 1)
+        leaves = [info.name for leaf in plan.table.leaves for info in leaf.infos]
+        experts = [matrix.weight.name for matrix in plan.table.matrices]
+        assert {*leaves, *experts} == set(checkpoint.tensors)
+    tensors = saved_v4.tensors()
+    tensors["model.layers.0.attn.kv_norm.weight"] = tensors.pop("model.layers.0.attn.norm.weight")
+    tiny_models.write_safetensors(tmp_path / "saved" / "model.safetensors", tensors)
+    with Checkpoint.open(tmp_path / "saved") as checkpoint:
+        with pytest.raises(CheckpointError, match="model.layers.0.attn.norm.weight"):
+            plan_load(checkpoint, config, models, "bfloat16", 1)
 
 
 def test_draft_heads_beyond_those_in_the_config_are_not_ignored():

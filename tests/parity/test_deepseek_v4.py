@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support import saved_v4
 from support.compare import relative_error
 from support.parity import load_fixture
 from support.tiny_runner import TinyRunner, native_runner
@@ -128,6 +129,13 @@ def test_outputs_that_stay_turned_are_noticed(folder: Path, monkeypatch: pytest.
     undo = rope.undo
     monkeypatch.setattr(rope, "undo", lambda x, at, *rest: undo(x, jnp.zeros_like(at), *rest))
     assert error(native_runner(CASE, "float32", folder, "vector")) > MUST_EXCEED
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_transformers_saved(tmp_path: Path):
+    saved = saved_v4.write(tmp_path / "saved")
+    config = ModelConfig.from_hf(saved_v4.config())
+    assert error(native_runner(CASE, "float32", saved, "vector", lambda _: config)) < 1e-4
 
 
 def test_the_prompts_cross_every_border():

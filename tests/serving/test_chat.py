@@ -5,6 +5,7 @@ from support.front import run, serving
 
 from jaxmoe.engine.async_engine import PrefillProgress
 from jaxmoe.serving.timings import prompt_progress
+from jaxmoe.text.deepseek_encoding import DeepSeekV4Encoding
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
@@ -441,5 +442,56 @@ def test_forced_calls_are_constrained(choice, written, names):
             got = r.json()["choices"][0]
             assert [c["function"]["name"] for c in got["message"]["tool_calls"]] == names
             assert got["finish_reason"] == "tool_calls" and not got["message"]["content"]
+
+    run(test())
+
+
+def test_an_encoding_is_served_as_a_template_is():
+    seen, bos = [], "<｜begin▁of▁sentence｜>"
+    block = (
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="g">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
+    )
+    calls = f"\n\n{block}"
+    script = [f"well</think>ok{calls}"]
+
+    def write(prompt):
+        seen.append(prompt.decode())
+        return script[0].encode()
+
+    parts = [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}]
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+    async def test():
+        encoding = DeepSeekV4Encoding()
+        async with serving(write, template=encoding, max_model_len=3000) as f:
+            body = {**ASK, "reasoning_effort": "low"}
+            choice = (await f.post(CHAT, {**body, "tools": TOOLS})).json()["choices"][0]
+            message = choice["message"]
+            assert (message["reasoning_content"], message["content"]) == ("well", "ok")
+            assert [c["function"]["name"] for c in message["tool_calls"]] == ["g"]
+            assert (
+                "### Available Tool Schemas" in seen[-1] and choice["finish_reason"] == "tool_calls"
+            )
+
+            script[0] = calls
+            forced = {**body, "tools": TOOLS, "tool_choice": "required", "reasoning_effort": "none"}
+            r = await f.post(CHAT, {**forced, "parallel_tool_calls": False})
+            assert [c["function"]["name"] for c in r.json()["choices"][0]["message"]["tool_calls"]]
+
+            script[0] = "done</think>{}"
+            await f.post(CHAT, {**body, "messages": [{"role": "user", "content": parts}]})
+            assert seen[-1] == f"{bos}<｜User｜>p\n\nq<｜Assistant｜><think>"
+            asked = [{"role": "user", "content": "hi", "task": "title"}]
+            await f.post(CHAT, {**body, "messages": asked})
+            assert seen[-1] == f"{bos}<｜User｜>hi<｜title｜>"
+            r = await f.post(CHAT, {**body, "response_format": form})
+            assert r.json()["choices"][0]["message"]["content"] == "{}"
+            assert "## Response Format:" in seen[-1] and '"additionalProperties": false' in seen[-1]
+            r = await f.post(CHAT, {**body, "messages": [{**asked[0], "task": "poem"}]})
+            assert r.status_code == 400 and "read_url" in r.text
+            wrong = [{"role": "user", "content": parts}]
+            r = await f.post(CHAT, {**ASK, "messages": wrong, "continue_final_message": True})
+            assert r.status_code == 400 and "continue_final_message" in r.text
 
     run(test())

@@ -104,15 +104,17 @@ async def serving(
     max_requests=1024,
     **more,
 ):
-    """script: bytes of the prompt to the bytes written. more: fields of ServerConfig, and
-    `engine`: arguments of make_engine. dies: whether the engine does, which keeps its work then.
+    """script: bytes of the prompt to the bytes written. template: a source, or an encoding. more:
+    fields of ServerConfig, and `engine`: arguments of make_engine. dies: whether the engine does,
+    which keeps its work then.
     """
     engine_args = {"num_pages": max_model_len * 2, "max_num_seqs": 4} | more.pop("engine", {})
     engine, step = fake_step.make_engine(script, max_model_len=max_model_len, **engine_args)
     fake = ThreadEngine.on_engine(engine, model=MODEL, hold_s=0.0)  # a step of its own each
     await fake.wait_ready()
     config = ServerConfig(port=0, **more)
-    texts = Texts(ByteTokenizer(256), ChatTemplate(template), OutputFormats.of(template))
+    chat = ChatTemplate(template)
+    texts = Texts(ByteTokenizer(256), chat, OutputFormats.of(chat.source))
     state = ServerState(fake, texts, config, model=MODEL, max_requests=max_requests)
     http = HttpServer(make_app(state, keys or {}), config)
     await http.start()

@@ -59,17 +59,28 @@ def supported(results: Mapping[str, Mapping[str, Any]]) -> str:
     formats: dict[str, list[str]] = {architecture: [] for architecture in SUPPORTED}
     for case in tiny_models.CASES:
         if case in results and all(figure in results[case] for figure in FIGURES):
-            config = ModelConfig.from_hf(tiny_models.hf_config(case))
-            held = tiny_models.FORMATS.get(case, "bf16")
-            word = LAYOUTS[config.quant.layout] if held.startswith("uint4") else WORDS[held]
-            if word not in formats[config.architecture]:
-                formats[config.architecture].append(word)
+            architecture = ModelConfig.from_hf(tiny_models.hf_config(case)).architecture
+            word = _word(case)
+            if word not in formats[architecture]:
+                formats[architecture].append(word)
     lines = ["| `architectures` in config.json | models | weights |", "|---|---|---|"]
     lines += [
         f"| `{architecture}` | {family.models} | {', '.join(formats[architecture])} |"
         for architecture, family in SUPPORTED.items()
     ]
     return "\n".join(lines) + "\n"
+
+
+def _word(case: str) -> str:
+    """What a case's weights are, with the size of groups that was held to transformers."""
+    config = tiny_models.hf_config(case)
+    held = tiny_models.FORMATS.get(case, "bf16")
+    if held.startswith("uint4"):
+        word = LAYOUTS[ModelConfig.from_hf(config).quant.layout]
+        size = config.get("quantization_config", {}).get("group_size")
+        return f"{word} in groups of {size}" if size else word
+    word = WORDS[held]
+    return f"FP8 block with {word} experts" if config["model_type"] == "deepseek_v4" else word
 
 
 def held(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -121,7 +121,7 @@ FORMATS = {
 # Written as several files with an index; the others are one file.
 SHARDED = (
     *("deepseek_v3", "qwen3_moe_fp8", "minimax_m2_fp8", "kimi_k25", "kimi_k2_int4"),
-    "qwen3_5_moe",
+    *("qwen3_5_moe", "deepseek_v4"),
 )
 _GATED_DELTA = ("qwen3_next", "qwen3_5_moe_text")  # model types with linear attention
 

@@ -10,6 +10,7 @@ from support import chat_templates, pieces
 from jaxmoe.common.errors import ConfigError, RequestError
 from jaxmoe.structured_output import StructuredOutput
 from jaxmoe.text.chat_template import ChatTemplate
+from jaxmoe.text.deepseek_encoding import DeepSeekV4Encoding, DeepSeekV32Encoding
 from jaxmoe.text.output_parser import MessageDelta, OutputFormats
 
 SPECIAL = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
@@ -44,10 +45,13 @@ USER = [{"role": "system", "content": "S"}, {"role": "user", "content": "Weather
 ANSWER = [{"role": "assistant", "content": "I look.", "tool_calls": CALLS}]
 RESULTS = [{"role": "tool", "tool_call_id": CALLS[0]["id"], "content": "sunny"}]
 
+ENCODINGS = {"DEEPSEEK_V32": DeepSeekV32Encoding(), "DEEPSEEK_V4": DeepSeekV4Encoding()}
 FAMILIES = {
     # template: formats, and what ends the assistant's turn
     "DEEPSEEK_V3": ("deepseek_r1", "deepseek_v3", "<｜end▁of▁sentence｜>"),
     "DEEPSEEK_V31": ("deepseek_r1", "deepseek_v31", "<｜end▁of▁sentence｜>"),
+    "DEEPSEEK_V32": ("deepseek_v4", "deepseek_v32", "<｜end▁of▁sentence｜>"),
+    "DEEPSEEK_V4": ("deepseek_v4", "deepseek_v4", "<｜end▁of▁sentence｜>"),
     "QWEN3": ("qwen3", "hermes", "<|im_end|>"),
     "QWEN3_CODER": ("qwen3", "qwen3_coder", "<|im_end|>"),
     "KIMI_K2": ("kimi_k2", "kimi_k2", "<|im_end|>"),
@@ -55,6 +59,8 @@ FAMILIES = {
 
 
 def template(name):
+    if name in ENCODINGS:
+        return ChatTemplate(ENCODINGS[name])
     return ChatTemplate(getattr(chat_templates, name), SPECIAL)
 
 
@@ -139,6 +145,17 @@ def test_bad_calls_in_the_history(calls, words):
     [
         ("DEEPSEEK_V31", {"thinking": True}, None, "Hm.\n</think>Hi", ("Hm.", "Hi", [])),
         ("DEEPSEEK_V31", {"thinking": False}, None, "Hi <think>", ("", "Hi <think>", [])),
+        ("DEEPSEEK_V4", {}, None, "Hm.</think>Hi", ("Hm.", "Hi", [])),
+        ("DEEPSEEK_V4", {"reasoning_effort": "none"}, None, "Hi", ("", "Hi", [])),
+        ("DEEPSEEK_V32", {}, None, "Hi", ("", "Hi", [])),
+        (
+            "DEEPSEEK_V4",
+            {},
+            TOOLS,
+            'Hm.</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n'
+            "</｜DSML｜tool_calls>",
+            ("Hm.", "", [("a", "now", "{}")]),
+        ),
         ("QWEN3", {}, None, "<think>\nHm.\n</think>\n\nHi", ("Hm.", "Hi", [])),
         ("QWEN3", {"enable_thinking": False}, None, "Hi", ("", "Hi", [])),
         (

@@ -47,6 +47,9 @@ CASES = [
     ("qwen3", False, "<think>", "", ""),
     ("qwen3", False, "", "", ""),
     ("qwen3", True, "", "", ""),
+    ("deepseek_v4", True, "a</think>\n\nb", "a", "b"),
+    ("deepseek_v4", True, "a\n\n<｜DSML｜tool_calls>\n", "a", "<｜DSML｜tool_calls>\n"),
+    ("deepseek_v4", True, "a<｜DSML｜function_calls>", "a", "<｜DSML｜function_calls>"),
     ("kimi_k2", False, f"<think>a{KIMI_CALLS}", "a", KIMI_CALLS),
     ("kimi_k2", False, f"<think>a</think>{KIMI_CALLS}", "a", KIMI_CALLS),
     ("kimi_k2", True, "naïve 🙂</think>👩‍👩‍👧", "naïve 🙂", "👩‍👩‍👧"),
@@ -102,6 +105,7 @@ def test_the_prompt_says_where_the_text_begins(prompt, continued, want):
         (None, None),
         ("{{ messages }}", None),
         ("<｜Assistant｜>{{ content.split('</think>') }}<｜tool▁calls▁begin｜>", "deepseek_r1"),
+        ("<think></think><｜Assistant｜><｜DSML｜tool_calls>", "deepseek_v4"),
         ("<|im_start|>assistant\n<think>\n\n</think>", "qwen3"),
         ("<|im_middle|><think>{{ r }}</think>", "kimi_k2"),
     ],
@@ -111,5 +115,7 @@ def test_the_template_chooses_the_format(template, want):
 
 
 def test_an_unknown_format_is_named():
-    with pytest.raises(ConfigError, match="got 'o1', wanted one of deepseek_r1, qwen3, kimi_k2"):
+    with pytest.raises(
+        ConfigError, match="got 'o1', wanted one of deepseek_r1, deepseek_v4, qwen3"
+    ):
         reasoning_format("o1")

@@ -48,6 +48,15 @@ def test_special_tokens_are_left_out_on_request_only(tokenizer):
     assert tokenizer.decode([think]) == "<think>"
 
 
+def test_which_tokens_are_marks():
+    backend = tiny_tokenizer.byte_level()
+    known = Tokenizer(backend).tag_ids()
+    backend.add_tokens(["<a tag>", "｜DSML｜", "｜a", "<b", "word", "｜｜"])
+    tokenizer = Tokenizer(backend)
+    new = {tokenizer.token_id(text) for text in ("<a tag>", "｜DSML｜")}
+    assert tokenizer.tag_ids() == known | new
+
+
 def test_sentencepiece_tokens_have_bytes():
     vocab = {"<unk>": 0, "<0xE2>": 1, "<0x82>": 2, "<0xAC>": 3, "▁the": 4, "s": 5}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))

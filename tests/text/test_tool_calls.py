@@ -92,7 +92,92 @@ def coder(name, *parameters):
     return f"<tool_call>\n<function={name}>\n{body}</function>\n</tool_call>"
 
 
+def dsml(block, *calls):
+    inner = "".join(
+        f'<{DSML}invoke name="{name}">\n'
+        + "".join(f"<{DSML}parameter {head}>{v}</{DSML}parameter>\n" for head, v in parameters)
+        + f"</{DSML}invoke>\n"
+        for name, *parameters in calls
+    )
+    return f"<{DSML}{block}>\n{inner}</{DSML}{block}>"
+
+
+DSML = "｜DSML｜"
+TEXT, JSON = 'string="true"', 'string="false"'
+V4_CALL = f'<{DSML}tool_calls>\n<{DSML}invoke name="write">\n<{DSML}parameter name="path"'
+DSML_CASES = [
+    ("deepseek_v4", "a < b <｜D\n", "a < b <｜D\n", []),
+    ("deepseek_v4", f"Hm.\n\n{dsml('tool_calls', ['now'])}", "Hm.", [("id0", "now", "{}")]),
+    ("deepseek_v32", f"\n\n{dsml('function_calls', ['now'])}", "", [("id0", "now", "{}")]),
+    # The other generation's block is no mark, but what is inside of it is.
+    (
+        "deepseek_v4",
+        dsml("function_calls", ["now"]),
+        f"<{DSML}function_calls></{DSML}function_calls>",
+        [("id0", "now", "{}")],
+    ),
+    (
+        "deepseek_v4",
+        dsml(
+            "tool_calls",
+            ["write", (f'name="path" {TEXT}', ' "é"\n</b>\n'), (f'name="mode" {JSON}', "7")],
+            ["write", (f'name="lines" {JSON}', '["a", 1.50]'), (f'name="x" {JSON}', "null")],
+        ),
+        "",
+        [
+            ("id0", "write", '{"path": " \\"é\\"\\n</b>\\n", "mode": 7}'),
+            ("id1", "write", '{"lines": ["a", 1.5], "x": null}'),
+        ],
+    ),
+    # Without the attribute, or with one that is neither, the schema says; what is no JSON is text.
+    (
+        "deepseek_v4",
+        dsml("tool_calls", ["write", ('name="path"', "1"), ('name="mode" string="?"', "1")]),
+        "",
+        [("id0", "write", '{"path": "1", "mode": 1}')],
+    ),
+    (
+        "deepseek_v4",
+        dsml(
+            "tool_calls", ["write", (f'name="force" {JSON}', "True"), (f'name="y" {JSON}', "a b")]
+        ),
+        "",
+        [("id0", "write", '{"force": true, "y": "a b"}')],
+    ),
+    (
+        "deepseek_v4",
+        dsml("tool_calls", ["write", (f'name="a"b" {TEXT}', "1")]),
+        "",
+        [("id0", "write", '{"a\\"b": "1"}')],
+    ),
+    # Forgotten marks: of the block, and of a call before the next one.
+    (
+        "deepseek_v4",
+        f'so <{DSML}invoke name="now">\n<{DSML}invoke name="now">\n</{DSML}invoke>',
+        "so",
+        [("id0", "now", "{}"), ("id1", "now", "{}")],
+    ),
+    # Cut off: a string goes as far as it came, half a number stays away.
+    ("deepseek_v4", f"{V4_CALL} {TEXT}>ab", "", [("id0", "write", '{"path": "ab')]),
+    (
+        "deepseek_v4",
+        f'<{DSML}invoke name="write">\n<{DSML}parameter name="mode" {JSON}>12',
+        "",
+        [("id0", "write", '{"mode": ')],
+    ),
+    # What is no call is content.
+    ("deepseek_v4", f"<{DSML}tool_calls>\nnothing", f"<{DSML}tool_calls>\nnothing", []),
+    ("deepseek_v4", f"a <{DSML}tool_calls>", f"a <{DSML}tool_calls>", []),
+    ("deepseek_v4", f"<{DSML}invoke id=1>x", f"<{DSML}invoke id=1>x", []),
+    (
+        "deepseek_v4",
+        dsml("tool_calls", ["now"]) + "\nand more",
+        "and more",
+        [("id0", "now", "{}")],
+    ),
+]
 CASES = [
+    *DSML_CASES,
     # format, text, content, calls
     ("deepseek_v3", "Just text, a < b.\n", "Just text, a < b.\n", []),
     ("deepseek_v3", f"Hm.\n\n{BEGIN}{v3('f', ARGS)}{END}", "Hm.", [("id0", "f", ARGS)]),
@@ -226,6 +311,9 @@ def test_rubbish_never_raises_and_cuts_do_not_matter(format):
     words = [BEGIN, END, CALL, DONE, SEP, K_BEGIN, K_END, K_CALL, K_ARGS, K_DONE, "function", "f"]
     words += ["<tool_call>", "</tool_call>", "<function=now>", "<parameter=path>", "</parameter>"]
     words += ["</function>", '{"name": "f", "arguments": ', "{", "}", '"', "\\", "```json", "\n"]
+    words += [f"<{DSML}tool_calls>", f"</{DSML}tool_calls>", f'<{DSML}invoke name="write">']
+    words += [f"</{DSML}invoke>", f'<{DSML}parameter name="any" {TEXT}>', f"</{DSML}parameter>"]
+    words += [f'<{DSML}parameter name="mode">', f"<{DSML}invoke", f"<{DSML}parameter", DSML]
     words += ["<", " ", "a", "functions.f:0", "[", "]", ": ", "<function=", ">"]
     for _ in range(150):
         text = "".join(rng.choices(words, k=rng.randint(1, 14)))
@@ -242,6 +330,7 @@ def test_rubbish_never_raises_and_cuts_do_not_matter(format):
         ("deepseek_v3", f"{CALL}function{SEP}"),
         ("kimi_k2", K_CALL),
         ("qwen3_coder", "<tool_call><function="),
+        ("deepseek_v4", f'<{DSML}tool_calls><{DSML}invoke name="'),
     ],
 )
 @pytest.mark.parametrize("length", [MAX_HEAD_CHARS - 30, MAX_HEAD_CHARS + 30, 5000])
@@ -282,6 +371,8 @@ def test_arguments_of_good_calls_are_the_models_json():
         ("{{ messages }}", None),
         ("<｜tool▁call▁begin｜>' + t + '<｜tool▁sep｜>\n```json", "deepseek_v3"),
         ("<｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>", "deepseek_v31"),
+        (f"...<{DSML}tool_calls>", "deepseek_v4"),
+        (f"...<{DSML}function_calls>", "deepseek_v32"),
         ("<|tool_call_begin|>", "kimi_k2"),
         ("<tool_call>\n<function=", "qwen3_coder"),
         ("<tool_call>\n{", "hermes"),

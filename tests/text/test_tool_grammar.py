@@ -24,7 +24,8 @@ DS_BEGIN, DS_END, DS_CALL, DS_DONE, DS_SEP = (f"<｜tool▁{name}｜>" for name 
 K_BEGIN, K_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 K_CALL, K_ARGS, K_DONE = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 MARKS = [DS_BEGIN, DS_END, DS_CALL, DS_DONE, DS_SEP, K_BEGIN, K_END, K_CALL, K_ARGS, K_DONE]
-MARKS += ["<tool_call>", "</tool_call>"]
+DSML = "｜DSML｜"
+MARKS += ["<tool_call>", "</tool_call>", DSML]
 FIRST = DEMO.vocab_size
 TOOLS = [
     {
@@ -71,7 +72,16 @@ LETTERS = set(b'abXY19 ,.:"{}[]<>/\n')
 CLOSING = DEMO.encode("\n</parameter>\n", add_special_tokens=False)
 
 
-def write(spec, rng, first=()):
+def closing(format, marks_are_tokens=True):
+    """What ends a free text inside a call: nobody finds it by chance."""
+    if format not in DSML_FORMATS:
+        return CLOSING
+    if marks_are_tokens:
+        return [*DEMO.encode("</", add_special_tokens=False), token_id(DSML)]
+    return DEMO.encode(f"</{DSML}parameter>\n", add_special_tokens=False)
+
+
+def write(spec, rng, first=(), closing=CLOSING):
     """A text that the grammar allows; of free text only some plain tokens, and it ends soon.
     first: tokens that it begins with.
     """
@@ -90,8 +100,8 @@ def write(spec, rng, first=()):
         plain = [t for t in bits if len(bits) < 40 or set(token_bytes(t)) <= LETTERS]
         ends = [t for t in plain if token_bytes(t)[:1] in b'"<\n}' or t >= FIRST]
         token = rng.choice(sorted(ends if ends and rng.random() < 0.5 else plain or bits))
-        if not planned and CLOSING[0] in bits and len(bits) > 1000 and rng.random() < 0.3:
-            planned = list(CLOSING)  # nobody finds it by chance
+        if not planned and closing[0] in bits and len(bits) > 1000 and rng.random() < 0.3:
+            planned = list(closing)
         if planned:
             token = planned.pop(0)
         grammar.accept(token)
@@ -124,21 +134,26 @@ def check(name, arguments, format):
         assert value == {}
         return
     assert name == "weather" and {"city", "days"} <= set(value) <= {"city", "unit", "days", "hours"}
-    # Qwen3-Coder's strings are raw text: only their choices are kept.
-    assert isinstance(value["city"], str) and (format == "qwen3_coder" or len(value["city"]) <= 6)
+    assert isinstance(value["city"], str) and (format in RAW_STRINGS or len(value["city"]) <= 6)
     assert value.get("unit", "C") in ("C", "F") and 1 <= value["days"] <= 9
     assert all(isinstance(h, int) for h in value.get("hours", []))
 
 
+# DeepSeek-V3.2's grammar is V4's with another name of the block.
+WALKED = [
+    pytest.param(f, marks=[pytest.mark.slow] if f == "deepseek_v32" else []) for f in TOOL_FORMATS
+]
+
+
 @pytest.mark.parametrize("marks_are_tokens", [True, False])
-@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize("format", WALKED)
 def test_what_the_grammar_allows_is_calls_with_valid_arguments(format, marks_are_tokens):
     rng = random.Random(0)
     find = token_id if marks_are_tokens else lambda text: None
     spec = tool_grammar(format, TOOLS, "required", find)
     names, counts = set(), set()
     for _ in range(25):
-        text, tokens = write(spec, rng)
+        text, tokens = write(spec, rng, closing=closing(format, marks_are_tokens))
         content, calls = read(format, text)
         assert content == "" and calls, text
         for name, arguments in calls:
@@ -149,14 +164,15 @@ def test_what_the_grammar_allows_is_calls_with_valid_arguments(format, marks_are
     assert names == {"weather", "now"} and len(counts) > 1
 
 
-@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize("format", WALKED)
 def test_a_named_function_is_called_once(format):
     spec = tool_grammar(format, TOOLS, NAMED, token_id)
     rng = random.Random(1)
     for _ in range(5):
         assert [name for name, _ in read(format, write(spec, rng)[0])[1]] == ["now"]
     one = tool_grammar(format, TOOLS, "required", token_id, parallel=False)
-    assert all(len(read(format, write(one, rng)[0])[1]) == 1 for _ in range(10))
+    written = [write(one, rng, closing=closing(format))[0] for _ in range(10)]
+    assert all(len(read(format, text)[1]) == 1 for text in written)
 
 
 STRICT = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
@@ -166,22 +182,31 @@ BEGINS = {
     "hermes": "<tool_call>",
     "kimi_k2": K_BEGIN,
     "qwen3_coder": "<tool_call>",
+    "deepseek_v32": DSML,
+    "deepseek_v4": DSML,
 }
+DSML_FORMATS = {"deepseek_v32": "function_calls", "deepseek_v4": "tool_calls"}
+RAW_STRINGS = {"qwen3_coder", *DSML_FORMATS}  # of strings, only their choices are kept
 
 
 @pytest.mark.parametrize("marks_are_tokens", [True, False])
-@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize("format", WALKED)
 def test_calls_the_model_makes_by_itself_are_held_to_strict_schemas(format, marks_are_tokens):
     find = token_id if marks_are_tokens else lambda text: None
     assert free_grammar(format, TOOLS, find) is None  # nothing is asked for
     spec = free_grammar(format, STRICT, find, parallel=False)
     rng = random.Random(2)
     plain = DEMO.encode("Let me see.\n", add_special_tokens=False)
-    begin = [find(BEGINS[format])] if marks_are_tokens else []
-    begin = begin or DEMO.encode(BEGINS[format], add_special_tokens=False)
+    lead = "<" if format in DSML_FORMATS else ""
+    begin = DEMO.encode(lead, add_special_tokens=False) if lead else []
+    if marks_are_tokens:
+        begin.append(find(BEGINS[format]))
+    else:
+        whole = BEGINS[format] + (DSML_FORMATS[format] + ">" if lead else "")
+        begin = DEMO.encode(lead + whole, add_special_tokens=False)
     names = set()
     for _ in range(10):
-        text, _ = write(spec, rng, [*plain, *begin])
+        text, _ = write(spec, rng, [*plain, *begin], closing(format, marks_are_tokens))
         content, calls = read(format, text)
         assert content.strip() == "Let me see." and len(calls) == 1, text
         (name, arguments) = calls[0]
@@ -216,6 +241,10 @@ WANTED = {
     "hermes": '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
     "kimi_k2": f"{K_BEGIN}{K_CALL}functions.now:0{K_ARGS}{{}}{K_DONE}{K_END}",
     "qwen3_coder": "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+    **{
+        name: f'\n\n<{DSML}{block}>\n<{DSML}invoke name="now">\n</{DSML}invoke>\n</{DSML}{block}>'
+        for name, block in DSML_FORMATS.items()
+    },
 }
 
 
