@@ -4,7 +4,8 @@ Weights are random, at the dimensions of --config cut to --moe_layers. For every
 of sequences decode together; per MoE layer it prints the step's time, the time the CPU spent in
 experts, the time it waited for the next layer's call (attention, router, shared experts and the
 hand-over, on the GPU), and the bytes of distinct experts over the experts' time as a fraction of
-the read ceiling measured in the same run.
+the read ceiling measured in the same run. Batches of two and more are decoded once more in two
+microbatches (decode/dual_batch.py), in turn with the merged steps: what that gains or loses.
 
     tools/bench_hybrid.py --config=configs/bench/deepseek_v3.json --batch 1 2 4 8
 """
@@ -24,6 +25,19 @@ import numpy as np
 from jaxmoe import SamplingParams
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.engine.start import Started, start
+
+
+class Always:
+    """So many microbatches, whatever a step is like."""
+
+    def __init__(self, num_microbatches: int) -> None:
+        self.num_microbatches = num_microbatches
+
+    def choose(self, contexts: object) -> int:
+        return self.num_microbatches
+
+    def observe(self, seconds: float) -> None: ...
+    def skip(self) -> None: ...
 
 
 def decode(started: Started, batch: int, tokens: int, context: int) -> dict[str, float]:
@@ -100,6 +114,13 @@ def main() -> None:
     for batch in args.batch:
         run = decode(started, batch, args.tokens, args.context)
         run["experts_fraction_of_ceiling"] = run["experts_gb_per_s"] * 1e9 / ceiling
+        if batch > 1:
+            started.step.policy = Always(2)
+            run["overlapped"] = decode(started, batch, args.tokens, args.context)
+            started.step.policy = Always(1)
+            again = decode(started, batch, args.tokens, args.context)
+            merged = (run["us_per_layer"] + again["us_per_layer"]) / 2
+            run["dual_batch_gain"] = merged / run["overlapped"]["us_per_layer"]
         runs.append(run)
         print(
             f"batch {batch}: {run['us_per_layer']:.0f} us a layer (experts "
@@ -109,6 +130,14 @@ def main() -> None:
             f"{run['experts_fraction_of_ceiling']:.2f} of the ceiling",
             flush=True,
         )
+        if batch > 1:
+            other = run["overlapped"]
+            print(
+                f"  in two microbatches {other['us_per_layer']:.0f} us a layer (experts "
+                f"{other['experts_us_per_layer']:.0f}, waiting for the GPU "
+                f"{other['idle_us_per_layer']:.0f}): {run['dual_batch_gain']:.2f} times as fast",
+                flush=True,
+            )
     if args.json:
         out = {
             "device": jax.devices()[0].device_kind,

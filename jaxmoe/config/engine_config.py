@@ -139,9 +139,10 @@ class EngineConfig:
         "auto",
         "str",
         "on: long prompts are computed on a second device (with device=cpu: a GPU where there is "
-        "one) while the first one decodes, both on one copy of the experts; off: they take turns "
-        "on one device; auto: off, until it was measured on two GPUs",
-        choices=("auto", "off", "on"),
+        "one) while the first one decodes, both on one copy of the experts; process: the same by a "
+        "second process, which attaches to the shared experts (on the CPU platform so far); off: "
+        "they take turns on one device; auto: off, until it was measured on two GPUs",
+        choices=("auto", "off", "on", "process"),
     )
     prefill_weights: str = checked(
         "auto",
@@ -240,10 +241,27 @@ class EngineConfig:
             raise ConfigError(
                 f'profile: got {self.profile!r}, wanted "seconds" or the name of a .json file'
             )
-        if self.prefill_weights != "auto" and self.disaggregate != "on":
+        if self.disaggregate == "process":
+            self._check_process()
+        if self.prefill_weights != "auto" and self.disaggregate not in ("on", "process"):
             raise ConfigError(
                 f"prefill_weights: got {self.prefill_weights!r}, wanted auto where the device that "
                 "computes prompts decodes too and needs its weights; use disaggregate=on"
+            )
+
+    def _check_process(self) -> None:
+        """What two processes on one copy of the experts need."""
+        refused = {"shared_weights": False, "backing": "mmap", "load_format": "dummy"}
+        for name, value in refused.items():
+            if getattr(self, name) == value:
+                raise ConfigError(
+                    f"disaggregate: process, but with {name}={str(value).lower()} the experts are "
+                    "not in named shared memory; leave it out, or use disaggregate=on or off"
+                )
+        if self.prefill in ("chunked", "dslp"):
+            raise ConfigError(
+                f"disaggregate: process, but prefill={self.prefill} streams no prompt to one "
+                "device; use prefill=auto or slp"
             )
 
     @classmethod

@@ -18,6 +18,11 @@ from jaxmoe.sampling.inputs import RowSettings
 
 Kind: TypeAlias = Literal["prefill", "decode"]
 Shape: TypeAlias = tuple[Kind, int, int]  # kind, tokens and rows of a step
+# What a step does beside its kind: draws among what a grammar allows; adds biases or penalties; or
+# computes a prompt's own log probabilities. Each makes another program.
+Extra: TypeAlias = Literal["", "masks", "biases", "targets"]
+Prepared: TypeAlias = tuple[Kind, int, int, Extra]
+LOGITS_CHUNK_TOKENS = 64  # [T, V] float32 at V = 150,000 is 38 MB
 PREFILL_ROWS = (1, 8, 64)  # and max_num_seqs
 PREFILL_SIZES = (16, 64, 256)  # and prefill_chunk_tokens; four times more is four times the work
 
@@ -91,6 +96,18 @@ def likely_first(shapes: Sequence[Shape]) -> list[Shape]:
         return rows, 1 if kind == "decode" else 2 * (tokens < longest), -tokens
 
     return sorted(shapes, key=order)
+
+
+def compiled_ahead(shapes: Sequence[Shape], chunk: int) -> list[Prepared]:
+    """All plain programs as `likely_first` has them, then those that one request alone needs which
+    is masked, biased or scored. Several such at once are rare, and would make three times as many.
+    """
+    order = likely_first(shapes)
+    alone = [shape for shape in order if shape[2] == 1]
+    masked: list[Prepared] = [(*shape, "masks") for shape in alone]
+    biased: list[Prepared] = [(*shape, "biases") for shape in alone]
+    scored: Prepared = "prefill", min(LOGITS_CHUNK_TOKENS, chunk), 1, "targets"
+    return [*((*shape, "") for shape in order), *masked, *biased, scored]
 
 
 def with_guesses(rows: Sequence[StepRow]) -> list[StepRow]:

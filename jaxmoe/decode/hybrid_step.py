@@ -21,7 +21,9 @@ from flax import nnx
 
 from jaxmoe.decode import drafting, dual_batch
 from jaxmoe.decode.batch import (
+    LOGITS_CHUNK_TOKENS,
     BlockTables,
+    Extra,
     Kind,
     StepRow,
     decode_size,
@@ -49,7 +51,6 @@ from jaxmoe.sampling.sampler import Drawn, PromptLogprobs, prompt_logprobs, samp
 from jaxmoe.sampling_params import SamplingParams
 
 COUNT_CHUNK_TOKENS = 1024  # of a cached prompt, in one call
-LOGITS_CHUNK_TOKENS = 64  # [T, V] float32 at V = 150,000 is 38 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +116,8 @@ class HybridStep:
         most_guesses: of a sequence's next tokens that a decode may verify; more than 0 for a model
             that runs its draft head, and only for it.
 
-    on_compile: may be set; called with True before a step whose program has to be compiled first,
-    and with False after it.
+    policy may be exchanged between two steps. on_compile: may be set; called with True before a
+    step whose program has to be compiled first, and with False after it.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class HybridStep:
         has_states: bool = False,
         most_guesses: int = 0,
     ) -> None:
-        self._policy = policy
+        self.policy = policy
         self._most_guesses = most_guesses
         self._leaves, treedef = jax.tree.flatten(state)
         self._caches = caches
@@ -152,6 +153,11 @@ class HybridStep:
         # Programs are compiled from these, whoever holds the caches meanwhile.
         self._cache_shapes = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), caches
+        )
+        on = jax.sharding.SingleDeviceSharding(device or jax.local_devices(backend="cpu")[0])
+        self._count_shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on),
+            jax.eval_shape(lambda: TokenCounts.zeros(num_slots, vocab_size)),
         )
         self.last_compiled = False  # whether the last step had to be
         self.on_compile: Callable[[bool], None] = lambda begins: None
@@ -294,14 +300,16 @@ class HybridStep:
         """Steps of different shapes that need not be compiled any more."""
         return len(self._programs)
 
-    def prepare(self, kind: Kind, num_tokens: int, num_rows: int) -> bool:
-        """Compiles the program of steps of this shape (decode/batch.py: `step_shapes`) ahead; from
-        any thread, while steps are taken. Of steps without biases, masks and targets.
+    def prepare(self, kind: Kind, num_tokens: int, num_rows: int, extra: Extra = "") -> bool:
+        """Compiles the program of such steps (decode/batch.py: `compiled_ahead`) ahead; from any
+        thread, while steps are taken.
 
         Returns False where it was there, or another thread was at it.
         """
         settings = RowSettings(SamplingParams(), 0, 0, 0, 0, -1, 1)
         row = StepRow((0,), 0, (0,), 0, settings)
+        if extra == "masks":
+            row = dataclasses.replace(row, mask=np.full(1, 0xFFFFFFFF, np.uint32))
         tables = BlockTables(1, self._tables.pages_per_sequence)
         step = pack_step(
             [row], tables, num_tokens, num_rows, self._page_size, has_states=self._has_states
@@ -309,7 +317,15 @@ class HybridStep:
         drafts = None
         if self._most_guesses:
             drafts = DraftInputs(*pack_drafts([row], num_tokens, num_rows))  # pyright: ignore
-        inputs = _Inputs(None, step, pack_rows([settings], num_rows), drafts=drafts)
+        inputs = _Inputs(
+            self._count_shapes if extra == "biases" else None,
+            step,
+            pack_rows([settings], num_rows),
+            biases=pack_biases([{}], num_rows) if extra == "biases" else None,
+            masks=pack_masks([row], num_rows, self._vocab_size),
+            targets=np.full(num_tokens, -1, np.int32) if extra == "targets" else None,
+            drafts=drafts,
+        )
         variant = _Variant(kind, 1, self._most_guesses)
         compiled = False
 
@@ -367,7 +383,7 @@ class HybridStep:
         num_microbatches: of a decode; None: as the policy chooses. The results do not depend on it.
         num_guesses: of each row's further tokens, to be handed to the next decode.
         """
-        policy = self._policy if kind == "decode" and num_microbatches is None else None
+        policy = self.policy if kind == "decode" and num_microbatches is None else None
         if policy is not None:
             num_microbatches = policy.choose([row.start for row in rows])
         begin = time.perf_counter()

@@ -22,10 +22,16 @@ from jaxmoe.engine.messages import (
     ERRORS,
     AbortRequest,
     AddRequest,
+    BeginPrompt,
     Configure,
+    DropPrompt,
     Failed,
     Fatal,
+    LayerDone,
     Message,
+    PrefillReady,
+    PromptEnded,
+    SetPace,
     Stage,
     Started,
     Stop,
@@ -286,6 +292,17 @@ def _options_in(value: Any) -> Configure:
     return Configure(value)
 
 
+def _checksum(value: Any) -> int:
+    return _int(value, 2**32 - 1)
+
+
+def _prefill_ready_in(store: Any, tokens: Any, layers: Any, total: Any, *rest: Any) -> PrefillReady:
+    pass_s, streamed_s, chunked_s, source, report = rest
+    seconds = _float(pass_s), _float(streamed_s), _float(chunked_s)
+    sizes = _int(tokens, low=1), _int(layers, low=1), _int(total)
+    return PrefillReady(_str(store), *sizes, *seconds, _str(source), _str(report))
+
+
 _CODECS: dict[type, tuple[str, Callable[[Any], Any], Callable[..., Message]]] = {
     AddRequest: (
         "add",
@@ -327,6 +344,26 @@ _CODECS: dict[type, tuple[str, Callable[[Any], Any], Callable[..., Message]]] = 
         "fatal",
         lambda m: (m.kind, m.message),
         lambda kind, message: Fatal(_one_of(kind, ERRORS), _str(message)),
+    ),
+    PrefillReady: ("prefill_ready", dataclasses.astuple, _prefill_ready_in),
+    BeginPrompt: (
+        "begin_prompt",
+        dataclasses.astuple,
+        lambda job, start, ids, pages, checksums: BeginPrompt(
+            _int(job), _int(start), _tokens(ids), _int(pages, low=1), _list(_checksum, checksums)
+        ),
+    ),
+    DropPrompt: ("drop_prompt", dataclasses.astuple, lambda job: DropPrompt(_int(job))),
+    SetPace: ("set_pace", dataclasses.astuple, lambda pace: SetPace(_float(pace))),
+    LayerDone: (
+        "layer_done",
+        dataclasses.astuple,
+        lambda job, layer, checksum: LayerDone(_int(job), _int(layer), _checksum(checksum)),
+    ),
+    PromptEnded: (
+        "prompt_ended",
+        dataclasses.astuple,
+        lambda job, failure: PromptEnded(_int(job), _optional(_str, failure)),
     ),
 }
 _DECODERS = {tag: from_fields for tag, _, from_fields in cast(Any, _CODECS.values())}

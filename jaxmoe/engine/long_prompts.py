@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 
@@ -14,15 +15,16 @@ from jaxmoe.engine.machine_rates import KnownRates
 from jaxmoe.engine.placement import free_bytes
 from jaxmoe.engine.prefill_worker import PrefillWorker
 from jaxmoe.engine.prompt_rates import make_route
+from jaxmoe.engine.remote_prefill import RemotePrefill
 from jaxmoe.ffi.cpu_runtime import CpuRuntime
 from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.kv_cache import store
+from jaxmoe.kv_cache.handoff import Cache
 from jaxmoe.kv_cache.layout import CacheLayout
+from jaxmoe.kv_cache.shared_pages import SharedPages
 from jaxmoe.models.decoder import cache_spec
 from jaxmoe.prefill.device import make_slp
 from jaxmoe.prefill.plan import RingBounds, Weights
-from jaxmoe.prefill.rank_rings import RankRings
-from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.stream import PromptStream
 from jaxmoe.scheduler.prefill_route import PrefillRoute
 from jaxmoe.weights import memory
@@ -34,19 +36,27 @@ WEIGHTS: dict[str, Weights] = {"auto": "auto", "resident": "resident", "streamed
 SHARE = 0.9
 
 
+class Paced(Protocol):
+    """What streams the experts, as far as the throttle needs it: a ring, or several."""
+
+    @property
+    def total_bytes(self) -> int: ...
+    def set_pace(self, bytes_per_s: float) -> None: ...
+
+
 @dataclasses.dataclass
 class LongPrompts:
-    """What computes them, a stream between the steps or a worker beside them, with its rings and
-    the route; `close` gives the device's memory back.
+    """What computes them, a stream between the steps or a worker beside them (of this process, or
+    one of its own), with its rings and the route; `close` gives the device's memory back.
 
     rings: with the bytes per second of each alone. share: of that, what it may take while others
     decode. known: the machine's rates, where they were asked for.
     """
 
     stream: PromptStream | None
-    worker: PrefillWorker | None
+    worker: PrefillWorker | RemotePrefill | None
     route: PrefillRoute
-    rings: list[tuple[ExpertRing | RankRings, float]]
+    rings: list[tuple[Paced, float]]
     report: str
     share: float = 1.0
     known: KnownRates | None = None
@@ -80,18 +90,24 @@ def start_streaming(
     *,
     decode_device: Device | None = None,
     bounds: RingBounds | None = None,
+    make_worker: Callable[[Any, list[Cache]], Any] | None = None,
 ) -> tuple[LongPrompts | None, tuple[str, ...]]:
     """None where prompts are computed in chunks only: without a GPU, unless asked for. And notes
     for the start-up report.
 
     device, runtime: that prompts are streamed to. decode_device: that `loaded` and `caches` are on,
     where that is another one: a worker computes them beside decode then. bounds: of the ring, where
-    it is not for this alone.
+    it is not for this alone. make_worker: of the programs and their own pages, where it is to be
+    another one than `PrefillWorker`.
 
     Raises: CapacityError, CheckpointError where `prefill="slp"` or `disaggregate="on"` cannot be.
     """
     aside = decode_device is not None
-    wanted = "disaggregate: on" if aside else "prefill: slp" if config.prefill == "slp" else None
+    wanted = None
+    if aside:
+        wanted = f"disaggregate: {config.disaggregate}"
+    elif config.prefill == "slp":
+        wanted = "prefill: slp"
     if config.prefill == "chunked" or (wanted is None and not has_bus(config, device)):
         return None, ()
     host_store = loaded.host_store
@@ -109,7 +125,7 @@ def start_streaming(
             raise ConfigError(f"{wanted}, but {problem}; use prefill=chunked, disaggregate=off")
         return None, (f"long prompts are computed in chunks: {problem}",)
     driver = driver_of(config, device)
-    own: list[tuple[jax.Array, ...]] = []
+    own: list[Cache] = []
     on_stage("page-locking the experts", 0.0)
     try:
         driver.lock_store(
@@ -148,11 +164,64 @@ def start_streaming(
     stream = worker = None
     if decode_device is None:
         stream = PromptStream({"slp": slp}, caches)
+    elif make_worker is not None:
+        worker = make_worker(slp, own)
     else:
         worker = PrefillWorker(slp, own, caches, device, decode_device, page_size=layout.page_size)
-    rings: list[tuple[ExpertRing | RankRings, float]] = [(ring, ring.total_bytes / route.pass_s)]
+    rings: list[tuple[Paced, float]] = [(ring, ring.total_bytes / route.pass_s)]
     share = config.prefill_bandwidth_share
     return LongPrompts(stream, worker, route, rings, plan.describe(), share, known), ()
+
+
+def start_prefill_process(
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: CacheLayout,
+    device: Device,
+    num_threads: int,
+    loaded: LoadedModel,
+    caches: Callable[[], list[Cache]],
+    on_stage: Callable[[str, float], None] = lambda stage, percent: None,
+) -> LongPrompts:
+    """For `disaggregate="process"`: a process with so many threads computes long prompts while
+    `device` decodes.
+
+    Raises: CapacityError, ConfigError where it cannot be.
+    """
+    store_name = loaded.report.shared_name
+    if store_name is None:
+        if not config.shared_weights:
+            raise ConfigError(
+                "disaggregate: process wants the experts in named shared memory; use "
+                "shared_weights=true, or disaggregate=on or off"
+            )
+        raise CapacityError(
+            f"disaggregate: process, but {'; '.join(loaded.report.notes) or 'nothing is shared'}; "
+            "use disaggregate=on or off"
+        )
+    spec = cache_spec(model, config.compute_dtype)
+    pages = layout.pages_per_sequence * layout.page_size * layout.token_bytes
+    memory.require(pages, "the pages shared with the prefill process", "disaggregate=off")
+    shared = SharedPages.create(spec, layout.pages_per_sequence, layout.page_size)
+    try:
+        worker = RemotePrefill(
+            config, num_threads, shared, caches, device, store_name,
+            lambda stage, percent: on_stage(f"the prefill process: {stage}", percent),
+        )  # fmt: skip
+    except BaseException:
+        shared.close()
+        raise
+    ready = worker.ready
+    forced = "slp" if config.prefill == "slp" else None
+    rates = ready.pass_s, ready.streamed_token_s, ready.chunked_token_s
+    route = PrefillRoute(*rates, ready.max_tokens, forced=forced, source=ready.source)
+
+    def on_usable(usable: bool) -> None:
+        route.forced = forced if usable else "chunked"
+
+    worker.on_usable = on_usable
+    rings: list[tuple[Paced, float]] = [(worker, ready.total_bytes / ready.pass_s)]
+    return LongPrompts(None, worker, route, rings, ready.report, config.prefill_bandwidth_share)
 
 
 def has_bus(config: EngineConfig, device: Device) -> bool:
@@ -236,7 +305,13 @@ def describe_placement(
         lines += [f"long prompts: {long_prompts.report}", route.describe()]
         if route.source:
             lines.append(route.source)
-        if prefill_device is not None:
+        if isinstance(long_prompts.worker, RemotePrefill):
+            lines.append(
+                f"long prompts are computed by process {long_prompts.worker.pid} on the same copy "
+                f"of the experts while {_name(device)} decodes; their pages are handed over layer "
+                "by layer through shared memory"
+            )
+        elif prefill_device is not None:
             lines.append(
                 f"long prompts are computed on {_name(prefill_device)} while {_name(device)} "
                 "decodes; their pages are handed over layer by layer"

@@ -97,6 +97,67 @@ class Fatal:
     message: str
 
 
+@dataclasses.dataclass(frozen=True)
+class PrefillReady:
+    """The first message of a prefill process (prefill_process.py): prompts are taken from now on.
+
+    store: name of the experts' shared memory. total_bytes: that a pass streams. The seconds are
+    those of scheduler/prefill_route.py.
+    """
+
+    store: str
+    max_tokens: int
+    num_layers: int
+    total_bytes: int
+    pass_s: float
+    streamed_token_s: float
+    chunked_token_s: float
+    source: str
+    report: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BeginPrompt:
+    """A prompt's tokens from position `start` on, of a sequence with so many pages. checksums: of
+    the pages before, one for every layer, in the shared pages; empty where there are none.
+    """
+
+    job: int
+    start: int
+    token_ids: tuple[int, ...]
+    num_pages: int
+    checksums: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DropPrompt:
+    job: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SetPace:
+    """Of streaming from now on; 0: as fast as it goes."""
+
+    bytes_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDone:
+    """The layer's pages are in the shared ones."""
+
+    job: int
+    layer: int
+    checksum: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEnded:
+    """Nothing more is written for it. failure: why it was not computed."""
+
+    job: int
+    failure: str | None = None
+
+
 def error_kind(error: BaseException) -> ErrorKind:
     for kind, known in ERRORS.items():
         if isinstance(error, known):
@@ -106,4 +167,8 @@ def error_kind(error: BaseException) -> ErrorKind:
 
 Command: TypeAlias = AddRequest | AbortRequest | Stop
 Event: TypeAlias = Delta | PrefillProgress | Failed
-Message: TypeAlias = Command | Event | Configure | Stage | Started | Fatal
+PrefillCommand: TypeAlias = BeginPrompt | DropPrompt | SetPace
+PrefillEvent: TypeAlias = PrefillReady | LayerDone | PromptEnded
+Message: TypeAlias = (
+    Command | Event | Configure | Stage | Started | Fatal | PrefillCommand | PrefillEvent
+)

@@ -70,7 +70,12 @@ def choose_prefill_device(
 
     Raises: ConfigError where `disaggregate="on"` cannot be.
     """
-    if config.disaggregate == "off":
+    if config.disaggregate == "process" and device.platform != "cpu":
+        raise ConfigError(
+            "disaggregate: process, but which GPU each of the two processes has is not settled "
+            "yet; use disaggregate=on, or device=cpu"
+        )
+    if config.disaggregate in ("off", "process"):
         return None, ()
     others = [d for d in jax.local_devices(backend=device.platform) if d != device]
     if device.platform == "cpu" and config.disaggregate == "on":

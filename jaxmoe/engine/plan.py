@@ -17,7 +17,7 @@ import jax
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import CompressedConfig, MlaConfig, ModelConfig
-from jaxmoe.decode.batch import step_shapes
+from jaxmoe.decode.batch import compiled_ahead, step_shapes
 from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.gpu_plan import GpuPlan, plan_gpu
 from jaxmoe.engine.memory_plan import Change, Item, MemoryPlan, peak_bytes
@@ -155,9 +155,11 @@ def _items(
 ) -> tuple[Item, ...]:
     experts = sizes.experts - (sizes.mapped if _is_mapped(config) else 0)
     guesses = config.max_draft_tokens if model.runs_draft else 0
-    shapes = step_shapes(config.max_num_seqs, config.prefill_chunk_tokens, guesses)
+    chunk = config.prefill_chunk_tokens
+    shapes = step_shapes(config.max_num_seqs, chunk, guesses)
+    count = len(compiled_ahead(shapes, chunk)) if config.warm_up else len(shapes)
     layer_bytes = MLA_LAYER_BYTES if isinstance(model.attention, MlaConfig) else GQA_LAYER_BYTES
-    programs = COMPILER_BYTES + len(shapes) * (PROGRAM_BYTES + layer_bytes * model.num_held_layers)
+    programs = COMPILER_BYTES + count * (PROGRAM_BYTES + layer_bytes * model.num_held_layers)
     kv = (
         f"{layout.total_tokens} tokens, {config.max_num_seqs} sequences of up to "
         f"{layout.max_model_len}"
@@ -175,7 +177,7 @@ def _items(
         Item("KV cache", layout.total_bytes, kv, when="running"),
         *recurrent,
         Item("step workspace", step_bytes(config, model), "estimated", when="running"),
-        Item("compiling", programs, f"estimated, {len(shapes)} programs", when="running"),
+        Item("compiling", programs, f"estimated, {count} programs", when="running"),
     )
 
 

@@ -59,8 +59,11 @@ def unsupported(model: ModelConfig, config: EngineConfig, device: Device) -> str
         return f"draft heads of {model.architecture} are not supported"
     if config.prefill in ("slp", "dslp"):
         return f"prompts streamed by prefill={config.prefill} leave its cache empty"
-    if config.disaggregate == "on":
-        return "prompts computed beside decode (disaggregate=on) leave its cache empty"
+    if config.disaggregate in ("on", "process"):
+        return (
+            f"prompts computed beside decode (disaggregate={config.disaggregate}) leave its cache "
+            "empty"
+        )
     if device.platform != "cpu":
         return "it is not supported beside a GPU (device=cpu runs it)"
     return None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from jaxmoe.common.errors import ConfigError
 from jaxmoe.config.engine_config import EngineConfig
 from jaxmoe.config.model_config import CompressedConfig, ModelConfig
-from jaxmoe.decode.batch import PREFILL_SIZES, likely_first, step_shapes
+from jaxmoe.decode.batch import PREFILL_SIZES, compiled_ahead, step_shapes
 from jaxmoe.decode.hybrid_step import HybridStep
 from jaxmoe.engine import calibration, compile_cache, read_ceiling, speculation
 from jaxmoe.engine.async_engine import EngineInfo
@@ -23,7 +23,12 @@ from jaxmoe.engine.directory import Directory, model_path, read_directory
 from jaxmoe.engine.dslp_prompts import add_devices, plan_devices, start_dslp
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.kept_pages import KeptPages
-from jaxmoe.engine.long_prompts import LongPrompts, describe_placement, start_streaming
+from jaxmoe.engine.long_prompts import (
+    LongPrompts,
+    describe_placement,
+    start_prefill_process,
+    start_streaming,
+)
 from jaxmoe.engine.placement import (
     check_prefill_device,
     choose_device,
@@ -115,13 +120,19 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     prefill_device, more = choose_prefill_device(config, model_config, device)
     notes += more
     runtime, prefill_runtime = _runtimes(config, device, prefill_device)
+    prefill_threads = 0
+    if config.disaggregate == "process":
+        prefill_threads = max(runtime.num_threads // 2, 1)
+        rest = max(runtime.num_threads - prefill_threads, 1)
+        runtime.close()
+        runtime = CpuRuntime(num_threads=rest, isa=config.isa)
     loaded = long_prompts = profile = None
     try:
         if config.profile is not None and device.platform != "cpu":
             notes += ("profile: steps on a GPU are not split into parts, nothing is counted",)
         elif config.profile is not None:
             profile = StepProfile(runtime, config.trace_path)
-        loaded = _load(config, directory, runtime, on_stage)
+        loaded = load_weights(config, directory, runtime, on_stage)
         calibrated = None
         if config.calibrate and loaded.report.expert_bytes >= calibration.LEAST_EXPERT_BYTES:
             on_stage("measuring this machine", 0.0)
@@ -159,6 +170,11 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
             long_prompts = start_dslp(
                 config, model_config, layout, device, runtime, loaded, lambda: step.caches, on_stage
             )
+        elif config.disaggregate == "process":
+            long_prompts = start_prefill_process(
+                config, model_config, layout, device, prefill_threads, loaded,
+                lambda: step.caches, on_stage,
+            )  # fmt: skip
         else:
             together, more = plan_devices(
                 config, model_config, layout, device, prefill_device, loaded
@@ -228,10 +244,11 @@ def start(config: EngineConfig, on_stage: OnStage = lambda stage, percent: None)
     )
     if config.warm_up:
         guesses = config.max_draft_tokens if model_config.runs_draft else 0
-        shapes = likely_first(
-            step_shapes(config.max_num_seqs, config.prefill_chunk_tokens, guesses)
+        chunk = config.prefill_chunk_tokens
+        programs_ahead = compiled_ahead(step_shapes(config.max_num_seqs, chunk, guesses), chunk)
+        engine.warm_up = WarmUp(
+            programs_ahead, lambda program: step.prepare(*program), lambda: engine.has_work
         )
-        engine.warm_up = WarmUp(shapes, lambda shape: step.prepare(*shape), lambda: engine.has_work)
     placed = list(describe_placement(device, long_prompts, prefill_device))
     if target is not None:
         placed.append(target.describe())
@@ -339,9 +356,10 @@ def _require_cache_memory(layout: CacheLayout, states: StateLayout | None) -> No
     memory.require(nbytes, what, advice)
 
 
-def _load(
+def load_weights(
     config: EngineConfig, directory: Directory, runtime: CpuRuntime, on_stage: OnStage
 ) -> LoadedModel:
+    """The checkpoint's, or random ones."""
     progress = None if config.show_progress else False
     if config.load_format == "dummy":
         return random_model(

@@ -3,8 +3,8 @@
 One program at a time, in the order given. A request that needs another one meanwhile compiles that
 itself (decode/programs.py), so nobody waits for more than the program that his step needs. While
 there is work, each compilation is followed by a pause of PAUSE_FACTOR times its length: compilers
-take cores from the steps, and cannot be interrupted. What it does not do: programs of steps with
-biases, masks or wanted log probabilities of prompts, and those that stream experts.
+take cores from the steps, and cannot be interrupted. What it does not do: programs of steps in
+which several requests are masked or biased, and those that stream experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from jaxmoe.decode.batch import Shape
+from jaxmoe.decode.batch import Prepared
 
 _log = logging.getLogger(__name__)
 # Steps are disturbed for a quarter of the time at most.
@@ -26,20 +26,20 @@ class WarmUp:
     """Begins with `start`, ends with the last program or `close`.
 
     Args:
-        shapes: in the order in which they are compiled.
+        programs: in the order in which they are compiled.
         prepare: compiles a step's program, or finds it there.
         busy: whether there is work for the engine; from any thread.
     """
 
     def __init__(
         self,
-        shapes: Sequence[Shape],
-        prepare: Callable[[Shape], object],
+        programs: Sequence[Prepared],
+        prepare: Callable[[Prepared], object],
         busy: Callable[[], bool],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._shapes = tuple(shapes)
+        self._programs = tuple(programs)
         self._prepare = prepare
         self._busy = busy
         self._clock = clock
@@ -78,30 +78,34 @@ class WarmUp:
     def snapshot(self) -> dict[str, float]:
         """For metrics (stats.py)."""
         return {
-            "warm_up_programs_planned": float(len(self._shapes)),
+            "warm_up_programs_planned": float(len(self._programs)),
             "warm_up_programs_compiled": float(self._done),
             "warm_up_seconds_total": self._seconds,
         }
 
     def describe(self) -> str:
-        kind, tokens, _ = self._shapes[0]
+        kind, tokens, *_ = self._programs[0]
         return (
-            f"compiling ahead: {len(self._shapes)} programs in the background, one at a time, from "
-            f"the {kind} of {tokens} tokens on; requests go first"
+            f"compiling ahead: {len(self._programs)} programs in the background, one at a time, "
+            f"from the {kind} of {tokens} tokens on; requests go first"
         )
 
     def _run(self) -> None:
         begin = self._clock()
-        for shape in self._shapes:
+        for program in self._programs:
             if self._is_over():
                 return
             started = self._clock()
             self._compiling = True
             try:
-                self._prepare(shape)
+                self._prepare(program)
             except Exception as e:
                 # The step that needs it will say so to its request.
-                _log.error("compiling ahead ends at %s of %d tokens, %d rows: %s", *shape, e)
+                kind, tokens, rows, extra = program
+                _log.error(
+                    "compiling ahead ends at %s of %d tokens, %d rows%s: %s",
+                    kind, tokens, rows, extra and f", {extra}", e,
+                )  # fmt: skip
                 return
             finally:
                 self._compiling = False
@@ -128,4 +132,4 @@ class WarmUp:
         return self._stop.is_set() or not threading.main_thread().is_alive()
 
 
-NO_FIGURES = WarmUp((), lambda shape: None, lambda: False).snapshot()
+NO_FIGURES = WarmUp((), lambda program: None, lambda: False).snapshot()

@@ -2,7 +2,13 @@
 
 import pytest
 
-from jaxmoe.decode.batch import decode_size, likely_first, prefill_size, step_shapes
+from jaxmoe.decode.batch import (
+    compiled_ahead,
+    decode_size,
+    likely_first,
+    prefill_size,
+    step_shapes,
+)
 
 
 @pytest.mark.parametrize("seqs", [1, 2, 3, 5, 8, 9, 64, 70, 300])
@@ -29,3 +35,17 @@ def test_one_users_programs_come_first():
     assert order[-4:] == [("decode", 16, 16), *(("prefill", t, 16) for t in (256, 64, 16))]
     assert sorted(order) == sorted(step_shapes(9, 512))
     assert likely_first(step_shapes(1, 16)) == [("prefill", 16, 1), ("decode", 1, 1)]
+
+
+def test_what_one_masked_biased_or_scored_request_needs_comes_after_everything_plain():
+    shapes = step_shapes(9, 512)
+    order = compiled_ahead(shapes, 512)
+    plain, extra = order[: len(shapes)], order[len(shapes) :]
+    assert plain == [(*shape, "") for shape in likely_first(shapes)]
+    alone = likely_first(shapes)[:5]
+    assert extra == [
+        *((*shape, "masks") for shape in alone),
+        *((*shape, "biases") for shape in alone),
+        ("prefill", 64, 1, "targets"),
+    ]
+    assert compiled_ahead(step_shapes(1, 16), 16)[-1] == ("prefill", 16, 1, "targets")

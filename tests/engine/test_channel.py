@@ -17,9 +17,15 @@ from jaxmoe.engine.codec import ChannelError, decode, encode
 from jaxmoe.engine.messages import (
     AbortRequest,
     AddRequest,
+    BeginPrompt,
     Configure,
+    DropPrompt,
     Failed,
     Fatal,
+    LayerDone,
+    PrefillReady,
+    PromptEnded,
+    SetPace,
     Stage,
     Started,
     Stop,
@@ -70,6 +76,13 @@ MESSAGES = [
     Stage("loading", 12.5),
     Started(INFO, ("a", "b")),
     Fatal("checkpoint", "broken"),
+    PrefillReady("/store", 9, 3, 10**12, 1.5, 0.25, 0.5, "rates", "plan"),
+    BeginPrompt(7, 5, (1, 2), 3, (0, 2**32 - 1)),
+    DropPrompt(7),
+    SetPace(2.5e9),
+    LayerDone(7, 2, 2**32 - 1),
+    PromptEnded(7, "no"),
+    PromptEnded(8),
 ]
 
 

@@ -148,7 +148,7 @@ def test_two_hundred_mixes_and_restarts():
     for begin in range(0, 200, 40):
         with LLM(**OPTIONS) as llm:
             if begin % 80:
-                llm._started.step._policy = policy
+                llm._started.step.policy = policy
             asked = list(requests(llm, random.Random(7), 20, True))
             answers = [answer(llm, *request) for request in asked]
             known = known or answers

@@ -1,22 +1,25 @@
 """Programs compiled ahead: in order, beside requests, never in their way, and ended at once."""
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
 
+import numpy as np
 import pytest
 from support import tiny_engine
 
-from jaxmoe.decode.batch import likely_first, step_shapes
+from jaxmoe.decode.batch import StepRow, compiled_ahead, step_shapes
 from jaxmoe.engine.engine import Engine
 from jaxmoe.engine.thread_engine import ThreadEngine
 from jaxmoe.engine.warm_up import WarmUp
 from jaxmoe.kv_cache.layout import CacheLayout
 from jaxmoe.request import Delta
+from jaxmoe.sampling.inputs import RowSettings
 from jaxmoe.sampling_params import SamplingParams
 
-SHAPES = [("prefill", 16, 1), ("decode", 1, 1), ("decode", 2, 2)]
+SHAPES = [("prefill", 16, 1, ""), ("decode", 1, 1, ""), ("decode", 2, 2, "masks")]
 LAYOUT = CacheLayout(page_size=4, num_pages=40, max_model_len=48, token_bytes=1)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPTS = [[3, 1, 4, 1, 5], [2, 7, 1], list(range(1, 30))]
@@ -125,7 +128,7 @@ def make(warm=True):
         step, LAYOUT, tokenizer=None, vocab_size=tiny.config.vocab_size, eos_token_ids=(),
         max_num_seqs=4, prefill_chunk_tokens=16,
     )  # fmt: skip
-    shapes = likely_first(step_shapes(4, 16))
+    shapes = compiled_ahead(step_shapes(4, 16), 16)
     if warm:
         engine.warm_up = WarmUp(shapes, lambda shape: step.prepare(*shape), lambda: engine.has_work)
     return engine, step, shapes
@@ -158,10 +161,39 @@ def test_steps_find_every_program_that_was_compiled_ahead():
     assert step.num_programs == 0
 
 
+def drawn_masked(step, token):
+    """What a decode draws that may draw that token alone."""
+    mask = np.zeros(-(-step._vocab_size // 32), np.uint32)
+    mask[token // 32] = 1 << token % 32
+    settings = RowSettings(GREEDY, 0, 0, 0, 0, 0, 1)
+    step.assign(0)
+    return step.run("decode", [StepRow((1,), 0, (0,), 0, settings, mask=mask)])[0].token_id
+
+
+def test_masked_biased_and_scored_requests_alone_find_their_programs():
+    engine, step, shapes = make(warm=False)
+    wanted = [s for s in shapes if s[3] and s[0] == "decode"] + [shapes[-1]]
+    assert [s[3] for s in wanted] == ["masks", "biases", "targets"]
+    for shape in [*wanted, ("prefill", 16, 1, "biases")]:
+        assert step.prepare(*shape)
+    biased = dataclasses.replace(GREEDY, frequency_penalty=0.5, logit_bias={7: 100.0})
+    scored = dataclasses.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
+    for params in (biased, scored):
+        engine.add_request(PROMPTS[0], params)
+        while engine.has_work:
+            ended = [d.output for d in engine.step() if d.output is not None]
+        assert len(ended) == 1
+        if params is biased:
+            assert ended[0].outputs[0].token_ids == (7,) * 6
+    assert drawn_masked(step, 9) == 9
+    assert engine.stats()["compiled_steps_total"] == 0 and step.num_programs == 4
+    step.close()
+
+
 def test_a_request_waits_for_its_own_programs_alone(monkeypatch):
     """The first program of all is never done while requests come that need others."""
     engine, step, shapes = make()
-    stuck, may_end, begun = ("decode", 4, 4), threading.Event(), threading.Event()
+    stuck, may_end, begun = ("decode", 4, 4, ""), threading.Event(), threading.Event()
     compile = step._compile
 
     def compiling(variant, inputs):
@@ -171,7 +203,8 @@ def test_a_request_waits_for_its_own_programs_alone(monkeypatch):
         return compile(variant, inputs)
 
     monkeypatch.setattr(step, "_compile", compiling)
-    engine.warm_up._shapes = (stuck, *(s for s in shapes if s != stuck))
+    plain = [s for s in shapes if s != stuck and not s[3]]
+    engine.warm_up._programs = shapes = (stuck, *plain)
 
     async def ask(front, i):
         items = [item async for item in front.generate(str(i), PROMPTS[i], GREEDY)]
@@ -204,7 +237,8 @@ def test_a_request_waits_for_its_own_programs_alone(monkeypatch):
 def test_steps_beside_a_compiler_teach_nothing(compiling, learns):
     engine, step, shapes = make()
     for shape in shapes:
-        step.prepare(*shape)
+        if not shape[3]:
+            step.prepare(*shape)
     engine.warm_up._compiling = compiling
     texts(engine)  # the third prompt has a whole chunk
     assert (engine._chunk_token_s > 0) == learns
