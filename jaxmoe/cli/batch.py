@@ -89,7 +89,7 @@ def _run(values: flags.FlagValues, rest: list[str]) -> int:
         Path(out_path),
         errors_path,
         retry_errors=bool(values["retry_errors"].value),
-        **{name: values[name].value for name in _FORMATS},
+        **{name: str(values[name].value) for name in _FORMATS},
     )
 
 
