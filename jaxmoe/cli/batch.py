@@ -4,9 +4,11 @@
     jaxmoe_batch --model=DIR --input=REQUESTS.jsonl --output=ANSWERS.jsonl --errors=ERRORS.jsonl
 
 A line of the input is {"custom_id", "method": "POST", "url", "body"} for /v1/chat/completions or
-/v1/completions; a line of the output is {"id", "custom_id", "response", "error"} in the order the
-answers were finished. Lines that cannot be answered go to --errors, or to the output without it.
-Run the same command again after an interruption and it goes on where it stopped.
+/v1/completions, with the fields and answers of the server (jaxmoe_serve), except that the model's
+name does not matter and nothing is streamed; a line of the output is {"id", "custom_id",
+"response", "error"} in the order the answers were finished. Lines that cannot be answered go to
+--errors, or to the output without it. Run the same command again after an interruption and it goes
+on where it stopped; lines that ended with an error count as done, unless --retry_errors is given.
 
 Made for throughput: many sequences are decoded together (--max_num_seqs), so that an expert's
 weights are read once for all of them. Sampling options are the defaults of bodies that say nothing.
@@ -24,10 +26,13 @@ from absl import flags
 from jaxmoe.cli import command
 from jaxmoe.cli import flags as option_flags
 from jaxmoe.common.errors import ConfigError
+from jaxmoe.common.fields import rules
+from jaxmoe.serving.server_config import ServerConfig
 
 # Nobody waits for a single answer: at 64 rows most experts of a large model are read for several
 # tokens at once, and more rows add little (their KV cache is then what is read).
 MAX_NUM_SEQS = 64
+_FORMATS = ("reasoning_format", "tool_format")  # the server's options of these names
 
 
 def define_flags() -> flags.FlagValues:
@@ -37,6 +42,16 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "errors", None, "JSONL file for lines with an error; default: --output", flag_values=values
     )
+    flags.DEFINE_boolean(
+        "retry_errors",
+        False,
+        "ask lines again that ended with an error in an earlier run; their old records are taken "
+        "out of the files",
+        flag_values=values,
+    )
+    for name in _FORMATS:
+        rule = rules(ServerConfig)[name]
+        flags.DEFINE_enum(name, "auto", list(rule.choices), rule.help, flag_values=values)
     command.define_model_flags(values)
     return values
 
@@ -66,7 +81,16 @@ def _run(values: flags.FlagValues, rest: list[str]) -> int:
     if values["plan_only"].value:
         return command.print_plan(config, values["gpu_memory_gb"].value)
     errors_path = Path(errors) if errors else None
-    return command.run_batch(values, config, sampling, Path(in_path), Path(out_path), errors_path)
+    return command.run_batch(
+        values,
+        config,
+        sampling,
+        Path(in_path),
+        Path(out_path),
+        errors_path,
+        retry_errors=bool(values["retry_errors"].value),
+        **{name: str(values[name].value) for name in _FORMATS},
+    )
 
 
 if __name__ == "__main__":

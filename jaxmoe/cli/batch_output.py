@@ -28,7 +28,8 @@ class BatchOutput:
     others are known by their number.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, drop_errors: bool = False) -> None:
+        """drop_errors: takes the records with an error out, so that their lines are asked again."""
         self.path = Path(path)
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -48,7 +49,7 @@ class BatchOutput:
         self._lines: set[int] = set()
         self._duplicate_lines: set[int] = set()
         try:
-            self._read()
+            self._read(drop_errors)
         except BaseException:
             os.close(self._fd)
             raise
@@ -74,8 +75,8 @@ class BatchOutput:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _read(self) -> None:
-        whole, number = 0, 0
+    def _read(self, drop_errors: bool) -> None:
+        whole, number, dropped = 0, 0, False
         with open(os.dup(self._fd), "rb") as f:
             f.seek(0)
             for raw in f:
@@ -89,12 +90,37 @@ class BatchOutput:
                         "another file"
                     )
                 whole += len(raw)
-                self._note(record)
+                if drop_errors and record["error"] is not None:
+                    dropped = True
+                else:
+                    self._note(record)
                 if not raw.endswith(b"\n"):
                     os.write(self._fd, b"\n")  # whole, but for its end
                     whole += 1
         if whole < os.fstat(self._fd).st_size:
             os.ftruncate(self._fd, whole)
+        if dropped:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        """Without the records with an error. A kill leaves the file as it was, or as it will be."""
+        path = self.path.resolve()  # what a link points to is replaced, not the link
+        new_path = path.with_name(f".{path.name}.new")
+        new = os.open(new_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.fchmod(new, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            with open(os.dup(self._fd), "rb") as f, open(os.dup(new), "ab") as out:
+                f.seek(0)
+                out.writelines(raw for raw in f if orjson.loads(raw)["error"] is None)
+                out.flush()
+                os.fsync(new)
+            os.replace(new_path, path)
+        except BaseException:
+            os.close(new)
+            raise
+        os.close(self._fd)
+        self._fd = new
 
     @staticmethod
     def _parse(raw: bytes) -> dict[str, Any] | None:
@@ -132,16 +158,22 @@ class BatchOutputs:
 
 @contextlib.contextmanager
 def open_outputs(
-    in_path: Path, out_path: Path, errors_path: Path | None = None
+    in_path: Path,
+    out_path: Path,
+    errors_path: Path | None = None,
+    *,
+    retry_errors: bool = False,
 ) -> Iterator[BatchOutputs]:
     """The files of a batch, none of which may be another; without `errors_path` errors go to
-    `out_path`.
+    `out_path`. retry_errors: takes the records with an error out of both.
     """
     if out_path.exists() and in_path.resolve() == out_path.resolve():
         raise ConfigError(f"--output: {out_path} is the input; wanted another file")
     if errors_path is not None and errors_path.resolve() in (in_path.resolve(), out_path.resolve()):
         raise ConfigError(f"--errors: {errors_path} is the input or output; wanted another file")
     with contextlib.ExitStack() as stack:
-        answers = stack.enter_context(BatchOutput(out_path))
-        errors = answers if errors_path is None else stack.enter_context(BatchOutput(errors_path))
+        answers = stack.enter_context(BatchOutput(out_path, drop_errors=retry_errors))
+        errors = answers
+        if errors_path is not None:
+            errors = stack.enter_context(BatchOutput(errors_path, drop_errors=retry_errors))
         yield BatchOutputs(answers, errors)

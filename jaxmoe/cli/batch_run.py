@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxmoe.cli.batch_lines import MAX_LINE_BYTES, Item, LineError, error_record, parse_line, record
+from jaxmoe.cli.batch_answers import Answer, Answerer, Asked, answering
+from jaxmoe.cli.batch_lines import MAX_LINE_BYTES, LineError, error_record, parse_line
 from jaxmoe.cli.batch_output import DUPLICATE, BatchOutputs
-from jaxmoe.common.errors import ConfigError, RequestError
+from jaxmoe.common.errors import ConfigError
 from jaxmoe.llm import LLM
-from jaxmoe.request import RequestOutput, failure
 from jaxmoe.sampling_params import SamplingParams
+from jaxmoe.text.output_parser import OutputFormats
 
 
 @dataclasses.dataclass
@@ -35,13 +37,6 @@ class Totals:
         )
 
 
-@dataclasses.dataclass
-class _Running:
-    item: Item
-    request_ids: list[str]
-    outputs: dict[str, RequestOutput] = dataclasses.field(default_factory=dict)
-
-
 def count_lines(path: Path) -> int:
     """Lines of the input that are not blank."""
     if path.exists() and not path.is_file():
@@ -62,6 +57,7 @@ class BatchRun:
     Args:
         base: sampling parameters that lines may override.
         model: its name in the answers.
+        formats: how it writes thoughts and tool calls.
         done: called after every line that is finished, with the totals so far.
     """
 
@@ -71,96 +67,93 @@ class BatchRun:
         outputs: BatchOutputs,
         base: SamplingParams,
         model: str,
+        formats: OutputFormats,
         done: Callable[[Totals], None] = lambda totals: None,
     ) -> None:
         self.totals = Totals()
         self._llm = llm
-        self._engine = llm.engine
         self._outputs = outputs
         self._base = base
         self._model = model
+        self._formats = formats
         self._done = done
-        self._running: dict[str, _Running] = {}
         self._seen: set[str] = set()
 
     def run(self, path: Path) -> Totals:
         """Answers every line of the file; lines are read no further ahead than keeps the
-        engine busy.
+        engine busy. Raises EngineDeadError where the engine died: lines without a record are left
+        to the next run.
         """
-        start = time.perf_counter()
-        lines = _lines(path)
-        more = True
-        ahead = 2 * self._engine.max_num_seqs
-        while more or self._running:
-            while more and len(self._running) < ahead:
-                numbered = next(lines, None)
-                more = numbered is not None
-                if numbered is not None:
-                    self._begin(*numbered)
-            for delta in self._engine.step():
-                if delta.output is not None:
-                    self._finish(delta.output)
-            self.totals.seconds = time.perf_counter() - start
+        asyncio.run(self._run(path))
         return self.totals
 
-    def _begin(self, number: int, raw: bytes) -> None:
+    async def _run(self, path: Path) -> None:
+        start_s = time.perf_counter()
+        running: dict[asyncio.Task[Answer], Asked] = {}
+        lines, more, sequences = _lines(path), True, 0
+        ahead = 2 * self._llm.engine.max_num_seqs
+        async with answering(self._llm, self._base, self._model, self._formats) as answerer:
+            try:
+                while more or running:
+                    while more and sequences < ahead:
+                        numbered = next(lines, None)
+                        more = numbered is not None
+                        if numbered is not None and (asked := self._begin(answerer, *numbered)):
+                            running[asyncio.create_task(answerer.answer(asked))] = asked
+                            sequences += asked.sequences
+                    if running:
+                        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    self.totals.seconds = time.perf_counter() - start_s
+                    for task in [t for t in running if t.done()]:
+                        asked = running.pop(task)
+                        sequences -= asked.sequences
+                        self._finish(asked, task)
+            finally:
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+
+    def _begin(self, answerer: Answerer, number: int, raw: bytes) -> Asked | None:
+        """What is to be answered; None for a line that was answered before or is wrong."""
+        line, error = None, None
         try:
-            item = parse_line(raw, number, self._base)
+            line = parse_line(raw, number)
+            custom_id = line.custom_id
         except LineError as e:
-            self._refuse(number, e)
-            return
-        if item.custom_id is not None and item.custom_id in self._seen:
-            message = f"custom_id: {item.custom_id!r} is that of an earlier line; wanted a new one"
-            self._refuse(number, LineError(DUPLICATE, message, item.custom_id))
-            return
-        if item.custom_id is not None:
-            self._seen.add(item.custom_id)
-        if self._outputs.is_done(number, item.custom_id):
+            error, custom_id = e, e.custom_id
+        if custom_id is not None:
+            if custom_id in self._seen:
+                message = f"custom_id: {custom_id!r} is that of an earlier line; wanted a new one"
+                self._refuse(number, LineError(DUPLICATE, message, custom_id))
+                return None
+            self._seen.add(custom_id)
+        if self._outputs.is_done(number, custom_id):
             self.totals.skipped += 1
             self._done(self.totals)
-            return
-        request_ids: list[str] = []
+            return None
+        if line is not None:
+            try:
+                return answerer.check(line)
+            except LineError as e:
+                error = e
+        assert error is not None
+        self._refuse(number, error)
+        return None
+
+    def _finish(self, asked: Asked, task: asyncio.Task[Answer]) -> None:
         try:
-            for prompt in item.prompts:
-                ids = self._prompt_ids(item, prompt)
-                request_ids.append(self._engine.add_request(ids, item.params))
-        except RequestError as e:
-            for request_id in request_ids:
-                self._engine.abort(request_id)
-            self._refuse(number, LineError("invalid_request", str(e), item.custom_id))
+            answer = task.result()
+        except LineError as e:
+            self._refuse(asked.line.number, e)
             return
-        running = _Running(item, request_ids)
-        self._running |= dict.fromkeys(request_ids, running)
-
-    def _prompt_ids(self, item: Item, prompt: object) -> list[int]:
-        if item.is_chat:
-            return self._llm.chat_prompt(prompt, **item.template_args)  # pyright: ignore
-        return self._llm.prompt_ids(prompt)  # pyright: ignore[reportArgumentType]
-
-    def _finish(self, output: RequestOutput) -> None:
-        running = self._running.pop(output.request_id)
-        running.outputs[output.request_id] = output
-        if len(running.outputs) < len(running.request_ids):
-            return
-        item = running.item
-        outputs = [running.outputs[i] for i in running.request_ids]
-        failed = [c for o in outputs for c in o.outputs if c.finish_reason == "error"]
-        if failed:
-            self._refuse(item.line, LineError("model_error", failure(failed[0]), item.custom_id))
-            return
-        self._outputs.answers.write(record(item, outputs, self._model, self._llm.tokenizer))
+        self._outputs.answers.write(answer.record)
         self.totals.answered += 1
-        self.totals.prompt_tokens += sum(len(o.prompt_token_ids) for o in outputs)
-        self.totals.output_tokens += sum(len(c.token_ids) for o in outputs for c in o.outputs)
+        self.totals.prompt_tokens += answer.prompt_tokens
+        self.totals.output_tokens += answer.output_tokens
         self._done(self.totals)
 
     def _refuse(self, number: int, error: LineError) -> None:
-        known = (
-            self._outputs.is_known_duplicate(number)
-            if error.code == DUPLICATE
-            else self._outputs.is_done(number, error.custom_id)
-        )
-        if known:
+        if error.code == DUPLICATE and self._outputs.is_known_duplicate(number):
             self.totals.skipped += 1
         else:
             self._outputs.errors.write(error_record(number, error))

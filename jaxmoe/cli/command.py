@@ -166,18 +166,26 @@ def run_batch(
     in_path: Path,
     out_path: Path,
     errors_path: Path | None = None,
+    *,
+    retry_errors: bool = False,
+    reasoning_format: str = "auto",
+    tool_format: str = "auto",
 ) -> int:
     """Answers the lines of a file; see batch_run.py."""
     from tqdm import tqdm
 
     from jaxmoe.cli.batch_output import open_outputs
     from jaxmoe.cli.batch_run import BatchRun, Totals, count_lines
+    from jaxmoe.text.output_parser import OutputFormats
 
     total = count_lines(in_path)
     quiet = values["quiet"].value
-    with open_outputs(in_path, out_path, errors_path) as outputs, load(values, config) as llm:
+    files = open_outputs(in_path, out_path, errors_path, retry_errors=retry_errors)
+    with files as outputs, load(values, config) as llm:
         params = SamplingParams.of(sampling, llm.default_params)
-        model = Path(config.model).name if config.model else "jaxmoe-demo"
+        model = Path(config.model).resolve().name if config.model else "jaxmoe-demo"
+        template = None if llm.chat_template is None else llm.chat_template.source
+        formats = OutputFormats.of(template, reasoning=reasoning_format, tools=tool_format)
         with tqdm(total=total, unit="req", disable=quiet, file=sys.stderr) as bar:
 
             def done(totals: Totals) -> None:
@@ -186,7 +194,7 @@ def run_batch(
                 bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
                 bar.update(0)
 
-            totals = BatchRun(llm, outputs, params, model, done).run(in_path)
+            totals = BatchRun(llm, outputs, params, model, formats, done).run(in_path)
         if llm.engine.profile is not None and not quiet:
             print(llm.engine.profile.describe(), file=sys.stderr)
         if not quiet:

@@ -57,7 +57,7 @@ class ServerState:
     """See the module.
 
     max_requests: in work at once, over all keys. More than the engine can run and queue need not
-    be tokenized to be refused.
+    be tokenized to be refused. text_timeout_s: of work on one text, waiting for a thread included.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class ServerState:
         model: str,
         max_requests: int = 1024,
         clock: Callable[[], float] = time.time,
+        text_timeout_s: float | None = _TEXT_TIMEOUT_S,
     ) -> None:
         self.engine = engine
         self.texts = texts
@@ -85,6 +86,7 @@ class ServerState:
         self.admission = Admission(max_requests, config.max_requests_per_key)
         self._threads = concurrent.futures.ThreadPoolExecutor(_TEXT_THREADS, "texts")
         self._longest_token_chars: int | None = None
+        self._text_timeout_s = text_timeout_s
 
     @property
     def model(self) -> str:
@@ -147,11 +149,13 @@ class ServerState:
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
         try:
-            async with asyncio.timeout(_TEXT_TIMEOUT_S):
+            async with asyncio.timeout(self._text_timeout_s):
                 return await future
         except TimeoutError:
             raise ApiError(
-                408, f"preparing the text took more than {_TEXT_TIMEOUT_S:g} s", code="text_timeout"
+                408,
+                f"preparing the text took more than {self._text_timeout_s:g} s",
+                code="text_timeout",
             ) from None
 
     def encode(self, text: str, param: str, max_model_len: int, *, special: bool) -> list[int]:

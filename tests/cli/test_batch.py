@@ -5,8 +5,12 @@ there.
 import json
 
 import pytest
+from support import fake_step, front
 
+import jaxmoe.llm
 from jaxmoe.cli import batch
+from jaxmoe.llm import LLM
+from jaxmoe.text.chat_template import ChatTemplate
 
 
 @pytest.fixture
@@ -31,7 +35,9 @@ def files(tmp_path):
     source = tmp_path / "in.jsonl"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
     source.write_text(
-        line("chat", {"model": "any", "messages": messages, "tools": [], "temperature": 0})
+        line(
+            "chat", {"model": "any", "messages": messages, "tools": [], "temperature": 0, "new": 1}
+        )
         + line("tools", {"messages": messages, "tools": [{"type": "function"}]})
         + line("text", {"prompt": "abc", "max_tokens": 2}, "/v1/completions")
         + line("none", {}, "/v1/embeddings")
@@ -56,8 +62,12 @@ def test_answers_and_errors_go_to_their_files(run, files, loaded):
     assert message == {"role": "assistant", "content": ">ih<>s<", "refusal": None}
     refused = {r["custom_id"]: r for r in read(errors)}
     assert set(refused) == {"tools", "none"}
-    assert refused["tools"]["response"] is None
-    assert "tools: got" in refused["tools"]["error"]["message"]
+    error = refused["tools"]["error"]
+    assert error["param"] == "tools[0].function" and error["code"] == "invalid_request"
+    response = refused["tools"]["response"]
+    assert response["status_code"] == 400
+    assert response["body"]["error"]["message"] == error["message"]
+    assert refused["none"]["response"] is None
     assert "url: got '/v1/embeddings'" in refused["none"]["error"]["message"]
     assert loaded.config.max_num_seqs == batch.MAX_NUM_SEQS
 
@@ -109,6 +119,167 @@ def test_bad_command_lines_are_one_line_and_exit_code_1(run, files, argv, words)
     assert code == 1 and out == "" and words in err
     assert err.startswith("jaxmoe_batch: error: ") and err.count("\n") == 1
     assert source.read_text() == before
+
+
+def test_lines_with_an_error_are_asked_again_where_that_is_wanted(run, files):
+    source, target, errors = files
+    argv = [f"--input={source}", f"--output={target}", f"--errors={errors}"]
+    run(*argv)
+    answered = target.read_text()
+    messages = [{"role": "user", "content": "hi"}]
+    lines = source.read_text().splitlines(True)
+    lines[1] = line("tools", {"messages": messages})  # corrected
+    source.write_text("".join(lines))
+    assert "0 answered, 0 with an error, 4 done before" in run(*argv)[2]
+    errors.chmod(0o640)
+    code, _, err = run(*argv, "--retry_errors")
+    assert code == 0 and "1 answered, 1 with an error, 2 done before" in err
+    assert target.read_text().startswith(answered) and read(target)[-1]["custom_id"] == "tools"
+    assert [r["custom_id"] for r in read(errors)] == ["none"]
+    assert errors.stat().st_mode & 0o777 == 0o640
+    assert {p.name for p in target.parent.iterdir()} == {"in.jsonl", "out.jsonl", "errors.jsonl"}
+
+
+def test_in_one_file_only_the_records_with_an_error_are_replaced(run, files):
+    source, target, _ = files
+    argv = [f"--input={source}", f"--output={target}"]
+    run(*argv)
+    kept = [r for r in read(target) if r["error"] is None]
+    assert "0 answered, 2 with an error, 2 done before" in run(*argv, "--retry_errors")[2]
+    records = read(target)
+    assert records[:2] == kept and {r["custom_id"] for r in records[2:]} == {"tools", "none"}
+
+
+def test_a_dead_engine_ends_the_run_and_no_line_is_at_fault(run, files, monkeypatch):
+    source, target, _ = files
+    engine, step = fake_step.make_engine(lambda prompt: prompt[::-1], num_pages=64)
+    llm = LLM.on_engine(engine, engine.tokenizer, ChatTemplate("{{ messages[0].content }}"))
+    llm.report = ""
+    monkeypatch.setattr(step, "fail_with", RuntimeError("boom"))
+    monkeypatch.setattr(jaxmoe.llm.LLM, "of", classmethod(lambda cls, config: llm))
+    code, out, err = run(f"--input={source}", f"--output={target}", "--quiet")
+    assert code == 1 and out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("jaxmoe_batch: error: ") and "boom" in last and "to go on" in last
+    assert {r["custom_id"] for r in read(target)} == {"tools", "none"}
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": n, "parameters": {"type": "object"}}}
+    for n in ("f", "g")
+]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+WRITTEN = {
+    "json": b'{"a": 12}',
+    "forced": b'<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+    "think": b"<think>\nwell</think>\n\nok"
+    b'<tool_call>\n{"name": "g", "arguments": {"x": [1]}}\n</tool_call>',
+}
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+def script(prompt):
+    for word, text in WRITTEN.items():
+        if f"u:{word}".encode() in prompt:
+            return text
+    return prompt[::-1][:12]
+
+
+def ask(text, **more):
+    return CHAT, {"messages": [{"role": "user", "content": text}], **more}
+
+
+def complete(prompt, **more):
+    return TEXT, {"prompt": prompt, **more}
+
+
+BODIES = [
+    ask("plain", temperature=0, n=2),
+    ask("logs", logprobs=True, top_logprobs=2, max_completion_tokens=3),
+    ask("json 1", response_format=JSON_SCHEMA),
+    ask("json 2", response_format={"type": "json_object"}, return_token_ids=True),
+    ask("json 3", structured_outputs={"regex": r"\{.*\}"}),
+    ask("forced 1", tools=TOOLS, tool_choice="required"),
+    ask("forced 2", tools=TOOLS, tool_choice={"type": "function", "function": {"name": "f"}}),
+    ask("think", tools=TOOLS, reasoning_effort="high", verbosity="low", unheard_of=1),
+    ask("cut", truncate_prompt_tokens=4, parallel_tool_calls=False, prompt_cache_key="k"),
+    complete("abcdefghij", stop=["ed"], n=2),
+    complete(["first", [65, 66, 67]], logprobs=1, add_special_tokens=False),
+    complete("scored", echo=True, logprobs=1, max_tokens=0),
+    complete("a long one, more than 16 tokens", prompt_logprobs=1),
+    # Refused.
+    ask("hot", temperature=3000),
+    ask("bad", response_format={"type": "xml"}),
+    ask("bad", response_format={"type": "json_schema", "json_schema": {"schema": {"type": "q"}}}),
+    ask("none", tool_choice="required"),
+    ask("top", top_logprobs=1),
+    ask("u" * 500),
+    complete("x", echo=1),
+    complete("x", suffix="y"),
+    (TEXT, {}),
+]
+
+
+def comparable(value):
+    """Without what differs between any two answers: ids, times, and what was in the cache."""
+    if isinstance(value, list):
+        return [comparable(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    own = ("id", "created", "cached_tokens")
+    return {k: type(v) if k in own else comparable(v) for k, v in value.items()}
+
+
+def test_a_line_gets_the_servers_answer(run, tmp_path, monkeypatch):
+    async def served():
+        async with front.serving(script, served_model_name="jaxmoe-demo") as f:
+            replies = [await f.post(url, body) for url, body in BODIES]
+            return [(r.status_code, r.json()) for r in replies]
+
+    expected = front.run(served())
+    assert {status for status, _ in expected} == {200, 400}
+    engine, _ = fake_step.make_engine(script, max_model_len=400, num_pages=800)
+    llm = LLM.on_engine(engine, engine.tokenizer, ChatTemplate(front.TEMPLATE))
+    monkeypatch.setattr(jaxmoe.llm.LLM, "of", classmethod(lambda cls, config: llm))
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        "".join(
+            line(str(at), {"model": "gpt", **body}, url) for at, (url, body) in enumerate(BODIES)
+        )
+    )
+    code, _, err = run(f"--input={source}", f"--output={target}", "--quiet")
+    assert code == 0, err
+    records = {int(r["custom_id"]): r for r in read(target)}
+    for at, (status, body) in enumerate(expected):
+        response, error = records[at]["response"], records[at]["error"]
+        assert response["status_code"] == status, (BODIES[at], response)
+        assert comparable(response["body"]) == comparable(body), BODIES[at]
+        if status == 200:
+            assert error is None
+        else:
+            said = body["error"]
+            assert (error["message"], error["param"]) == (said["message"], said["param"])
+    choices = [body["choices"][0] for status, body in expected if status == 200]
+    assert [c["finish_reason"] for c in choices if "message" in c].count("tool_calls") == 3
+    thoughts = records[7]["response"]["body"]["choices"][0]["message"]
+    assert thoughts["reasoning_content"] == "well" and thoughts["content"] == "ok"
+
+
+def test_the_command_line_says_what_bodies_do_not(run, tmp_path, loaded):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        line("flag", {"prompt": "abcdef"}, TEXT)
+        + line("body", {"prompt": "abcdef", "max_tokens": 2}, TEXT)
+        + line("stream", {"prompt": "abcdef", "stream": True}, TEXT)
+    )
+    argv = [f"--input={source}", f"--output={target}", "--quiet", "--max_tokens=4", "--logprobs=1"]
+    assert run(*argv)[0] == 0
+    records = {r["custom_id"]: r for r in read(target)}
+    assert records["stream"]["error"]["param"] == "stream"
+    for name, text in (("flag", "fedc"), ("body", "fe")):
+        (choice,) = records[name]["response"]["body"]["choices"]
+        assert choice["text"] == text and len(choice["logprobs"]["tokens"]) == len(text)
 
 
 def test_help(run):
