@@ -18,7 +18,7 @@ from jaxmoe.serving.chat_prompt import AUTO, ChatJob, ChatRequest, prepare
 from jaxmoe.serving.chat_stream import ChatStream, Message, Part
 from jaxmoe.serving.errors import bad_field
 from jaxmoe.serving.fields import Body
-from jaxmoe.serving.logprobs import TokenTexts, chat_logprobs
+from jaxmoe.serving.logprobs import TokenTexts, chat_logprobs, prompt_logprobs_object
 from jaxmoe.serving.replies import DONE, JsonReply, Reply, StreamReply, event
 from jaxmoe.serving.state import Call, ServerState
 from jaxmoe.serving.timings import prompt_progress, timings_object
@@ -48,12 +48,15 @@ def as_chat_request(state: ServerState, body: Body) -> ChatRequest:
     if body.given("stream_options") and not body["stream"]:
         raise bad_field("stream_options", "only together with stream: true")
     if body.given("prompt_logprobs"):
-        raise bad_field("prompt_logprobs", "only with /v1/completions")
+        if body["stream"]:
+            raise bad_field("prompt_logprobs", "not together with stream: true")
+        sampling["prompt_logprobs"] = body["prompt_logprobs"]
     if body.get("n", 1) > state.config.max_completions:
         raise bad_field("n", f"got {body['n']}, wanted at most {state.config.max_completions}")
     if body.given("response_format") and body.given("structured_outputs"):
         raise bad_field("structured_outputs", "not together with response_format")
     effort = body.get("reasoning_effort")
+    names = body.client_names()
     return ChatRequest(
         messages=body["messages"],
         sampling=sampling,
@@ -68,6 +71,7 @@ def as_chat_request(state: ServerState, body: Body) -> ChatRequest:
         continue_final_message=body["continue_final_message"],
         truncate=body.get("truncate_prompt_tokens"),
         cache_salt=body.get("cache_salt"),
+        names=names,
     )
 
 
@@ -106,6 +110,10 @@ class _Answer:
         }
         if self._body["return_token_ids"]:
             out["prompt_token_ids"] = list(self._job.prompt_token_ids)
+        if self._body.given("prompt_logprobs"):
+            (output,) = self._stream.generation.outputs
+            entries = None if output is None else output.prompt_logprobs
+            out["prompt_logprobs"] = prompt_logprobs_object(entries or (), self._texts)
         if self._body["timings"]:
             out["timings"] = timings_object(m.completion for m in messages)
         return out

@@ -14,7 +14,7 @@ from typing import Any
 from jaxmoe.common.errors import RequestError
 from jaxmoe.engine.async_engine import EngineInfo
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.serving.errors import bad_field
+from jaxmoe.serving.errors import bad_field, renamed
 from jaxmoe.serving.field_checks import OutputFormat, ToolChoice
 from jaxmoe.serving.generation import Job
 from jaxmoe.serving.state import ServerState
@@ -29,7 +29,7 @@ class ChatRequest:
     """A conversation and how to go on. sampling: what the body says of SamplingParams' fields.
 
     tools: in the chat form. thinking: True or False asks the template for it; None leaves it. max
-    prompt: keep only the last so many tokens.
+    prompt: keep only the last so many tokens. names: what the client calls SamplingParams' fields.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -47,6 +47,7 @@ class ChatRequest:
     truncate: int | None = None
     cache_salt: str | None = None
     messages_param: str = "messages"
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +86,16 @@ def prepare(state: ServerState, info: EngineInfo, request: ChatRequest, request_
     structured = constraint(state, request, text, continued)
     if structured is not None:
         given["structured"] = structured
-    params = SamplingParams.of(given, info.default_params)
-    return ChatJob(
-        Job(request_id, ids, params, text, request.cache_salt), request, state, text, continued
-    )
+    names = {**request.names, "prompt": request.messages_param}
+    if structured is not None:  # the engine calls it by its kind
+        format, forced = request.output_format, request.tool_choice.mode in ("required", "named")
+        names[structured.kind] = "tools" if format is None or forced else format.param
+    try:
+        params = SamplingParams.of(given, info.default_params)
+    except RequestError as e:
+        raise renamed(e, names) from e
+    job = Job(request_id, ids, params, text, request.cache_salt, names)
+    return ChatJob(job, request, state, text, continued)
 
 
 def render(state: ServerState, request: ChatRequest) -> tuple[str, str]:

@@ -12,10 +12,11 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+from jaxmoe.common.errors import RequestError
 from jaxmoe.engine.async_engine import EngineInfo, PrefillProgress
 from jaxmoe.request import CompletionOutput, RequestOutput, TokenLogprob
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.serving.errors import bad_field
+from jaxmoe.serving.errors import bad_field, renamed
 from jaxmoe.serving.fields import Body
 from jaxmoe.serving.generation import Generation, Job, Step
 from jaxmoe.serving.logprobs import TokenTexts, completion_logprobs, prompt_logprobs_object
@@ -43,12 +44,16 @@ def _check(state: ServerState, body: Body) -> None:
     count = len(body["prompt"]) * body.get("n", 1)
     if count > state.config.max_completions:
         raise bad_field(
-            "n",
+            "n"
+            if body.given("n") and len(body["prompt"]) <= state.config.max_completions
+            else "prompt",
             f"{len(body['prompt'])} prompts times n = {count} completions, wanted at most "
             f"{state.config.max_completions} (max_completions)",
         )
     if body.given("stream_options") and not body["stream"]:
         raise bad_field("stream_options", "only together with stream: true")
+    if body.given("prompt_logprobs") and body["stream"]:
+        raise bad_field("prompt_logprobs", "not together with stream: true; echo and logprobs are")
     if body["max_tokens"] == 0 and not body["echo"]:
         raise bad_field("max_tokens", "got 0, which asks for nothing without echo")
     if body.given("response_format") and body.given("structured_outputs"):
@@ -64,10 +69,16 @@ def _prepare(state: ServerState, info: EngineInfo, body: Body, answer_id: str) -
         given["prompt_logprobs"] = body["logprobs"]
     if body.given("prompt_logprobs"):
         given["prompt_logprobs"] = max(body["prompt_logprobs"], given.get("prompt_logprobs", 0))
-    structured = plain_constraint(body.get("response_format") or body.get("structured_outputs"))
-    if structured is not None:
+    format = body.get("response_format") or body.get("structured_outputs")
+    structured = plain_constraint(format)
+    names = body.client_names()
+    if structured is not None and format is not None:
         given["structured"] = structured
-    params = SamplingParams.of(given, info.default_params)
+        names[structured.kind] = format.param
+    try:
+        params = SamplingParams.of(given, info.default_params)
+    except RequestError as e:
+        raise renamed(e, names) from e
     jobs = []
     for at, prompt in enumerate(body["prompt"]):
         text = None
@@ -80,7 +91,8 @@ def _prepare(state: ServerState, info: EngineInfo, body: Body, answer_id: str) -
             ids = prompt
         if body.given("truncate_prompt_tokens"):
             ids = ids[-body["truncate_prompt_tokens"] :]
-        jobs.append(Job(f"{answer_id}-{at}", ids, params, text, body.get("cache_salt")))
+        names = {**names, "prompt": "prompt" if len(body["prompt"]) == 1 else f"prompt[{at}]"}
+        jobs.append(Job(f"{answer_id}-{at}", ids, params, text, body.get("cache_salt"), names))
     return jobs
 
 

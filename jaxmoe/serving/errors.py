@@ -7,6 +7,7 @@ is a 500, with the request's id to look it up in the log.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.common.errors import CapacityError, EngineDeadError, RequestError
@@ -112,6 +113,28 @@ def as_api_error(error: BaseException, *, engine_is_up: bool = True) -> ApiError
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_down", retry_after_s=10.0)
     return None
+
+
+# How the engine speaks of the prompt as a whole.
+_PROMPT = re.compile(r"the prompt |prompt (?:token ids:|\()")
+
+
+def renamed(error: RequestError, names: Mapping[str, str]) -> ApiError:
+    """The answer to an error of the engine or of a template, with the client's name for the field
+    it is about. names: by the engine's; what is not in it has one name for both.
+    """
+    answer = as_api_error(error)
+    assert answer is not None
+    if answer.param is not None:
+        head = re.split(r"[.\[]", answer.param)[0]
+        if head in names:
+            rest = answer.message[len(head) :]
+            answer.param = names[head] + answer.param[len(head) :]
+            answer.message = names[head] + rest
+    elif "prompt" in names and _PROMPT.match(answer.message):
+        answer.param = names["prompt"]
+        answer.message = f"{answer.param}: {answer.message}"
+    return answer
 
 
 def internal_error(request_id: str) -> ApiError:

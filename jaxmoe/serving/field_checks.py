@@ -15,7 +15,7 @@ from typing import Any, Literal
 import orjson
 
 from jaxmoe.common.errors import RequestError
-from jaxmoe.common.fields import shown
+from jaxmoe.common.fields import Rule, check_value, shown
 from jaxmoe.sampling_params import MAX_STOP_CHARS, MAX_STOPS, MAX_TOKEN_ID
 from jaxmoe.serving import anthropic_input, responses_input
 from jaxmoe.serving.chat_forms import (
@@ -24,9 +24,18 @@ from jaxmoe.serving.chat_forms import (
     check_function,
     check_message,
 )
+from jaxmoe.text.chat_template import RESERVED
 
 MAX_GRAMMAR_CHARS = 1 << 20
 MAX_CHOICES = 4096
+MAX_PROMPT_CHARS = 32 << 20  # more than any context holds; bodies have a bound of their own
+MAX_PROMPT_TOKENS = 1 << 24
+MAX_SWITCH_CHARS = 1 << 16
+MAX_FORMAT_NAME_CHARS = 64
+MAX_BUDGET_TOKENS = 2**31 - 1
+MAX_INCLUDES = 64
+# OpenAI's levels, and Anthropic's "max".
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _OBJECT = {"type": "object", "additionalProperties": True}
 
 
@@ -50,11 +59,22 @@ class ToolChoice:
 @dataclasses.dataclass(frozen=True)
 class OutputFormat:
     """What the whole answer must be. value: a schema (json_schema), a text (regex, grammar), a
-    list of texts (choice), or None (json_object).
+    list of texts (choice), or None (json_object). param: where in the body it stands, for errors
+    of what compiles it. name: the client's for a schema.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     value: Any = None
+    param: str = "response_format"
+    name: str = "schema"
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """Anthropic's output_config. effort: as reasoning_effort."""
+
+    format: OutputFormat | None = None
+    effort: str | None = None
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:
@@ -85,6 +105,8 @@ def _text(name: str, value: Any, high: int | None = None) -> str:
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     ids = _list(name, value)
+    if len(ids) > MAX_PROMPT_TOKENS:
+        raise RequestError(f"{name}: got {len(ids)} ids, wanted at most {MAX_PROMPT_TOKENS}")
     for at, i in enumerate(ids):
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= MAX_TOKEN_ID:
             raise RequestError(f"{name}[{at}]: got {shown(i)}, wanted a token id")
@@ -112,7 +134,7 @@ def _prompt(name: str, value: Any) -> list[str | tuple[int, ...]]:
 def _some_text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise RequestError(f"{name}: got {shown(value)}, wanted text or token ids, not empty")
-    return value
+    return _text(name, value, MAX_PROMPT_CHARS)
 
 
 def _stop(name: str, value: Any) -> tuple[str, ...]:
@@ -134,6 +156,8 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
             raise RequestError(f"{name}: got the key {shown(key)}, wanted a token id")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not abs(bias) <= 100:
             raise RequestError(f"{name}[{key}]: got {shown(bias)}, wanted a number -100 to 100")
+        if int(key) in out:
+            raise RequestError(f"{name}: got {shown(key)}, a token that another key names too")
         out[int(key)] = float(bias)
     return out
 
@@ -148,8 +172,15 @@ def _template_kwargs(name: str, value: Any) -> dict[str, Any]:
     for key, v in _object(name, value).items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", key) or key.startswith("__"):
             raise RequestError(f"{name}: got the name {shown(key)}, wanted an identifier")
+        if key in RESERVED:
+            raise RequestError(
+                f"{name}.{key}: is set by the server, wanted a name that is not "
+                + ", ".join(sorted(RESERVED))
+            )
         if not isinstance(v, (bool, int, float, str, type(None))):
             raise RequestError(f"{name}.{key}: got {shown(v)}, wanted a plain value")
+        if isinstance(v, str):
+            _text(f"{name}.{key}", v, MAX_SWITCH_CHARS)
     return value
 
 
@@ -246,7 +277,7 @@ def _anthropic_tool_choice(name: str, value: Any) -> ToolChoice:
     )
 
 
-def _json_schema(name: str, value: Any) -> OutputFormat:
+def _json_schema(name: str, value: Any, schema_name: str = "schema") -> OutputFormat:
     if isinstance(value, str):
         try:
             value = orjson.loads(_text(name, value, MAX_GRAMMAR_CHARS))
@@ -254,7 +285,7 @@ def _json_schema(name: str, value: Any) -> OutputFormat:
             raise RequestError(f"{name}: not valid JSON: {e}") from None
     if not isinstance(value, (dict, bool)):
         raise RequestError(f"{name}: got {shown(value)}, wanted a JSON schema")
-    return OutputFormat("json_schema", value)
+    return OutputFormat("json_schema", value, name, schema_name)
 
 
 def _response_format(name: str, value: Any) -> OutputFormat | None:
@@ -262,7 +293,7 @@ def _response_format(name: str, value: Any) -> OutputFormat | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return OutputFormat("json_object")
+        return OutputFormat("json_object", param=name)
     if kind == "json_schema":
         inner = _object(f"{name}.json_schema", value.get("json_schema"))
         return _json_schema(f"{name}.json_schema.schema", inner.get("schema", {}))
@@ -275,7 +306,10 @@ def _flat_format(name: str, value: Any) -> OutputFormat | None:
     """The Responses API's and Anthropic's form: the schema beside the type."""
     kind = _object(name, value).get("type")
     if kind == "json_schema":
-        return _json_schema(f"{name}.schema", value.get("schema"))
+        schema_name = value.get("name")
+        if schema_name is not None:
+            _text(f"{name}.name", schema_name, MAX_FORMAT_NAME_CHARS)
+        return _json_schema(f"{name}.schema", value.get("schema"), schema_name or "schema")
     return _response_format(name, value)
 
 
@@ -284,8 +318,17 @@ def _text_format(name: str, value: Any) -> OutputFormat | None:
     return None if inner is None else _flat_format(f"{name}.format", inner)
 
 
-def _output_config(name: str, value: Any) -> OutputFormat | None:
-    return _text_format(name, value)
+def _output_config(name: str, value: Any) -> OutputConfig:
+    effort = _object(name, value).get("effort")
+    return OutputConfig(
+        _text_format(name, value), None if effort is None else _effort(f"{name}.effort", effort)
+    )
+
+
+def _effort(name: str, value: Any) -> str:
+    if value not in EFFORTS:
+        raise RequestError(f"{name}: got {shown(value)}, wanted one of {', '.join(EFFORTS)}")
+    return value
 
 
 def _structured_outputs(name: str, value: Any) -> OutputFormat | None:
@@ -301,14 +344,14 @@ def _structured_outputs(name: str, value: Any) -> OutputFormat | None:
         return _json_schema(where, v)
     if kind == "json_object":
         _bool(where, v)
-        return OutputFormat("json_object")
+        return OutputFormat("json_object", param=where)
     if kind == "choice":
         choices = _list(where, v)
         if not 0 < len(choices) <= MAX_CHOICES:
             raise RequestError(f"{where}: got {len(choices)} texts, wanted 1 to {MAX_CHOICES}")
-        return OutputFormat("choice", tuple(_some_text(where, c) for c in choices))
-    return OutputFormat("regex" if kind == "regex" else "grammar",
-                        _text(where, v, MAX_GRAMMAR_CHARS))  # fmt: skip
+        return OutputFormat("choice", tuple(_some_text(where, c) for c in choices), where)
+    text = _text(where, v, MAX_GRAMMAR_CHARS)
+    return OutputFormat("regex" if kind == "regex" else "grammar", text, where)
 
 
 def _thinking(name: str, value: Any) -> bool | None:
@@ -317,18 +360,27 @@ def _thinking(name: str, value: Any) -> bool | None:
     if kind not in ("enabled", "disabled", "adaptive"):
         raise RequestError(f"{name}.type: got {shown(kind)}, wanted enabled, disabled or adaptive")
     budget = value.get("budget_tokens")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
-        raise RequestError(f"{name}.budget_tokens: got {shown(budget)}, wanted a whole number")
+    if budget is not None:
+        check_value(f"{name}.budget_tokens", budget, _BUDGET, RequestError)
     return {"enabled": True, "disabled": False}.get(kind)
 
 
 def _responses_reasoning(name: str, value: Any) -> str | None:
     effort = _object(name, value).get("effort")
-    return None if effort is None else _text(f"{name}.effort", effort, 64)
+    return None if effort is None else _effort(f"{name}.effort", effort)
 
 
-_TEXT_OR_TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}}
+def _includes(name: str, value: Any) -> list[str]:
+    return [_text(f"{name}[{at}]", v, 128) for at, v in enumerate(_list(name, value))]
+
+
+_BUDGET = Rule("int", "tokens of thoughts", low=1, high=MAX_BUDGET_TOKENS)
+_EFFORT_SCHEMA = {"enum": [*EFFORTS, None]}
+_TEXT_SCHEMA = {"type": "string", "maxLength": MAX_PROMPT_CHARS}
+_ID_SCHEMA = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+_IDS_SCHEMA = {"type": "array", "items": _ID_SCHEMA, "maxItems": MAX_PROMPT_TOKENS}
+_SOME_TEXT_SCHEMA = {**_TEXT_SCHEMA, "minLength": 1}
+_ITEMS_OR_TEXT = {"anyOf": [_TEXT_SCHEMA, {"type": "array"}]}
 _STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 _FORMAT_SCHEMA = {
     "type": "object",
@@ -336,17 +388,15 @@ _FORMAT_SCHEMA = {
     "required": ["type"],
 }
 
-ANY = Form(lambda name, value: value)
 OBJECT = Form(_object, _OBJECT)
-LIST = Form(_list, {"type": "array"})
 BOOL = Form(_bool, {"type": "boolean"})
 TOKEN_IDS = Form(_token_ids, _IDS_SCHEMA)
 PROMPT = Form(
     _prompt,
     {
         "anyOf": [
-            {"type": "string", "minLength": 1},
-            {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+            _SOME_TEXT_SCHEMA,
+            {"type": "array", "minItems": 1, "items": _SOME_TEXT_SCHEMA},
             {**_IDS_SCHEMA, "minItems": 1},
             {"type": "array", "minItems": 1, "items": {**_IDS_SCHEMA, "minItems": 1}},
         ]
@@ -377,8 +427,16 @@ TEMPLATE_KWARGS = Form(
     _template_kwargs,
     {
         "type": "object",
-        "propertyNames": {"pattern": "^[A-Za-z][A-Za-z0-9_]{0,63}$"},
-        "additionalProperties": {"type": ["boolean", "number", "string", "null"]},
+        "propertyNames": {
+            "pattern": "^[A-Za-z][A-Za-z0-9_]{0,63}$",
+            "not": {"enum": sorted(RESERVED)},
+        },
+        "additionalProperties": {
+            "anyOf": [
+                {"type": ["boolean", "number", "null"]},
+                {"type": "string", "maxLength": MAX_SWITCH_CHARS},
+            ]
+        },
     },
 )
 CHAT_MESSAGES = Form(_messages, {"type": "array", "minItems": 1, "items": MESSAGE_SCHEMA})
@@ -401,12 +459,29 @@ RESPONSES_TOOL_CHOICE = Form(_responses_tool_choice, _CHOICE_SCHEMA)
 ANTHROPIC_TOOL_CHOICE = Form(_anthropic_tool_choice, _OBJECT)
 RESPONSE_FORMAT = Form(_response_format, _FORMAT_SCHEMA)
 TEXT_FORMAT = Form(_text_format, _OBJECT)
-OUTPUT_CONFIG = Form(_output_config, _OBJECT)
+OUTPUT_CONFIG = Form(_output_config, {**_OBJECT, "properties": {"effort": _EFFORT_SCHEMA}})
 STRUCTURED_OUTPUTS = Form(_structured_outputs, _OBJECT)
-THINKING = Form(_thinking, _OBJECT)
-RESPONSES_REASONING = Form(_responses_reasoning, _OBJECT)
+THINKING = Form(
+    _thinking,
+    {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["enabled", "disabled", "adaptive"]},
+            "budget_tokens": {
+                "type": ["integer", "null"],
+                "minimum": 1,
+                "maximum": MAX_BUDGET_TOKENS,
+            },
+        },
+        "required": ["type"],
+    },
+)
+RESPONSES_REASONING = Form(
+    _responses_reasoning, {**_OBJECT, "properties": {"effort": _EFFORT_SCHEMA}}
+)
+INCLUDES = Form(_includes, {"type": "array", "items": {"type": "string", "maxLength": 128}})
 RESPONSES_INPUT = Form(
-    responses_input.check_input, {"anyOf": [{"type": "string"}, {"type": "array"}]}
+    responses_input.check_input, {"anyOf": [_SOME_TEXT_SCHEMA, {"type": "array"}]}
 )
 ANTHROPIC_MESSAGES = Form(
     anthropic_input.check_messages,
@@ -423,6 +498,4 @@ ANTHROPIC_MESSAGES = Form(
         },
     },
 )
-ANTHROPIC_SYSTEM = Form(
-    anthropic_input.check_system, {"anyOf": [{"type": "string"}, {"type": "array"}]}
-)
+ANTHROPIC_SYSTEM = Form(anthropic_input.check_system, _ITEMS_OR_TEXT)

@@ -40,7 +40,8 @@ class Field:
     """A field of some endpoints' bodies.
 
     rule: type and bounds; for lists and objects ("other") the bounds are of their length. check:
-    the form of what is "other", returning what handlers see. schema: its JSON schema. fills: the
+    the form of what is "other", returning what handlers see. schema: its JSON schema, to which
+    the bounds are added; texts in it are held to MAX_PROMPT_CHARS or a bound of its own. fills: the
     field of SamplingParams it sets. effect: "ignored" fields are checked and change nothing;
     "refused" ones must have a `harmless` value, which asks for nothing.
     """
@@ -62,7 +63,7 @@ class Field:
         rule = self.rule
         schema: dict[str, Any]
         if self.schema is not None:
-            schema = dict(self.schema)
+            schema = _with_lengths(self.schema, rule)
         elif rule.kind in ("int", "float"):
             schema = {"type": "integer" if rule.kind == "int" else "number"}
             if rule.low is not None:
@@ -89,12 +90,29 @@ class Field:
         return schema
 
 
+def _with_lengths(schema: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """The schema with the rule's bounds where it takes lists or objects; the tighter ones hold."""
+    out = dict(schema)
+    if "anyOf" in out:
+        out["anyOf"] = [_with_lengths(s, rule) for s in out["anyOf"]]
+    noun = {"array": "Items", "object": "Properties"}.get(out.get("type", ""))
+    if noun is not None:
+        if rule.low:
+            out["min" + noun] = max(int(rule.low), out.get("min" + noun, 0))
+        if rule.high is not None:
+            out["max" + noun] = min(int(rule.high), out.get("max" + noun, int(rule.high)))
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """A checked body: known fields by name (aliases resolved, defaults filled in)."""
+    """A checked body: known fields by name (aliases resolved, defaults filled in). given_as: the
+    names that the client used, where those are aliases.
+    """
 
     endpoint: Endpoint
     values: Mapping[str, Any]
+    given_as: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -114,12 +132,19 @@ class Body:
                 out[field.fills] = self.values[field.name]
         return out
 
+    def client_names(self) -> dict[str, str]:
+        """What the client calls fields of SamplingParams, for errors of the engine."""
+        fields = fields_of(self.endpoint)
+        return {f.fills: self.given_as.get(f.name, f.name) for f in fields if f.fills is not None}
+
 
 ALL_TEXT: tuple[Endpoint, ...] = ("chat", "completions", "responses", "messages")
 OPENAI: tuple[Endpoint, ...] = ("chat", "completions")
 CHATS: tuple[Endpoint, ...] = ("chat", "responses", "messages")
 EVERY: tuple[Endpoint, ...] = tuple(ENDPOINTS)
-_MAX_TEXT = 32 << 20
+_MAX_TEXT = checks.MAX_PROMPT_CHARS
+_MAX_ENTRIES = 100_000  # messages or items; agents' longest conversations have some thousands
+_MAX_OPTIONS = 64  # keys of an object of options; clients send more of them than are known here
 _SAMPLING = rules(SamplingParams)
 
 
@@ -147,8 +172,8 @@ def _form(
     on: tuple[Endpoint, ...],
     help: str,
     form: checks.Form,
-    low: int | None = None,
-    high: int | None = None,
+    low: int = 0,
+    high: int = _MAX_OPTIONS,
     **more: Any,
 ) -> Field:
     rule = Rule("other", help, low=low, high=high)
@@ -170,24 +195,27 @@ TABLE: tuple[Field, ...] = (
     _str("model", EVERY, "name of the model; default: the one that is served", 1024),
     # What to answer.
     _form(
-        "messages", ("chat",), "the conversation so far", checks.CHAT_MESSAGES, 1, 100_000,
+        "messages", ("chat",), "the conversation so far", checks.CHAT_MESSAGES, 1, _MAX_ENTRIES,
         required=True,
     ),
     _form(
         "messages", ("messages", "count_tokens"), "the conversation so far",
-        checks.ANTHROPIC_MESSAGES, 1, 100_000, required=True,
+        checks.ANTHROPIC_MESSAGES, 1, _MAX_ENTRIES, required=True,
     ),
-    _form("system", ("messages", "count_tokens"), "system prompt", checks.ANTHROPIC_SYSTEM),
-    _form("input", ("responses",), "a text, or items", checks.RESPONSES_INPUT, required=True),
+    _form("system", ("messages", "count_tokens"), "system prompt", checks.ANTHROPIC_SYSTEM, 0,
+          _MAX_ENTRIES),
+    _form("input", ("responses",), "a text, or items", checks.RESPONSES_INPUT, 1, _MAX_ENTRIES,
+          required=True),
     _str("instructions", ("responses",), "system prompt", _MAX_TEXT),
     _form(
         "prompt", ("completions",), "a text, token ids, or a list of either", checks.PROMPT,
-        required=True,
+        1, checks.MAX_PROMPT_TOKENS, required=True,
     ),
     _form("messages", ("tokenize",), "a conversation, instead of prompt", checks.CHAT_MESSAGES, 1,
-          100_000),
+          _MAX_ENTRIES),
     _str("prompt", ("tokenize",), "text", _MAX_TEXT, aliases=("content",)),
-    _form("tokens", ("detokenize",), "token ids", checks.TOKEN_IDS, 0, 1 << 24, required=True),
+    _form("tokens", ("detokenize",), "token ids", checks.TOKEN_IDS, 0,
+          checks.MAX_PROMPT_TOKENS, required=True),
     _bool("add_special_tokens", ("tokenize", "completions"), "begin-of-text token where the model "
           "has one", default=True),
     _bool("return_token_strs", ("tokenize",), "also the tokens' texts", default=False),
@@ -198,9 +226,10 @@ TABLE: tuple[Field, ...] = (
     _form("chat_template_kwargs", ("chat", "responses", "messages", "count_tokens", "tokenize"),
           "switches of the chat template, such as enable_thinking", checks.TEMPLATE_KWARGS, 0, 64),
     _str("reasoning_effort", ("chat",), "how much to think; none turns thinking off",
-         choices=("none", "minimal", "low", "medium", "high", "xhigh", "max")),
+         choices=checks.EFFORTS),
     _form("reasoning", ("responses",), "effort, as reasoning_effort", checks.RESPONSES_REASONING),
-    _form("thinking", ("messages", "count_tokens"), "whether to think", checks.THINKING),
+    _form("thinking", ("messages", "count_tokens"), "whether to think; budget_tokens changes "
+          "nothing here", checks.THINKING),
     _bool("include_reasoning", ("chat",), "give the thoughts in reasoning_content", default=True),
     _int("truncate_prompt_tokens", OPENAI, "keep only the last so many tokens of the prompt", 1,
          2**24),
@@ -218,7 +247,8 @@ TABLE: tuple[Field, ...] = (
           default=True),
     _form("response_format", OPENAI, "text, json_object or json_schema", checks.RESPONSE_FORMAT),
     _form("text", ("responses",), "format: text, json_object or json_schema", checks.TEXT_FORMAT),
-    _form("output_config", ("messages",), "format: json_schema", checks.OUTPUT_CONFIG),
+    _form("output_config", ("messages", "count_tokens"), "format: json_schema; effort, as "
+          "reasoning_effort", checks.OUTPUT_CONFIG),
     _form("structured_outputs", OPENAI, "one of json, regex, choice, grammar, json_object",
           checks.STRUCTURED_OUTPUTS),
     # How long.
@@ -230,10 +260,10 @@ TABLE: tuple[Field, ...] = (
     Field("max_output_tokens", ("responses",), _SAMPLING["max_tokens"], fills="max_tokens"),
     _sampling("min_tokens"),
     _sampling("ignore_eos"),
-    _form("stop", OPENAI, f"up to {checks.MAX_STOPS} strings that end the text", checks.STOP,
-          fills="stop"),
+    _form("stop", OPENAI, f"up to {checks.MAX_STOPS} strings that end the text", checks.STOP, 0,
+          checks.MAX_STOPS, fills="stop"),
     _form("stop_sequences", ("messages",), f"up to {checks.MAX_STOPS} strings that end the text",
-          checks.STOP, fills="stop"),
+          checks.STOP, 0, checks.MAX_STOPS, fills="stop"),
     _form("stop_token_ids", ALL_TEXT, "token ids that end the text", checks.TOKEN_IDS, 0, 128,
           fills="stop_token_ids"),
     _sampling("include_stop_str_in_output", OPENAI),
@@ -257,7 +287,10 @@ TABLE: tuple[Field, ...] = (
     _int("top_logprobs", ("chat", "responses"), "of so many likeliest tokens at each position", 0,
          20),
     _sampling("logprobs", ("completions",)),
-    _int("prompt_logprobs", OPENAI, "log probabilities of the prompt's tokens too", 0, 20),
+    _form("include", ("responses",), "message.output_text.logprobs asks for log probabilities; "
+          "the others change nothing here", checks.INCLUDES, 0, checks.MAX_INCLUDES),
+    _int("prompt_logprobs", OPENAI, "log probabilities of the prompt's tokens too; not in streams",
+         0, 20),
     _bool("echo", ("completions",), "begin the text with the prompt", default=False),
     _bool("return_token_ids", OPENAI, "also the token ids of prompt and answer", default=False),
     _bool("return_progress", ("chat", "completions"), "in a stream, how much of the prompt is "
@@ -272,12 +305,10 @@ TABLE: tuple[Field, ...] = (
     _ignored("safety_identifier", ("chat", "responses")),
     _ignored("prompt_cache_key", ("chat", "responses")),
     _ignored("verbosity", ("chat",)),
-    _ignored("include", ("responses",), checks.LIST),
     _ignored("truncation", ("responses",)),
     _ignored("stream_options", ("responses",), checks.OBJECT),
-    _ignored("context_management", ("messages", "count_tokens"), checks.ANY),
+    _ignored("context_management", ("messages", "count_tokens"), checks.OBJECT),
     _ignored("cache_control", ("messages", "count_tokens"), checks.OBJECT),
-    _ignored("output_config", ("count_tokens",), checks.OBJECT),
     # Known, and not here.
     _refused("suffix", ("completions",), "text after the completion is not supported", ""),
     _refused("best_of", ("completions",), "is not supported; use n", 1),
@@ -287,6 +318,12 @@ TABLE: tuple[Field, ...] = (
     _refused("audio", ("chat",), "only text is supported"),
     _refused("modalities", ("chat",), "only text is supported", ["text"]),
     _refused("prediction", ("chat",), "predicted outputs are not supported"),
+    _refused("prompt_embeds", ("chat", "completions", "responses"), "prompts are texts or token "
+             "ids, never tensors"),
+    _refused("guided_json", OPENAI, "is the old form of structured_outputs; use that"),
+    _refused("guided_regex", OPENAI, "is the old form of structured_outputs; use that"),
+    _refused("guided_choice", OPENAI, "is the old form of structured_outputs; use that"),
+    _refused("guided_grammar", OPENAI, "is the old form of structured_outputs; use that"),
     _refused("web_search_options", ("chat",), "this server makes no outgoing connection"),
     _refused("chat_template", ("chat", "tokenize"), "templates are taken from the checkpoint only"),
     _refused("previous_response_id", ("responses",), "responses are not stored; send the items"),
@@ -323,6 +360,7 @@ class Checker:
             raise ApiError(400, "the body must be a JSON object")
         known = _BY_NAME[endpoint]
         values: dict[str, Any] = {}
+        given_as: dict[str, str] = {}
         for name, value in body.items():
             field = known.get(name)
             if field is None:
@@ -334,6 +372,8 @@ class Checker:
                 if name != field.name and values.get(field.name, checked) != checked:
                     raise bad_field(name, f"got {checked!r}, but {field.name} says otherwise")
                 values[field.name] = checked
+                if name != field.name:
+                    given_as[field.name] = name
         for field in fields_of(endpoint):
             if field.name in values:
                 continue
@@ -343,7 +383,7 @@ class Checker:
                     code="missing_required_parameter",
                 )  # fmt: skip
             values[field.name] = field.default
-        return Body(endpoint, values)
+        return Body(endpoint, values, given_as)
 
     def _note_unknown(self, endpoint: Endpoint, name: str) -> None:
         key = (endpoint, name[:64])
@@ -368,6 +408,8 @@ def check_field(field: Field, name: str, value: Any) -> Any:
             return checked
         if isinstance(value, (list, dict)):
             _check_length(name, value, field.rule)
+        elif isinstance(value, str) and len(value) > _MAX_TEXT:
+            raise bad_field(name, f"got {len(value)} characters, wanted at most {_MAX_TEXT}")
         return field.check(name, value)
     except JaxMoeError as e:
         finer = as_api_error(e)  # a check inside names the entry, as in messages[0].role
@@ -382,15 +424,45 @@ def _check_length(name: str, value: Any, rule: Rule) -> None:
         raise bad_field(name, f"got {len(value)} entries, wanted {low} to {high}")
 
 
+def _in_words(schema: Mapping[str, Any]) -> str:
+    """A JSON schema's types and bounds; what is inside lists is left to OpenAPI."""
+    if "anyOf" in schema:
+        return ", or ".join(dict.fromkeys(_in_words(s) for s in schema["anyOf"]))
+    if "enum" in schema:
+        return "one of " + ", ".join(str(v) for v in schema["enum"] if v is not None)
+    kinds = schema.get("type", ())
+    kind = next((k for k in ([kinds] if isinstance(kinds, str) else kinds) if k != "null"), "any")
+    if kind in ("integer", "number"):
+        noun = "a whole number" if kind == "integer" else "a number"
+        return f"{noun} from {schema['minimum']} to {schema['maximum']}"
+    if kind == "boolean":
+        return "true or false"
+    noun, words = _LENGTHS[kind]
+    low, high = schema.get("min" + noun), schema.get("max" + noun)
+    text = words.format(f"{low} to {high}" if low else f"at most {high}")
+    inner = "; ".join(f"`{n}` {_in_words(s)}" for n, s in schema.get("properties", {}).items())
+    return f"{text} ({inner})" if inner else text
+
+
+_LENGTHS = {
+    "string": ("Length", "text of {} characters"),
+    "array": ("Items", "a list of {}"),
+    "object": ("Properties", "an object of {} keys"),
+}
+
+
 def docs_table() -> str:
     """The table of all fields, as Markdown."""
     lines = ["| field | endpoints | value | default | |", "|---|---|---|---|---|"]
     for f in TABLE:
         names = " / ".join(f"`{n}`" for n in (f.name, *f.aliases))
         on = "all" if f.on == EVERY else ", ".join(f.on)
-        value = {"refused": "refused"}.get(f.effect) or (
-            f.rule.wanted() if f.rule.kind != "other" else "see OpenAPI"
-        )
+        if f.effect == "refused":
+            value = "refused"
+        elif f.schema is not None:
+            value = _in_words(_with_lengths(f.schema, f.rule))
+        else:
+            value = f.rule.wanted()
         if f.rule.kind == "str" and f.rule.high:
             value = f"text of at most {f.rule.high} characters"
         default = "required" if f.required else "" if f.default is None else f"`{f.default}`"

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
+from jaxmoe.common.errors import RequestError
 from jaxmoe.engine.async_engine import AsyncEngine, PrefillProgress
 from jaxmoe.request import CompletionOutput, Delta, RequestOutput, failure
 from jaxmoe.sampling_params import SamplingParams
-from jaxmoe.serving.errors import ApiError
+from jaxmoe.serving.errors import ApiError, renamed
 from jaxmoe.serving.metrics import Metrics
 
 # Deltas of many prompts that may wait for a slow client before their engine streams are paused.
@@ -24,13 +25,16 @@ _MAX_WAITING = 256
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A prompt for the engine. text: what it came from, where that was text."""
+    """A prompt for the engine. text: what it came from, where that was text. names: what the client
+    calls the engine's fields (errors.renamed).
+    """
 
     request_id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     text: str | None = None
     cache_salt: str | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +104,17 @@ class Generation:
 
     async def _one(self, prompt: int) -> AsyncGenerator[tuple[int, Delta | PrefillProgress]]:
         job = self.jobs[prompt]
-        stream = self._engine.generate(
-            job.request_id, job.prompt_token_ids, job.params, cache_salt=job.cache_salt
-        )
+        try:
+            stream = self._engine.generate(
+                job.request_id, job.prompt_token_ids, job.params, cache_salt=job.cache_salt
+            )
+        except RequestError as e:
+            raise renamed(e, job.names) from e
         try:
             async for item in stream:
                 yield prompt, item
+        except RequestError as e:
+            raise renamed(e, job.names) from e
         finally:
             await _close(stream)
 

@@ -85,11 +85,19 @@ def completion_logprobs(
     return {
         "tokens": tokens,
         "token_logprobs": [None if e is None else finite(e.logprob) for e in entries],
-        "top_logprobs": [
-            None if e is None else {texts.text(i): finite(p) for i, p in e.top} for e in entries
-        ],
+        "top_logprobs": [None if e is None else _with_chosen(e, texts) for e in entries],
         "text_offset": offsets,
     }
+
+
+def _with_chosen(entry: TokenLogprob, texts: TokenTexts) -> dict[str, float]:
+    """By text, the likeliest first; the chosen token is there though it be none of them. Of tokens
+    with one text (parts of characters) the likeliest stands.
+    """
+    out: dict[str, float] = {}
+    for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+        out.setdefault(texts.text(token_id), finite(logprob))
+    return out
 
 
 def finite(logprob: float) -> float:

@@ -18,6 +18,7 @@ from jaxmoe.engine.async_engine import PrefillProgress
 from jaxmoe.serving.chat_prompt import AUTO, ChatRequest, prepare, render
 from jaxmoe.serving.chat_stream import ChatStream, Part
 from jaxmoe.serving.errors import ApiError
+from jaxmoe.serving.field_checks import OutputConfig
 from jaxmoe.serving.fields import Body
 from jaxmoe.serving.replies import JsonReply, Reply, StreamReply, event
 from jaxmoe.serving.state import Call, ServerState
@@ -61,15 +62,18 @@ def _as_chat_request(body: Body) -> ChatRequest:
     if body.given("system"):
         messages.insert(0, {"role": "system", "content": body["system"]})
     choice = body.get("tool_choice", AUTO)
+    config = body.get("output_config", OutputConfig())
     return ChatRequest(
         messages=messages,
         sampling=body.sampling(),
         tools=body.get("tools", ()),
         tool_choice=choice,
         parallel_tool_calls=choice.parallel is not False,
-        output_format=body.get("output_config") if body.endpoint == "messages" else None,
+        output_format=config.format,
         template_kwargs=body.get("chat_template_kwargs", {}),
         thinking=body.get("thinking"),
+        effort=config.effort,
+        names=body.client_names(),
         # Anthropic's way to go on with an answer: it is the last message.
         continue_final_message=_is_prefill(messages),
         cache_salt=body.get("cache_salt"),

@@ -76,6 +76,7 @@ class Requests:
                 await send_error(scope, send_with_id, error)
         finally:
             seconds = time.monotonic() - start_s
+            status = status or 499  # the client left before there was an answer; nginx's number
             self._observe(scope["method"], scope["path"], status, seconds)
             _access.info(
                 "%s %s %d",

@@ -130,7 +130,7 @@ _GETS = {
     "/v1/models": ("The models", (200,)),
     "/v1/models/{model}": ("One model", (200, 404)),
 }
-_STATUSES = (400, 401, 404, 408, 413, 415, 429, 500, 503)
+_STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
 
 
 def body_schema(endpoint: Endpoint) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def openapi(*, has_keys: bool) -> dict[str, Any]:
             "summary": summary,
             "responses": {
                 **{str(s): {"description": summary} for s in statuses},
-                **{str(s): _response("an error", _ERROR) for s in (401,)},
+                **{str(s): _response("an error", _ERROR) for s in (401, 403, 405)},
             },
         }
         if "{model}" in path:

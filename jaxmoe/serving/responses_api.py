@@ -40,8 +40,8 @@ def _as_chat_request(body: Body) -> ChatRequest:
     if body.given("instructions"):
         messages.insert(0, {"role": "system", "content": body["instructions"]})
     sampling = body.sampling()
-    if body.given("top_logprobs"):
-        sampling["logprobs"] = body["top_logprobs"]
+    if body.given("top_logprobs") or "message.output_text.logprobs" in body.get("include", ()):
+        sampling["logprobs"] = body.get("top_logprobs", 0)
     effort = body.get("reasoning")
     return ChatRequest(
         messages=messages,
@@ -55,6 +55,7 @@ def _as_chat_request(body: Body) -> ChatRequest:
         effort=effort,
         cache_salt=body.get("cache_salt"),
         messages_param="input",
+        names={**body.client_names(), "logprobs": "top_logprobs"},
     )
 
 
@@ -129,7 +130,7 @@ class _Answer:
         if (given := body.get("text")) is not None:
             format = {"type": given.kind}
             if given.kind == "json_schema":
-                format |= {"name": "schema", "schema": given.value}
+                format |= {"name": given.name, "schema": given.value}
         out = {
             "id": self._id,
             "object": "response",
@@ -172,7 +173,9 @@ class _Answer:
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             }
         if status == "incomplete":
-            out["incomplete_details"] = {"reason": "max_output_tokens"}
+            # "abort" is jaxmoe's own: the server stopped the answer before its end.
+            reason = "abort" if self._finish_reason == "abort" else "max_output_tokens"
+            out["incomplete_details"] = {"reason": reason}
             if out["output"]:
                 out["output"][-1] = self._items[-1].shown("incomplete")
         if error is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jaxmoe.common.errors import RequestError
-from jaxmoe.serving.errors import bad_field
+from jaxmoe.serving.errors import bad_field, renamed
 from jaxmoe.serving.field_checks import OutputFormat
 from jaxmoe.structured_output import StructuredOutput
 from jaxmoe.text.tool_grammar import free_grammar, tool_grammar
@@ -26,7 +26,8 @@ def constraint(
     """None where nothing is asked for. Raises ApiError 400 for what cannot be a grammar."""
     forced = _forced_calls(state, request)
     if forced is not None and request.output_format is not None:
-        raise bad_field("response_format", "not together with a tool_choice that forces calls")
+        param = request.output_format.param
+        raise bad_field(param, "not together with a tool_choice that forces calls")
     found = forced or plain_constraint(request.output_format) or _held_calls(state, request)
     if found is None or not request.split_reasoning:
         return found
@@ -47,7 +48,7 @@ def plain_constraint(format: OutputFormat | None) -> StructuredOutput | None:
             return StructuredOutput.regex(format.value)
         return StructuredOutput.grammar(format.value)
     except RequestError as e:
-        raise bad_field("response_format", str(e)) from None
+        raise renamed(e, {format.kind: format.param}) from None
 
 
 def _forced_calls(state: ServerState, request: ChatRequest) -> StructuredOutput | None:

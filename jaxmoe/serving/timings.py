@@ -18,11 +18,13 @@ def timings_object(completions: Iterable[CompletionOutput | None]) -> dict[str, 
         return {}
     t = max(timings, key=lambda t: t.ttft_s + t.tpot_s * t.output_tokens)
     prefill_s = max(t.ttft_s - t.queue_s, 1e-9)
+    computed = t.prompt_tokens - t.cached_tokens
     decode_s = t.tpot_s * max(t.output_tokens - 1, 0)
     return {
-        "prompt_n": t.prompt_tokens,
+        "cache_n": t.cached_tokens,
+        "prompt_n": computed,
         "prompt_ms": 1e3 * prefill_s,
-        "prompt_per_second": t.prompt_tokens / prefill_s,
+        "prompt_per_second": computed / prefill_s,
         "predicted_n": t.output_tokens,
         "predicted_ms": 1e3 * decode_s,
         "predicted_per_second": 1 / t.tpot_s if t.tpot_s > 0 else 0.0,

@@ -41,15 +41,11 @@ from jaxmoe.text.tools import (
 
 MAX_CHARS = 16 << 20
 MAX_MESSAGES = 100_000
-_RESERVED = frozenset(
+# What templates are given by the server, or call; no switch of a request may stand in for it.
+RESERVED = frozenset(
     {
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "response_format",
-        "bos_token",
-        "eos_token",
+        *("messages", "tools", "documents", "add_generation_prompt", "response_format"),
+        *("bos_token", "eos_token", "raise_exception", "strftime_now"),
     }
 )
 
@@ -190,10 +186,10 @@ class ChatTemplate:
                 f"add_generation_prompt: got {shown(add_generation_prompt)}, wanted true or false"
             )
         for name, value in kwargs.items():
-            if name in _RESERVED or not isinstance(value, (bool, int, float, str, type(None))):
+            if name in RESERVED or not isinstance(value, (bool, int, float, str, type(None))):
                 raise RequestError(
                     f"chat template argument {name!r}: got {shown(value)}, wanted a plain value "
-                    "under a name that is not " + ", ".join(sorted(_RESERVED))
+                    "under a name that is not " + ", ".join(sorted(RESERVED))
                 )
         checked = check_messages(messages, self._part_joint)
         if any(m.get("tool_calls") for m in checked):

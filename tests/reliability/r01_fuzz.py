@@ -74,6 +74,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "text", "add_special_tokens": True},
     "/detokenize": {"tokens": [1, 2, 3]},
 }
+# Names that the server gives templates itself; each is tried on every endpoint.
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "response_format")
+TEMPLATED = (CHAT, "/v1/messages", "/v1/responses", "/v1/messages/count_tokens")
 ODD: list[Any] = [
     *(None, True, False, -1, 0, 1, 2, 129, 2**31, 2**63, -(2**63), 1.5, -0.0, 1e308, 1e-320),
     *("", "x", "\x00", "\u202e", "\U0001f469\u200d\U0001f680" * 9, "{{ 7 }}", "{% raw %}", "../x"),
@@ -180,7 +183,14 @@ def _odd_bodies(count: int) -> list[tuple[str, Any]]:
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
         max_leaves=6,
     )
-    out: list[tuple[str, Any]] = []
+    out: list[tuple[str, Any]] = [
+        (path, {**BODIES[path], "chat_template_kwargs": {name: value}})
+        for path in TEMPLATED
+        for name in RESERVED
+        for value in (None, True)
+    ]
+    talk = {"messages": BODIES[CHAT]["messages"]}
+    out += [("/tokenize", {**talk, "chat_template_kwargs": {name: "x"}}) for name in RESERVED]
     rng = random.Random(1)
 
     @seed(1)

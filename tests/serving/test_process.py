@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -74,11 +75,11 @@ def test_an_engine_that_dies_and_a_drain(tmp_path):
         report = "\n".join(server.out)
         for words in ("http://127.0.0.1:", "jaxmoe-demo", "memory planned", "ISA ", "KV cache"):
             assert words in report, report
-        assert "compiling ahead: 12 programs" in report
+        (planned,) = re.findall(r"compiling ahead: (\d+) programs", report)
         answer = httpx.post(server.url + CHAT, json=ASK, timeout=60).json()
         programs = get(server, "/ready").json()["programs"]
-        assert programs["planned"] == 12 and 0 <= programs["compiled"] <= 12
-        assert "jaxmoe_warm_up_programs_planned 12.0" in get(server, "/metrics").text
+        assert programs["planned"] == int(planned) >= programs["compiled"] >= 0
+        assert f"jaxmoe_warm_up_programs_planned {planned}.0" in get(server, "/metrics").text
         engine = engine_pid(server.process.pid)
         maps = Path(f"/proc/{server.process.pid}/maps").read_text()
         assert "jaxlib" not in maps  # the front does without
