@@ -17,11 +17,11 @@ from jaxmoe.ffi.device_driver import Device, DeviceDriver
 from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Ops
 from jaxmoe.kernels.device_ops import DeviceOps
-from jaxmoe.kernels.experts import DeviceGroups
+from jaxmoe.kernels.experts import DeviceGroups, ExpertGroup
 from jaxmoe.kv_cache import store as cache_store
 from jaxmoe.models.decoder import Decoder, cache_spec
 from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups, NoRing
-from jaxmoe.prefill.layer_weights import LayerParts, other_weights, split_layers
+from jaxmoe.prefill.layer_weights import LayerParts, WeightSlots, other_weights, split_layers
 from jaxmoe.prefill.plan import PromptShape, RingBounds, SlpPlan, Weights, plan_slp
 from jaxmoe.prefill.ring import ExpertRing
 from jaxmoe.prefill.slp import LoadingRing, SlpPrefill
@@ -171,7 +171,7 @@ class SlpDevice:
             groups=groups,
             weights=weights,
         )
-        self._resident = make(Resident(self._ring))
+        self._resident = make(Resident(self._ring.groups, self._ring.weights))
         self.page_size, self._device = page_size, device
 
     def prefill(self, row: StepRow, *, streamed: bool = True) -> jax.Array:
@@ -207,10 +207,10 @@ class SlpDevice:
 
 
 class Resident(NoRing):
-    """The slots of a ring as if their weights were always there."""
+    """The slots of a ring, or of several devices' rings, as if their weights were always there."""
 
-    def __init__(self, ring: ExpertRing):
-        self.groups, self.weights = ring.groups, ring.weights
+    def __init__(self, groups: Sequence[ExpertGroup], weights: WeightSlots | None = None):
+        self.groups, self.weights = groups, weights
 
     def start(self) -> None: ...
     def finish(self) -> None: ...

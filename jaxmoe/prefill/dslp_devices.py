@@ -18,13 +18,13 @@ from jaxmoe.ffi.native_ops import NativeOps
 from jaxmoe.ffi.ops import Ops
 from jaxmoe.ffi.slot_ring import SlotRing
 from jaxmoe.kernels.device_ops import DeviceOps
-from jaxmoe.kernels.experts import DeviceGroups, ExpertGroup
+from jaxmoe.kernels.experts import DeviceGroups
 from jaxmoe.kernels.partial_attention import DeviceParts
 from jaxmoe.kv_cache import store
 from jaxmoe.models.decoder import cache_spec
-from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups, NoRing
+from jaxmoe.moe.experts_streamed import GroupExperts, NativeGroups
 from jaxmoe.moe.small_ep import AllToAll, Exchange, SmallEp
-from jaxmoe.prefill.device import prompt_shape
+from jaxmoe.prefill.device import Resident, prompt_shape
 from jaxmoe.prefill.dslp import DslpPrefill
 from jaxmoe.prefill.dslp_plan import DslpPlan, plan_dslp
 from jaxmoe.prefill.rank_rings import RankRings, rank_mesh
@@ -180,7 +180,7 @@ class DslpDevices:
             ops=ops,
         )
 
-        self._resident = self.dslp.on_rings(ResidentRings(self.rings))
+        self._resident = self.dslp.on_rings(Resident(self.rings.groups))
 
     def prefill(self, row: StepRow, *, streamed: bool = True) -> jax.Array:
         """The residual stream of the row's last token, on the first device. Not streamed: with
@@ -214,15 +214,3 @@ class DslpDevices:
     def close(self) -> None:
         """Ends the loaders; the weights stay the caller's."""
         self.dslp.close()
-
-
-class ResidentRings(NoRing):
-    """The rings of `DslpDevices` as if their weights were always there."""
-
-    def __init__(self, rings: RankRings):
-        self.groups: Sequence[ExpertGroup] = rings.groups
-
-    def start(self) -> None: ...
-    def finish(self) -> None: ...
-    def abort(self, cause: str) -> None: ...
-    def close(self) -> None: ...

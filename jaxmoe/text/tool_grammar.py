@@ -221,15 +221,21 @@ def _hermes(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> 
     return begin, lark.calls(names, between, many=many)
 
 
+def _properties(schema: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Any]]:
+    """A function's parameters, and the names of those that it must be given."""
+    properties, required = schema.get("properties"), schema.get("required")
+    return (
+        properties if isinstance(properties, Mapping) else {},
+        required if isinstance(required, (list, tuple)) else (),
+    )
+
+
 def _coder(lark: _Lark, functions: Sequence[Mapping[str, Any]], many: bool) -> tuple[str, str]:
     begin, end = "<tool_call>", lark.mark("</tool_call>")
     names = []
     for i, function in enumerate(functions):
         schema = _parameters(function)
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, Mapping) else {}
-        required = schema.get("required")
-        required = required if isinstance(required, (list, tuple)) else ()
+        properties, required = _properties(schema)
         types = parameter_types(function)
         parts = []
         for j, (key, value) in enumerate(properties.items()):
@@ -256,10 +262,7 @@ def _dsml(
     names = []
     for i, function in enumerate(functions):
         schema = _parameters(function)
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, Mapping) else {}
-        required = schema.get("required")
-        required = required if isinstance(required, (list, tuple)) else ()
+        properties, required = _properties(schema)
         types = parameter_types(function)
         parts = []
         for j, (key, value) in enumerate(properties.items()):

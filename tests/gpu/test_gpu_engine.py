@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import jax
 import numpy as np
 import pytest
+import support.every_expert
 from support import tiny_models
 
 from jaxmoe import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
-EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 CASES = [
     *("deepseek_v3", "deepseek_v3_fp8", "qwen3_moe_fp8", "gpt_oss", "glm4_moe_lite"),
     *("kimi_k2_int4", "gpt_oss_mxfp4"),
@@ -29,18 +26,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def every_expert(folder, tmp_path_factory):
-    """The same model with every expert chosen: with BF16 activations a router near a tie decides
-    by the last bit, on one CPU's kernels against another's too, and then all that follows differs.
-    """
-    path = tmp_path_factory.mktemp("every_expert")
-    shutil.copytree(folder, path, dirs_exist_ok=True)
-    config = json.loads((path / "config.json").read_text())
-    (count,) = (config[k] for k in EXPERTS if k in config)
-    config["num_experts_per_tok"] = count
-    if "topk_group" in config:
-        config["topk_group"] = config["n_group"]
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+    return support.every_expert.copy(folder, tmp_path_factory.mktemp("every_expert"))
 
 
 def _llm(folder, device: str, prefill: str = "chunked") -> LLM:

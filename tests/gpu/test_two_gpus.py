@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import jax
 import numpy as np
 import pytest
-from support import tiny_models
+from support import every_expert, tiny_models
 
 from jaxmoe import LLM, SamplingParams
 
@@ -42,16 +39,8 @@ def test_first_tokens_are_those_of_the_cpu(case, tmp_path):
 
 @pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v3_fp8", "qwen3_moe_fp8", "gpt_oss"])
 def test_logits_are_those_of_the_cpu(case, tmp_path):
-    """With every expert chosen, for a router near a tie decides by the last bit."""
     tiny_models.write_checkpoint(tmp_path / "model", case)
-    every = tmp_path / "every_expert"
-    shutil.copytree(tmp_path / "model", every)
-    config = json.loads((every / "config.json").read_text())
-    names = ("n_routed_experts", "num_local_experts", "num_experts")
-    (config["num_experts_per_tok"],) = (config[k] for k in names if k in config)
-    if "topk_group" in config:
-        config["topk_group"] = config["n_group"]
-    (every / "config.json").write_text(json.dumps(config))
+    every = every_expert.copy(tmp_path / "model", tmp_path / "every_expert")
     rng = np.random.default_rng(8)
     prompts = [rng.integers(1, 90, n).tolist() for n in (1, 17, 60, 120)]
     with _llm(every, "cpu") as cpu, _llm(every, "gpu", prefill="dslp") as gpus:
